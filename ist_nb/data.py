@@ -84,7 +84,7 @@ _roles = dict(system='system', user='user', human='user', assistant='assistant',
 def _message(m, at):
     if not isinstance(m, dict): raise ISTError(f'{at}: {json.dumps(m, default=str)[:40]} is no message; write {{"role": ..., "content": ...}}.')
     role,content = m.get('role', m.get('from')),m.get('content', m.get('value'))
-    if role not in _roles: raise ISTError(f"{at}: the role is {role!r}; allowed are {', '.join(_roles)}. Rename it or leave the chat out.")
+    if role not in list(_roles): raise ISTError(f"{at}: the role is {role!r}; allowed are {', '.join(_roles)}. Rename it or leave the chat out.")
     if content is None: raise ISTError(f'{at}: the message of {role!r} has no content; give it a text or leave the message out.')
     return dict(role=_roles[role], content=_text(dict(content=content), 'content', at))
 

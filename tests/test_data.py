@@ -74,6 +74,7 @@ bad = {
     'one row':          ({'a.jsonl':js(dict(text='a'))}, 'a.jsonl', ['1 usable row', 'at least 2', 'Add rows']),
     'one paragraph':    ({'a.txt':'One.\nTwo.'}, 'a.txt', ['1 usable row', 'blank lines']),
     'role':             ({'a.jsonl':chat(dict(role='bot', content='a'))}, 'a.jsonl', ['line 1, message 2', "'bot'", 'assistant', 'Rename']),
+    'role is a list':   ({'a.jsonl':chat(dict(role=['user'], content='a'))}, 'a.jsonl', ['message 2', "['user']", 'allowed are system']),
     'no content':       ({'a.jsonl':chat(dict(role='assistant'))}, 'a.jsonl', ['line 1, message 2', 'no content', 'give it a text']),
     'content of parts': ({'a.jsonl':chat(dict(role='assistant', content=[dict(type='text')]))}, 'a.jsonl', ["'content'", '(list)', 'as a string']),
     'chat is a text':   ({'a.jsonl':js(dict(messages='Hi'))}, 'a.jsonl', ['line 1', 'holds a str', 'list of']),
