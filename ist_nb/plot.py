@@ -20,7 +20,7 @@ def layer_table(
     rows = [f'{i:5}  {t:7}  {o:10.2f}  {b}' for i,t,o,b in zip(state['layers'], n, I, bars)]
     return '\n'.join([f"{'layer':>5}  {'trained':>7}  {'importance':>10}", *rows])
 
-# %% ../nbs/09_plot.ipynb #a8d77c00
+# %% ../nbs/09_plot.ipynb #c6a1709a
 def plot_importance(
     state:dict, # From `IST.state_dict`
     title:str='', # Above the picture
@@ -32,9 +32,9 @@ def plot_importance(
     if history: _heat(fig, a, history, layers)
     else: a.text(0.5, 0.5, 'no importance was scored', ha='center', va='center', transform=a.transAxes); a.set_axis_off()
     b.barh(range(len(layers)), n, color='#4477aa')
-    b.axvline(n.mean(), color='0.3', lw=1, ls='--', label='uniform')
-    b.set(title='steps that trained each layer', xlabel='steps', ylim=(-0.5, len(layers)-0.5))
-    _layer_axis(b, layers); b.spines[['top', 'right']].set_visible(False); b.legend(frameon=False, loc='lower right', fontsize='small')
+    b.axvline(n.mean(), color='0.3', lw=1, ls='--')
+    b.set(title='steps that trained it', xlabel='steps (dashed: uniform)', ylim=(-0.5, len(layers)-0.5))
+    _layer_axis(b, layers); b.spines[['top', 'right']].set_visible(False)
     fig.suptitle(title)
     return fig
 
