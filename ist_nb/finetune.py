@@ -360,7 +360,7 @@ def main(
         if not (getattr(e, 'errno', None)==errno.ENOSPC or 'No space left' in str(e)): raise
         return _fail(f"the disk is full ({' '.join(str(e).split())}). What was saved before stays. Free some space, then go on with --resume, or give --output_dir on another disk.")
 
-# %% ../nbs/10_finetune.ipynb #06a6c9bc
+# %% ../nbs/10_finetune.ipynb #451290be
 def _fail(e, status=2):
     print(f'ist_finetune: {e}', file=sys.stderr)
     return status
@@ -372,7 +372,8 @@ def _help_all():
 
 def _quiet():
     "Leave the terminal to the progress bar and the summary"
-    import datasets,transformers
+    import datasets,transformers,warnings
+    warnings.simplefilter('ignore', FutureWarning)   # of the libraries, about their own arguments
     datasets.disable_progress_bars()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

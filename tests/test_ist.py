@@ -1,0 +1,57 @@
+"Faults inside IST that are not bad input"
+import pytest,torch
+from peft import LoraConfig,get_peft_model
+from torch import nn
+from ist_nb import IST,ISTCallback,ISTConfig,ISTError
+
+class Block(nn.Module):
+    def __init__(self): super().__init__(); self.up = nn.Linear(4, 4)
+class Stack(nn.Module):
+    def __init__(self, n): super().__init__(); self.blocks = nn.ModuleList([Block() for _ in range(n)])
+
+def stack(n): return get_peft_model(Stack(n), LoraConfig(r=2, target_modules=['up']))
+def steps(ist, n):
+    for _ in range(n):
+        with ist.step(): pass
+    return ist
+
+def test_nan_probe_is_dropped_said_once_and_counted():
+    losses = iter([float('nan')]*6+[1.]*100)
+    ist = IST(stack(4), ISTConfig(score_interval=1), probe=[0], loss_fn=lambda m, b: torch.tensor(next(losses)))
+    with pytest.warns(UserWarning, match='not finite') as said: steps(ist, 4)
+    assert len(said)==1 and ist.n_dropped==2 and len(ist.history)==3
+    assert [h['dropped'] for h in ist.history]==[True, True, False] and torch.equal(ist.importance, torch.zeros(4))
+
+def test_one_and_two_layers():
+    for n in (1, 2):
+        ist = IST(stack(n), ISTConfig(score_interval=1, n_candidates=9), probe=[0], loss_fn=lambda m, b: torch.tensor(1.))
+        assert steps(ist, 5).times_active.sum()==5
+
+def test_every_layer_gets_its_share():
+    "Draws at successive steps are independent enough: frequencies match the exact inclusion probabilities"
+    from ist_nb.samplers import inclusion_probabilities
+    ist = IST(stack(6), ISTConfig.paper(score_interval=10**6, n_active=2), probe=[0])
+    ist.importance = torch.tensor([-2., -1., 0., 0., 1., 2.])
+    pi,n = inclusion_probabilities(torch.sigmoid(ist.importance), 2),4000
+    f = steps(ist, n).times_active/n
+    assert ((f-pi).abs() <= 4.5*(pi*(1-pi)/n).sqrt()).all(), (f, pi)
+
+def test_callback_refuses_a_model_without_adapters():
+    with pytest.raises(ISTError, match='get_peft_model'): ISTCallback().on_init_end(None, None, None, model=nn.Linear(2, 2))
+
+def test_probe_is_asked_for():
+    with pytest.raises(ISTError, match='probe=your training DataLoader'): IST(stack(4))
+
+def test_bad_scorer_and_sampler_of_ones_own():
+    from ist_nb.config import samplers,scorers
+    samplers.register('twice the same', '')(lambda I, n, c, g: torch.zeros(n, dtype=torch.long))
+    scorers.register('too short', '')(lambda I, p, c, g: (I[:1], {}))
+    try:
+        with pytest.raises(ISTError, match='twice the same'): steps(IST(stack(8), ISTConfig(sampler='twice the same'), probe=[0]), 1)
+        with pytest.raises(ISTError, match='too short'): steps(IST(stack(8), ISTConfig(scorer='too short', score_interval=1), probe=[0], loss_fn=lambda m, b: torch.tensor(1.)), 2)
+    finally: samplers.entries.pop('twice the same'); scorers.entries.pop('too short')
+
+def test_lazy_names():
+    import ist_nb
+    assert {'IST', 'ISTConfig', 'ISTCallback', 'find_layers'} <= set(dir(ist_nb))
+    with pytest.raises(AttributeError): ist_nb.nothing
