@@ -51,9 +51,9 @@ def ist_arguments():
     about = docments(ISTConfig)
     return make_dataclass('ISTArguments', [(f.name, str|None, field(default=None, metadata=dict(help=about[f.name]))) for f in fields(ISTConfig) if f.name!='seed'])
 
-# %% ../nbs/10_finetune.ipynb #3b907e03
+# %% ../nbs/10_finetune.ipynb #fefe90b5
 recipe = dict(learning_rate=2e-4, per_device_train_batch_size=16, per_device_eval_batch_size=16, num_train_epochs=3, warmup_steps=0.03,
-              gradient_checkpointing=False, report_to='none', logging_steps=10, dataloader_pin_memory=False, save_total_limit=2)
+              gradient_checkpointing=False, report_to='none', logging_steps=10, dataloader_pin_memory=False, disable_tqdm=False, save_total_limit=2)
 recipe_pico = dict(learning_rate=3e-3, max_length=256)
 recipe_demo = dict(max_steps=60, per_device_train_batch_size=8, max_length=128)
 
