@@ -8,10 +8,11 @@ __all__ = ['recipe', 'recipe_pico', 'recipe_demo', 'assets', 'FinetuneArguments'
            'adapter_config', 'check_folder', 'clear_folder', 'check_space', 'write_json', 'progress_bar',
            'make_trainer', 'finetune', 'describe', 'peak_memory', 'versions', 'save_run', 'main']
 
-# %% ../nbs/10_finetune.ipynb #bbe6ea92
+# %% ../nbs/10_finetune.ipynb #b4355096
 import errno,json,os,re,shutil,sys,time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
+from itertools import count
 from pathlib import Path
 from fastcore.docments import docments
 from .config import ISTConfig, ISTError, suggest
@@ -66,7 +67,7 @@ def defaults_for(
     pico,demo = args.model=='pico',args.data is None
     return recipe | (recipe_pico if pico else {}) | (recipe_demo if pico and demo else {}) | dict(bf16=bf16, output_dir=str(fresh_folder(args)))
 
-# %% ../nbs/10_finetune.ipynb #88753102
+# %% ../nbs/10_finetune.ipynb #840cc427
 def fresh_folder(
     args:FinetuneArguments, # For the names of the model, the data and the method
     root='runs', # Where
@@ -74,7 +75,7 @@ def fresh_folder(
     "A new name for the folder of this run"
     data = Path(args.data).name.split('.')[0] if args.data else 'physics'
     name = Path(root)/'-'.join([Path(args.model).name or 'model', data, args.method])
-    return next(p for p in (name, *(name.with_name(f'{name.name}-{i}') for i in range(2, 10**6))) if not p.exists())
+    return next(p for i in count(1) if not (p := name if i==1 else name.with_name(f'{name.name}-{i}')).exists())
 
 # %% ../nbs/10_finetune.ipynb #d4b87c61
 def make_parser(
@@ -269,7 +270,7 @@ def make_trainer(
     if trainer.pop_callback(ProgressCallback): trainer.add_callback(progress_bar())
     return trainer
 
-# %% ../nbs/10_finetune.ipynb #0dbb277a
+# %% ../nbs/10_finetune.ipynb #ffa9c63d
 def finetune(
     args:FinetuneArguments, # The three groups of arguments, from `parse`
     cfg, # An `ISTConfig` or None
@@ -282,9 +283,10 @@ def finetune(
     checkpoint = check_folder(folder, args)
     data = load_data(args.data, test=args.test_data, test_fraction=args.test_fraction, max_rows=args.max_rows, seed=sft.seed) if args.data else physics()
     print(f'Data: {data.report}')
-    trainer = make_trainer(args, cfg, sft, data)
+    with _no_empty_folders(folder):
+        trainer = make_trainer(args, cfg, sft, data)
+        check_space(folder, sum(p.numel() for p in trainer.model.parameters() if p.requires_grad))
     print(f'Model: {describe(trainer.model, args)}')
-    check_space(folder, sum(p.numel() for p in trainer.model.parameters() if p.requires_grad))
     if args.overwrite: clear_folder(folder)
     batches = trainer.get_eval_dataloader()
     before = held_out_loss(trainer.model, batches)
@@ -295,7 +297,17 @@ def finetune(
     after = held_out_loss(trainer.model, batches)
     return save_run(trainer, args, cfg, dict(loss_before=before, loss_after=after, seconds=seconds), data)
 
-# %% ../nbs/10_finetune.ipynb #c75e40d8
+# %% ../nbs/10_finetune.ipynb #7b64e20a
+@contextmanager
+def _no_empty_folders(folder):
+    "The Trainer makes its folder when it is made; if it is not to be, the folder goes"
+    new = [p for p in (folder, *folder.parents) if not p.exists()]
+    try: yield
+    except ISTError:
+        for p in new:
+            if p.is_dir() and not any(p.iterdir()): p.rmdir()
+        raise
+
 def describe(model, args) -> str:
     "The model in one line"
     trained,total = sum(p.numel() for p in model.parameters() if p.requires_grad),sum(p.numel() for p in model.parameters())

@@ -29,7 +29,7 @@ cases = [
     ('broken json', file('b.jsonl', '{"text": "a"}\n{"text": \n'), '--data b.jsonl', ['b.jsonl', 'line 2']),
     ('broken json list', file('b.json', '[{"text": "a"},\n{"text" "b"}]'), '--data b.json', ['b.json', 'line 2']),
     ('wrong columns', file('w.jsonl', '{"txt": "a"}\n{"txt": "b"}\n'), '--data w.jsonl', ['txt', 'text']),
-    ('mixed formats', mixed, '--data mix', ['a.jsonl', 'b.jsonl']),
+    ('mixed formats', mixed, '--data mix', ['b.jsonl, line 1', 'keep one format']),
     ('not text', file('n.jsonl', '{"text": "a"}\n{"text": 5}\n'), '--data n.jsonl', ['line 2', 'text']),
     ('no usable row', file('z.jsonl', '{"text": ""}\n{"text": ""}\n'), '--data z.jsonl', ['z.jsonl']),
     ('one usable row', file('o.jsonl', '{"text": "a"}\n'), '--data o.jsonl', ['at least 2']),
