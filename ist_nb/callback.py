@@ -10,7 +10,7 @@ from dataclasses import asdict
 from fastcore.basics import patch
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
-from .config import ISTConfig, ISTError
+from .config import ISTConfig, ISTError, layer_count
 from .ist import IST, model_loss
 from .layers import find_layers
 
@@ -27,7 +27,9 @@ class ISTCallback(TrainerCallback, ExportableState):
         self.probe,self.loss_fn,self.stack,self.ist,self.lost = probe,loss_fn,stack,None,[]
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
-        find_layers(model, self.stack).thaw()   # says what is wrong with the model; undoes a step that died half-way
+        layers = find_layers(model, self.stack)   # says what is wrong with the model
+        layers.thaw()                             # undoes a step that died half-way
+        for field in ('n_active', 'n_suppressed'): layer_count(getattr(self.config, field), len(layers), field)
 
     def on_step_begin(self, args, state, control, **kwargs): self.ist.begin_step()
     def on_step_end(self, args, state, control, **kwargs): self.ist.end_step()

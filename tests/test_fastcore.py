@@ -29,4 +29,4 @@ def test_fastcore2(tmp_path):
     env = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(tmp_path/'fc'), str(root)])}
     res = subprocess.run([sys.executable, '-c', smoke], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
     assert not res.returncode, res.stderr[-3000:]
-    assert 'usage' in res.stdout.lower() and '--output_dir' in res.stdout, res.stdout[-2000:]
+    assert '--output_dir' in res.stdout, res.stdout[-2000:]

@@ -4,7 +4,8 @@ from pathlib import Path
 from ist_nb.finetune import finetune,main,parse
 
 rows = [dict(prompt=f'What is {i}? ', completion=f'It is number {i}.') for i in range(40)]
-quick = '--max_steps 4 --score_interval 2 --score_batch_size 4 --per_device_train_batch_size 2 --max_length 32 --lora_r 2 --disable_tqdm true --logging_strategy no'.split()
+ist = '--score_interval 2 --score_batch_size 4'.split()
+quick = '--max_steps 4 --per_device_train_batch_size 2 --max_length 32 --lora_r 2 --disable_tqdm true --logging_strategy no'.split()
 
 def jsonl(path, rows): path.write_text(''.join(json.dumps(r)+'\n' for r in rows), encoding='utf-8'); return str(path)
 
@@ -86,7 +87,7 @@ def test_bad_input(here, capsys, prepare, line, parts):
 def test_no_space(here, capsys, monkeypatch):
     monkeypatch.setattr(shutil, 'disk_usage', lambda p: shutil._ntuple_diskusage(10**9, 10**9-10**6, 10**6))
     before = tree(here)
-    assert main(['--data', 'good.jsonl', *quick])==2
+    assert main(['--data', 'good.jsonl', *quick, *ist])==2
     assert '1 MiB free' in capsys.readouterr().err
     assert tree(here)==before
 
@@ -94,7 +95,7 @@ def test_disk_fills_up(here, capsys, monkeypatch):
     from trl import SFTTrainer
     def full(*args, **kwargs): raise OSError(errno.ENOSPC, 'No space left on device')
     monkeypatch.setattr(SFTTrainer, 'save_model', full)
-    assert main(['--data', 'good.jsonl', '--output_dir', 'out', *quick])==2
+    assert main(['--data', 'good.jsonl', '--output_dir', 'out', *quick, *ist])==2
     assert 'the disk is full' in capsys.readouterr().err
 
 def test_status_and_no_traceback(here):
@@ -108,7 +109,7 @@ def test_help_is_fast(here):
     assert r.returncode==0 and all(f'--{o} ' in r.stdout for o in ('model', 'data', 'n_active', 'explore', 'output_dir', 'help_all'))
 
 def run(line, folder):
-    assert main([*line.split(), '--output_dir', str(folder), *quick])==0
+    assert main([*quick, *([] if 'dense' in line else ist), *line.split(), '--output_dir', str(folder)])==0
     return json.loads((folder/'results.json').read_text())
 
 @pytest.mark.parametrize('line', ['--peft dora', '--method rst', '--method paper', '--method dense'])
