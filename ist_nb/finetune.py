@@ -343,8 +343,8 @@ def save_run(
     res = measured | dict(steps=trainer.state.global_step, peak_memory_bytes=peak_memory(), importance=state['importance'], times_active=state['times_active'],
                           probes_dropped=state['n_dropped'], score_seconds=ist.score_seconds if ist else 0., data=data.report,
                           config=dict(finetune=asdict(args), ist=asdict(cfg) if cfg else None, training=json.loads(sft.to_json_string())), versions=versions())
+    trainer.save_model()   # on every process: a sharded model is put together by all
     if not trainer.is_world_process_zero(): return res
-    trainer.save_model()
     if ist:
         write_json(folder/'ist_state.json', state)
         plot_importance(state, f'{args.model}, {args.method}: {ist.t} steps').savefig(folder/'importance.png', dpi=150)

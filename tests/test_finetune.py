@@ -108,6 +108,11 @@ def test_help_is_fast(here):
     assert time.perf_counter()-start < 3
     assert r.returncode==0 and all(f'--{o} ' in r.stdout for o in ('model', 'data', 'n_active', 'explore', 'output_dir', 'help_all'))
 
+def test_help_all(capsys):
+    assert main(['--help_all'])==0
+    out = capsys.readouterr().out
+    assert all(f'--{o} ' in out for o in ('model', 'explore', 'packing', 'weight_decay'))
+
 def run(line, folder):
     assert main([*quick, *([] if 'dense' in line else ist), *line.split(), '--output_dir', str(folder)])==0
     return json.loads((folder/'results.json').read_text())
