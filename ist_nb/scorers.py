@@ -21,7 +21,7 @@ def move_importance(
     rewards:Tensor, # Float [K], mean 0
     lr:float, # Step size $\eta$
 ) -> Tensor: # Float [N], a new tensor
-    "One importance update from centred `rewards` (paper, section on the importance updating loop)"
+    "One importance update from centred `rewards` (the paper's importance updating loop)"
     p = torch.sigmoid(-importance)                                # [N]
     gain = rewards.to(importance) @ suppressed.to(importance)     # [K] @ [K, N] -> [N]
     return importance - lr * gain * p*(1-p)
