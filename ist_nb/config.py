@@ -67,7 +67,7 @@ samplers = Registry('sampler', 'ist_nb.samplers')
 @dataclass
 class ISTConfig:
     "The settings of Importance-aware Sparse Tuning; every field is checked when the object is made"
-    n_active:int|float = 0.25 # Layers trained at each step: a fraction in (0, 1], or a count
+    n_active:int|float|dict = 0.25 # Layers trained at each step: a fraction in (0, 1], or a count; or a dictionary of these for the stacks of a model with several
     n_suppressed:int|float = 0.5 # Layers suppressed in each candidate: a fraction in (0, 1], or a count
     suppression_factor:float = 0.25 # What the response of a suppressed adapter is multiplied by, in [0, 1)
     n_candidates:int = 3 # Sets of layers tried at each importance update, at least 2
@@ -84,11 +84,12 @@ class ISTConfig:
 def _is_int(v): return isinstance(v, int) and not isinstance(v, bool)
 def _is_real(v): return (_is_int(v) or isinstance(v, float)) and isfinite(v)
 def _is_number_of_layers(v): return v>=1 if _is_int(v) else isinstance(v, float) and 0<v<=1
+def _is_budget(v): return all(isinstance(k, str) and _is_number_of_layers(o) for k,o in v.items()) and len(v)>0 if isinstance(v, dict) else _is_number_of_layers(v)
 
 # %% ../nbs/00_config.ipynb #32a1a5ba
 _layers = 'a fraction of the layers as a float in (0, 1], or a count as an int of at least 1'
 allowed = dict(
-    n_active=(_layers, _is_number_of_layers),
+    n_active=(_layers + ', or a dictionary of these by stack', _is_budget),
     n_suppressed=(_layers, _is_number_of_layers),
     suppression_factor=('a number in [0, 1): 0 switches the adapters off, 1 would change nothing', lambda v: _is_real(v) and 0<=v<1),
     n_candidates=('an int of at least 2: one candidate has nothing to be compared with', lambda v: _is_int(v) and v>=2),

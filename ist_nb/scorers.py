@@ -89,13 +89,14 @@ class Probe:
         batch, # What `loss_fn` takes
         loss_fn, # `loss_fn(model, batch)` -> scalar tensor
         factor:float, # Suppression factor $\beta$
-    ): self.model,self.layers,self.batch,self.loss_fn,self.factor = model,layers,batch,loss_fn,factor
+        form:str='response', # As in `suppress`
+    ): self.model,self.layers,self.batch,self.loss_fn,self.factor,self.form = model,layers,batch,loss_fn,factor,form
 
     def loss(self,
         which=(), # Positions of the layers to suppress
     ) -> float: # Loss of the batch
         "Loss of the batch with the layers `which` suppressed"
-        with suppress(self.layers, which, self.factor): return float(self.loss_fn(self.model, self.batch))
+        with suppress(self.layers, which, self.factor, self.form): return float(self.loss_fn(self.model, self.batch))
 
 # %% ../nbs/02_scorers.ipynb #a042498f
 def suppression_update(
@@ -118,5 +119,5 @@ def suppression_update(
 @scorers.register('suppression', 'Response suppression with standardised rewards: the paper\'s question, with an answer of useful size (default)')
 def suppression_scorer(importance, probe, config, generator): return suppression_update(importance, probe, config, generator, standardize)
 
-@scorers.register('paper', 'Response suppression with the released rewards exp(-loss), centred')
+@scorers.register('paper', 'Response suppression with the released rewards exp(-loss), centred', form='scaling')
 def paper_scorer(importance, probe, config, generator): return suppression_update(importance, probe, config, generator, centred_likelihood)
