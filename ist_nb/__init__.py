@@ -1,7 +1,7 @@
 "Importance-aware Sparse Tuning (IST). Names are imported when first used, so that `ist_finetune --help` need not wait for torch."
 __version__ = "0.1.0"
 
-_home = dict(IST='ist', ISTConfig='config', ISTError='config', ISTCallback='callback', find_layers='layers')
+_home = dict(IST='ist', ISTConfig='config', ISTError='config', ISTCallback='callback', find_layers='layers', BottleneckConfig='adapters')
 __all__ = list(_home)
 
 def __getattr__(name):

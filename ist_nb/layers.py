@@ -71,13 +71,16 @@ def trains(
 
 # %% ../nbs/00_layers.ipynb #17f76353
 @patch
-def freeze(self:Layer):
+def freeze(self:Layer,
+    made:dict|None=None, # Stand-ins for shared parameters that were made already, see below
+):
     "Take the layer out of this step: no gradients, and nothing for the optimizer to see"
     for p in self.params:
         if not p.requires_grad: continue
         p.requires_grad_(False)
         p.grad,p.frozen_by_ist = None,True
-    for held,key in self.shared: held[key] = stand_in(held[key])
+    made = {} if made is None else made
+    for held,key in self.shared: held[key] = stand_in(held[key], made)
     for o in self._switches(): o.__dict__.update({k:partial(self._then_freeze, o, k) for k in _thawing if hasattr(type(o), k)})
 
 @patch
@@ -111,16 +114,18 @@ def real(
 
 def stand_in(
     o, # A parameter, or a module of an adapter
+    made:dict, # Stand-ins by the id of what they stand for: layers that are frozen together use the same ones
 ): # One of the same kind
     "A frozen view of `o` on the same storage"
     if 'stands_for' in o.__dict__: return o
+    if id(o) in made: return made[id(o)]
     if isinstance(o, nn.Parameter): res = nn.Parameter(o.detach(), requires_grad=False)
     else:
         res = copy.copy(o)
         for held in ('_parameters', '_modules'):
-            res.__dict__[held] = {k:v if v is None else stand_in(v) for k,v in o.__dict__[held].items()}
+            res.__dict__[held] = {k:v if v is None else stand_in(v, made) for k,v in o.__dict__[held].items()}
     res.__dict__['stands_for'] = o
-    return res
+    return made.setdefault(id(o), res)
 
 # %% ../nbs/00_layers.ipynb #d91a3ae7
 @dataclass(repr=False)
@@ -155,8 +160,8 @@ def switch(self:Layers,
     active, # Positions of the layers to train, each in 0 .. `len(self)-1`
 ):
     "Train `active`, freeze the others"
-    active = set(map(int, active))
-    for i,o in enumerate(self.items): o.thaw() if i in active else o.freeze()
+    active,made = set(map(int, active)),{}
+    for i,o in enumerate(self.items): o.thaw() if i in active else o.freeze(made)
 
 # %% ../nbs/00_layers.ipynb #3594fb32
 def find_layers(
@@ -222,7 +227,7 @@ def check_method(
     if not method: raise ISTError(f"{type(model).__name__} has no PEFT adapters, and IST trains adapters only. "
                                   "Wrap it first: model = get_peft_model(model, LoraConfig(...)).")
     names = [n for n,p in model.named_parameters() if trains(p)]
-    raise ISTError(f"{method} keeps its parameters ({_some(names)}) outside of the model's blocks, the same ones for all layers, so there are no layers to choose from. "
+    raise ISTError(f"{method} keeps its parameters ({_some(names)}) outside of the model's blocks, as a whole and not layer by layer, so there are no layers to choose from. "
                    "Use a method that puts parameters into each block: LoRA, DoRA, OFT, IA3, LLaMA-Adapter, bottleneck adapters, ...")
 
 def choose_stacks(

@@ -77,7 +77,7 @@ def damp_response(
     def hook(module, args, kwargs, y):
         if getattr(module, 'disable_adapters', False) or list(getattr(module, 'active_adapters', [])) != active: return y
         return mix(base_output(module, *args, **kwargs), y, factor)
-    return module.register_forward_hook(hook, with_kwargs=True).remove
+    return module.register_forward_hook(hook, prepend=True, with_kwargs=True).remove   # first of all: ShadowPEFT takes its pairs of states apart in a hook of its own
 
 # %% ../nbs/01_suppression.ipynb #5721bc56
 def scales(
