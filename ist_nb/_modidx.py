@@ -204,6 +204,8 @@ d = { 'settings': { 'branch': 'main',
                                                                                'ist_nb/suppression.py'),
                                     'ist_nb.suppression.damp_response': ('suppression.html#damp_response', 'ist_nb/suppression.py'),
                                     'ist_nb.suppression.damp_scaling': ('suppression.html#damp_scaling', 'ist_nb/suppression.py'),
+                                    'ist_nb.suppression.is_record': ('suppression.html#is_record', 'ist_nb/suppression.py'),
                                     'ist_nb.suppression.mix': ('suppression.html#mix', 'ist_nb/suppression.py'),
                                     'ist_nb.suppression.scales': ('suppression.html#scales', 'ist_nb/suppression.py'),
-                                    'ist_nb.suppression.suppress': ('suppression.html#suppress', 'ist_nb/suppression.py')}}}
+                                    'ist_nb.suppression.suppress': ('suppression.html#suppress', 'ist_nb/suppression.py'),
+                                    'ist_nb.suppression.tensors': ('suppression.html#tensors', 'ist_nb/suppression.py')}}}

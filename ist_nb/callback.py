@@ -7,7 +7,7 @@ __all__ = ['ISTCallback', 'check_optimizer', 'trainer_loss']
 
 # %% ../nbs/05_callback.ipynb #9b6ae222
 from contextlib import contextmanager
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import asdict
 from fastcore.basics import patch
 from transformers import TrainerCallback
@@ -63,7 +63,7 @@ def trainer_loss(
 ): # `loss_fn(model, batch)` -> scalar tensor
     "The loss that `trainer` trains on, as a `loss_fn` for probes"
     def loss_fn(model, batch):
-        with _logs_kept(trainer): return trainer.compute_loss(model, batch)
+        with _logs_kept(trainer): return trainer.compute_loss(model, copy(batch))   # a copy: a Trainer may take the labels out
     return loss_fn
 
 @contextmanager

@@ -72,17 +72,19 @@ def quietly(
     model, # Any module
 ):
     "Evaluation mode without gradients; modes and random states are put back"
-    training = [m for m in model.modules() if m.training]
+    modes = [(m, m.training) for m in model.modules()]
     state = random.getstate(),np.random.get_state()
     cfg = getattr(model, 'config', None)
     use_cache = getattr(cfg, 'use_cache', None)
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     try:
         model.eval()
+        for m,_ in modes:
+            if hasattr(m, 'support_avx512bf16_for_cpu'): m.training = True   # bitsandbytes: in evaluation mode on a CPU it packs 4-bit weights anew, and rounds their scales
         if use_cache: cfg.use_cache = False
         with torch.random.fork_rng(devices), torch.no_grad(): yield
     finally:
-        for m in training: m.training = True
+        for m,training in modes: m.training = training
         if use_cache: cfg.use_cache = use_cache
         random.setstate(state[0]); np.random.set_state(state[1])
 
