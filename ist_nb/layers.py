@@ -29,7 +29,7 @@ def tuner_layers(
         if isinstance(module, adapted) and not any(name.startswith(o+'.') for o in found): found[name] = module
     return found
 
-# %% ../nbs/00_layers.ipynb #8716db45
+# %% ../nbs/00_layers.ipynb #fed35449
 def lists_over(
     model:nn.Module, # Any model
     name:str, # Full name of a module inside it
@@ -39,6 +39,7 @@ def lists_over(
     prefixes = ['.'.join(parts[:i]) for i in range(len(parts))]
     return [o for o in prefixes if isinstance(model.get_submodule(o), (nn.ModuleList, nn.Sequential))]
 
+# %% ../nbs/00_layers.ipynb #1485c962
 def place(
     name:str, # Full name of a module
     stacks:list, # Names of lists of blocks
@@ -58,6 +59,7 @@ class Layer:
     tuners:list # Its adapted modules, the outermost ones
     params:list # What it alone trains, all trainable outside a step
     shared:list # Where it reaches parameters that other blocks use as well: pairs of a dictionary and a key
+    def __post_init__(self): self.guards = self._make_guards()
     def __repr__(self):
         res = f'{self.name}: {len(self.tuners)} adapted modules, {sum(p.numel() for p in self.params):,} parameters'
         return res + (f', and shared ones in {len(self.shared)} places' if self.shared else '')
@@ -81,7 +83,7 @@ def freeze(self:Layer,
         p.grad,p.frozen_by_ist = None,True
     made = {} if made is None else made
     for held,key in self.shared: held[key] = stand_in(held[key], made)
-    for o in self._switches(): o.__dict__.update({k:partial(self._then_freeze, o, k) for k in _thawing if hasattr(type(o), k)})
+    for methods,guards in self.guards: methods.update(guards)
 
 @patch
 def thaw(self:Layer):
@@ -91,27 +93,31 @@ def thaw(self:Layer):
         p.requires_grad_(True)
         del p.frozen_by_ist
     for held,key in self.shared: held[key] = real(held[key])
-    for o in self._switches():
-        for k in _thawing: o.__dict__.pop(k, None)
+    for methods,guards in self.guards:
+        for k in guards: methods.pop(k, None)
 
 # %% ../nbs/00_layers.ipynb #9a8ff603
 _thawing = 'set_adapter','enable_adapters'   # the methods of adapted modules that turn `requires_grad` on
 
 @patch
-def _switches(self:Layer): return [o for t in self.tuners for o in t.modules() if isinstance(o, adapted)]
+def _make_guards(self:Layer):
+    "For each adapted module, inner ones too, its dictionary of attributes and the methods to put there while the layer is frozen"
+    inside = [o for t in self.tuners for o in t.modules() if isinstance(o, adapted)]
+    return [(o.__dict__, {k:partial(self._then_freeze, o, k) for k in _thawing if hasattr(type(o), k)}) for o in inside]
 
 @patch
 def _then_freeze(self:Layer, o, method, *args, **kwargs):
     getattr(type(o), method)(o, *args, **kwargs)
     self.freeze()
 
-# %% ../nbs/00_layers.ipynb #3cc5e696
+# %% ../nbs/00_layers.ipynb #c994db26
 def real(
     o, # A parameter or a module
 ): # The parameter or module itself
     "What `o` stands in for, if it is a stand-in"
     return o.__dict__.get('stands_for', o)
 
+# %% ../nbs/00_layers.ipynb #1fb4622a
 def stand_in(
     o, # A parameter, or a module of an adapter
     made:dict, # Stand-ins by the id of what they stand for: layers that are frozen together use the same ones
@@ -187,7 +193,7 @@ def find_layers(
     return Layers(stacks, items, sum(len(model.get_submodule(o)) for o in stacks), [names[p] for p,places in alone.items() if places=={None}],
                   [n for p,n in names.items() if len(where[p])>1])
 
-# %% ../nbs/00_layers.ipynb #17e598f5
+# %% ../nbs/00_layers.ipynb #bb4689d3
 def used_in(
     model:nn.Module, # The model
     stacks:list, # Names of the lists of blocks
@@ -203,6 +209,7 @@ def used_in(
         where.setdefault(real(module), set()).add(here)
     return where,names
 
+# %% ../nbs/00_layers.ipynb #521e7cc9
 def shared_in(
     module:nn.Module, # A block, or a module in it
     common:set, # Ids of the parameters and modules that are used in more than one place
@@ -215,7 +222,7 @@ def shared_in(
         elif any(id(real(p)) in common for p in m.parameters()): res.append((module._modules, k))
     return res
 
-# %% ../nbs/00_layers.ipynb #c2b1a66f
+# %% ../nbs/00_layers.ipynb #39c2fa10
 def check_method(
     model:nn.Module, # The model
     tuners:dict, # From `tuner_layers`
@@ -230,6 +237,7 @@ def check_method(
     raise ISTError(f"{method} keeps its parameters ({_some(names)}) outside of the model's blocks, as a whole and not layer by layer, so there are no layers to choose from. "
                    "Use a method that puts parameters into each block: LoRA, DoRA, OFT, IA3, LLaMA-Adapter, bottleneck adapters, ...")
 
+# %% ../nbs/00_layers.ipynb #9529ea2d
 def choose_stacks(
     model:nn.Module, # The model
     names:list, # Full names of its adapted modules
@@ -249,6 +257,7 @@ def choose_stacks(
     inner = list(dict.fromkeys(o for lists in over for o in lists))
     return sorted({find_stack(o, outer, inner) for o in wanted}, key=inner.index)
 
+# %% ../nbs/00_layers.ipynb #fd9eea9e
 def find_stack(
     wanted:str, # A name, or consecutive parts of it
     outer:list, # Names of the outermost lists
@@ -262,6 +271,7 @@ def find_stack(
     raise ISTError(f"stack={wanted!r} names {len(match)} of the stacks with adapters{suggest(wanted, short+outer) if not match else '.'} "
                    f"They are {', '.join(outer)}; give one of {', '.join(map(repr, short))}.")
 
+# %% ../nbs/00_layers.ipynb #79af1a8e
 def short_names(
     stacks:list, # Full names of lists of blocks
 ) -> dict: # From full to short

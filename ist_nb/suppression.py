@@ -17,7 +17,7 @@ from peft.tuners.shadow.layers import ShadowLayer
 from .config import ISTError
 from .layers import Layers, adapted
 
-# %% ../nbs/01_suppression.ipynb #04268f53
+# %% ../nbs/01_suppression.ipynb #854fd40c
 @contextmanager
 def adapters_off(
     module, # An adapted module
@@ -31,6 +31,7 @@ def adapters_off(
     finally:
         for o,(off,active) in zip(inside, kept): o._disable_adapters,o._active_adapter = off,active
 
+# %% ../nbs/01_suppression.ipynb #619a1ced
 @singledispatch
 def base_output(
     module, # An adapted module
@@ -51,21 +52,24 @@ def _(module, x, *args, **kwargs):
     carrier = type(x)(y[0] if isinstance(y, tuple) else y, x.shadow)
     return (carrier, *y[1:]) if isinstance(y, tuple) else carrier
 
-# %% ../nbs/01_suppression.ipynb #21403950
+# %% ../nbs/01_suppression.ipynb #84fcd890
 def is_record(
     y, # Anything
 ) -> bool:
     "Whether `y` is an object that holds tensors and nothing else, as ShadowPEFT's pair of states is"
-    return bool(getattr(y, '__dict__', None)) and not isinstance(y, torch.Tensor) and all(isinstance(o, torch.Tensor) for o in vars(y).values())
+    held = getattr(y, '__dict__', None)
+    return bool(held) and not isinstance(y, torch.Tensor) and all(isinstance(o, torch.Tensor) for o in held.values())
 
+# %% ../nbs/01_suppression.ipynb #1e909b1d
 def tensors(
     y, # A tensor, or tensors in tuples, lists, dictionaries and objects
 ) -> list: # Of tensors
     "All tensors in the output of a module"
     if isinstance(y, torch.Tensor): return [y]
-    parts = y.values() if isinstance(y, dict) else y if isinstance(y, (tuple, list)) else vars(y).values() if is_record(y) else ()
+    parts = y if isinstance(y, (tuple, list)) else y.values() if isinstance(y, dict) else vars(y).values() if is_record(y) else ()
     return [t for o in parts for t in tensors(o)]
 
+# %% ../nbs/01_suppression.ipynb #368a331f
 def mix(
     y_base, # A tensor, or tensors in tuples, lists, dictionaries and objects
     y, # The same with the adapter on
@@ -95,13 +99,14 @@ def damp_response(
         return mix(base_output(module, *args, **kwargs), y, factor)
     return module.register_forward_hook(hook, prepend=True, with_kwargs=True).remove   # first of all: ShadowPEFT takes its pairs of states apart in a hook of its own
 
-# %% ../nbs/01_suppression.ipynb #5721bc56
+# %% ../nbs/01_suppression.ipynb #2a2fd363
 def scales(
     module, # An adapted module
 ) -> bool:
     "Whether multiplying its scaling is the same as damping its response"
     return isinstance(module, LoraLayer) and not isinstance(module, (MultiheadAttention, ParamWrapper)) and not any(a in module.lora_variant for a in module.active_adapters)
 
+# %% ../nbs/01_suppression.ipynb #4d8f5030
 def damp_scaling(
     module, # A layer of LoRA
     factor:float, # $\beta$
