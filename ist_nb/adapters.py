@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BottleneckConfig', 'check_bottleneck', 'BottleneckLayer', 'widths', 'BottleneckModel', 'register']
 
-# %% ../nbs/06_adapters.ipynb #2ecbcf03
+# %% ../nbs/06_adapters.ipynb #ee012026
 import math,torch
 from aenum import extend_enum
 from dataclasses import dataclass, field
@@ -14,11 +14,12 @@ from torch import nn
 from transformers.activations import ACT2FN
 from typing import Any, Optional, Union   # names in the annotations that `BottleneckConfig` inherits
 from peft.config import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features
 from peft.utils import PeftType, TaskType, register_peft_method
 from .config import ISTError, suggest
 
-# %% ../nbs/06_adapters.ipynb #9a1a2b80
+# %% ../nbs/06_adapters.ipynb #ca33ff14
 @dataclass
 class BottleneckConfig(PeftConfig):
     "Settings of bottleneck adapters, for `get_peft_model`"
@@ -52,7 +53,7 @@ def check_bottleneck(
         if not ok: raise ISTError(f"{name}={getattr(config, name)!r} is not allowed. Give {words}.")
     if config.activation not in ACT2FN: raise ISTError(f"activation={config.activation!r} is unknown{suggest(config.activation, ACT2FN)} Allowed: {', '.join(ACT2FN)}.")
 
-# %% ../nbs/06_adapters.ipynb #568fc84e
+# %% ../nbs/06_adapters.ipynb #f3dabdf8
 class BottleneckLayer(nn.Module, BaseTunerLayer):
     "Any module of a model with bottleneck adapters on it"
     adapter_layer_names = 'bottleneck_down','bottleneck_up','bottleneck_scale'
@@ -71,7 +72,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters,self.merged_adapters,self._active_adapter = False,[],adapter_name
         self.update_layer(adapter_name, config)
 
-# %% ../nbs/06_adapters.ipynb #56193a87
+# %% ../nbs/06_adapters.ipynb #3bb33590
 def widths(
     module:nn.Module, # The module to adapt
     width:int|None, # Width of the hidden states
@@ -106,7 +107,7 @@ def _like_base(self:BottleneckLayer, adapter_name):
         held = getattr(self, k)
         if adapter_name in held: held[adapter_name] = held[adapter_name].to(p.device, p.dtype)
 
-# %% ../nbs/06_adapters.ipynb #f5a1e477
+# %% ../nbs/06_adapters.ipynb #6f77185f
 @patch
 def response(self:BottleneckLayer,
     name:str, # Of the adapter
@@ -131,7 +132,7 @@ def forward(self:BottleneckLayer, *args, **kwargs):
 def merge(self:BottleneckLayer, *args, **kwargs):
     raise NotImplementedError("Bottleneck adapters cannot be merged: they are not linear, so no weight of the model does what they do. Keep them, or call model.unload() to remove them.")
 
-# %% ../nbs/06_adapters.ipynb #2a0c10d9
+# %% ../nbs/06_adapters.ipynb #811c8929
 class BottleneckModel(BaseTuner):
     "A model with bottleneck adapters, made by `get_peft_model`"
     prefix = 'bottleneck_'
@@ -152,11 +153,11 @@ class BottleneckModel(BaseTuner):
         config = self.get_model_config(self.model)
         return next((config[k] for k in ('hidden_size', 'd_model', 'n_embd') if config.get(k)), None)
 
-# %% ../nbs/06_adapters.ipynb #ae8cab58
+# %% ../nbs/06_adapters.ipynb #bcb420e6
 def register():
-    "Add bottleneck adapters to PEFT's registry, once"
-    if 'BOTTLENECK' in PeftType.__members__: return
-    extend_enum(PeftType, 'BOTTLENECK', 'BOTTLENECK')
+    "Add bottleneck adapters to PEFT's registry; a second time (a cell that is run again) the new classes take the place of the old"
+    if 'BOTTLENECK' not in PeftType.__members__: extend_enum(PeftType, 'BOTTLENECK', 'BOTTLENECK')
+    for known in (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING): known.pop(PeftType.BOTTLENECK, None)
     register_peft_method(name='bottleneck', config_cls=BottleneckConfig, model_cls=BottleneckModel)
 
 register()
