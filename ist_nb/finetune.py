@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['recipe', 'recipe_pico', 'recipe_demo', 'assets', 'FinetuneArguments', 'number', 'ist_arguments', 'defaults_for',
            'fresh_folder', 'make_parser', 'read_config', 'parse', 'ist_config', 'help_page', 'load_model',
-           'adapter_config', 'check_folder', 'clear_folder', 'check_space', 'write_json', 'progress_bar',
-           'make_trainer', 'finetune', 'describe', 'peak_memory', 'versions', 'save_run', 'main']
+           'adapter_config', 'peft_options', 'check_folder', 'clear_folder', 'check_space', 'write_json',
+           'progress_bar', 'make_trainer', 'finetune', 'describe', 'peak_memory', 'versions', 'save_run', 'main']
 
 # %% ../nbs/10_finetune.ipynb #b4355096
 import errno,json,os,re,shutil,sys,time
@@ -27,11 +27,12 @@ class FinetuneArguments:
     test_fraction:float = 0.1 # The share that is held out when there is no test data
     max_rows:int|None = None # Use at most so many rows of the data
     method:str = field(default='ist', metadata=dict(choices=['ist', 'paper', 'rst', 'dense'])) # 'ist': by importance; 'paper': the released algorithm; 'rst': random layers; 'dense': all layers
-    peft:str = field(default='lora', metadata=dict(choices=['lora', 'dora'])) # The kind of adapter
-    lora_r:int = 32 # Rank of the adapter
+    peft:str = 'lora' # The kind of adapter: 'lora', 'dora', 'bottleneck', 'oft', 'ia3', or any other method of PEFT by its name
+    peft_options:str|None = None # Settings of that method as JSON, such as '{"oft_block_size": 16}'; every field of its configuration
+    lora_r:int = 32 # Rank of the adapter, for lora and dora
     lora_alpha:int = 64 # Its scaling is lora_alpha/lora_r
     lora_dropout:float = 0.05 # Dropout on the input of the adapter
-    lora_target_modules:list[str]|None = None # Linear layers to adapt, by the end of their names; by default all but the output head
+    lora_target_modules:list[str]|None = field(default=None, metadata=dict(aliases=['--target_modules'])) # Modules to adapt, by the end of their names; by default all linear layers but the output head, or what the method itself takes
     stack:str|None = None # Which stack of blocks, for models that have several
     overwrite:bool = False # Allow a run to replace what is in its folder
     resume:bool = False # Go on from the last checkpoint in the folder
@@ -143,6 +144,7 @@ _examples = '''Fine-tune a language model with Importance-aware Sparse Tuning (I
   ist_finetune --model MODEL --data FILE              your model (hub id or folder) on your data
   ist_finetune --data FILE --method dense             the same without IST, to compare with
   ist_finetune --config run.yaml --lora_r 8           settings from a file, some of them overruled
+  ist_finetune --peft oft --peft_options '{"oft_block_size": 16}'   another method of PEFT, with its own settings
   ist_finetune --output_dir FOLDER --resume           go on from the last checkpoint
 '''
 _training = dict(output_dir='Where everything goes; a new folder under runs/ by default', learning_rate='Of AdamW', num_train_epochs='Passes over the data',
@@ -184,14 +186,44 @@ def load_model(
 
 # %% ../nbs/10_finetune.ipynb #e3ff520b
 def adapter_config(
-    args:FinetuneArguments, # Rank, scaling, dropout, target modules, LoRA or DoRA
-): # A `peft.LoraConfig`
+    args:FinetuneArguments, # The kind of adapter and its settings
+): # A configuration of PEFT; raises `ISTError`
     "The adapter that the command line means"
     from peft import LoraConfig
     for name,ok,allowed in (('lora_r', args.lora_r>0, 'at least 1'), ('lora_alpha', args.lora_alpha>0, 'at least 1'), ('lora_dropout', 0<=args.lora_dropout<1, 'in [0, 1)')):
         if not ok: raise ISTError(f"--{name} {getattr(args, name)} is not allowed. Give a number {allowed}.")
-    return LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, use_dora=args.peft=='dora',
-                      target_modules=args.lora_target_modules or 'all-linear', task_type='CAUSAL_LM')
+    lora = args.peft in ('lora', 'dora')
+    cls = LoraConfig if lora else _method(args.peft)
+    given = dict(r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, use_dora=args.peft=='dora') if lora else {}
+    known = [f.name for f in fields(cls)]
+    every = 'all-linear' if lora or args.peft=='bottleneck' else None   # other methods have modules of their own for each kind of model
+    if 'target_modules' in known: given['target_modules'] = args.lora_target_modules or every
+    given |= peft_options(args, known)
+    try: return cls(task_type='CAUSAL_LM', **given)
+    except (ValueError, TypeError, ImportError) as e: raise ISTError(f"--peft {args.peft}: {' '.join(str(e).split())}") from e
+
+# %% ../nbs/10_finetune.ipynb #c95ebdab
+def _method(name):
+    "The configuration class of a method of PEFT"
+    import ist_nb.adapters   # bottleneck adapters
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as configs
+    names = ['lora', 'dora', *(str(o.value).lower() for o in configs if o!='LORA')]
+    if name not in names: raise ISTError(f"--peft {name!r} is unknown{suggest(name, names)} Allowed: {', '.join(names)}.")
+    return configs[name.upper()]
+
+def peft_options(
+    args:FinetuneArguments, # For `peft_options` and `peft`
+    known:list, # The fields of the method's configuration
+) -> dict: # By field; raises `ISTError`
+    "The settings of a method as the user wrote them"
+    given = args.peft_options or {}
+    if isinstance(given, str):
+        try: given = json.loads(given)
+        except json.JSONDecodeError as e: raise ISTError(f"--peft_options {args.peft_options!r} is not JSON ({e}). Write it as in '{{\"r\": 8}}'.") from e
+    if not isinstance(given, dict): raise ISTError(f"--peft_options {args.peft_options!r} is not a dictionary. Write it as in '{{\"r\": 8}}'.")
+    for k in given:
+        if k not in known: raise ISTError(f"--peft_options: {k!r} is not a setting of {args.peft}{suggest(k, known)} Its settings: {', '.join(known)}.")
+    return given
 
 # %% ../nbs/10_finetune.ipynb #7ba8c141
 def check_folder(
@@ -311,7 +343,7 @@ def _no_empty_folders(folder):
 def describe(model, args) -> str:
     "The model in one line"
     trained,total = sum(p.numel() for p in model.parameters() if p.requires_grad),sum(p.numel() for p in model.parameters())
-    return f'{args.model}, {total-trained:,} frozen parameters and {trained:,} in {dict(lora="LoRA", dora="DoRA")[args.peft]} adapters'
+    return f'{args.model}, {total-trained:,} frozen parameters and {trained:,} in {dict(lora="LoRA", dora="DoRA").get(args.peft, args.peft)} adapters'
 
 def peak_memory() -> int: # Bytes: of the GPU where there is one, else of this process
     "The most memory used so far"

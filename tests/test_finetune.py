@@ -45,6 +45,11 @@ cases = [
     ('no stack of blocks', nothing, '--data good.jsonl --lora_target_modules embed_tokens', ['nn.ModuleList', 'target_modules']),
     ('no such stack', nothing, '--data good.jsonl --stack decoder', ["stack='decoder'", 'model.layers']),
     ('no such module', nothing, '--data good.jsonl --lora_target_modules query', ['query']),
+    ('unknown method of PEFT', nothing, '--data good.jsonl --peft lorra', ["'lorra'", "did you mean 'lora'"]),
+    ('method without layers', nothing, '--data good.jsonl --peft prompt_tuning --peft_options {"num_virtual_tokens":4}', ['PROMPT_TUNING', "outside of the model's blocks", 'Use a method']),
+    ('unknown setting of a method', nothing, '--data good.jsonl --peft oft --peft_options {"block":4}', ["'block'", 'oft_block_size']),
+    ('settings that are not JSON', nothing, '--data good.jsonl --peft_options r=4', ["'r=4'", 'JSON']),
+    ('settings that a method refuses', nothing, '--data good.jsonl --peft bottleneck --peft_options {"form":"serial"}', ["form='serial'", "'parallel'"]),
     ('rank', nothing, '--data good.jsonl --lora_r 0', ['--lora_r 0', 'at least 1']),
     ('dropout', nothing, '--data good.jsonl --lora_dropout 1', ['--lora_dropout', '[0, 1)']),
     ('scorer', nothing, '--scorer supression', ["did you mean 'suppression'?", 'Allowed']),
@@ -117,7 +122,7 @@ def run(line, folder):
     assert main([*quick, *([] if 'dense' in line else ist), *line.split(), '--output_dir', str(folder)])==0
     return json.loads((folder/'results.json').read_text())
 
-@pytest.mark.parametrize('line', ['--peft dora', '--method rst', '--method paper', '--method dense'])
+@pytest.mark.parametrize('line', ['--peft dora', '--peft ia3', '--peft bottleneck --peft_options {"form":"parallel"}', '--method rst', '--method paper', '--method dense'])
 def test_methods(here, line):
     res = run('--data good.jsonl '+line, here/'out')
     n = {'--method dense':None}.get(line, 4*4)
