@@ -144,7 +144,7 @@ _examples = '''Fine-tune a language model with Importance-aware Sparse Tuning (I
   ist_finetune --model MODEL --data FILE              your model (hub id or folder) on your data
   ist_finetune --data FILE --method dense             the same without IST, to compare with
   ist_finetune --config run.yaml --lora_r 8           settings from a file, some of them overruled
-  ist_finetune --peft oft --peft_options '{"oft_block_size": 16}'   another method of PEFT, with its own settings
+  ist_finetune --peft oft                             another method of PEFT; --peft_options are its settings
   ist_finetune --output_dir FOLDER --resume           go on from the last checkpoint
 '''
 _training = dict(output_dir='Where everything goes; a new folder under runs/ by default', learning_rate='Of AdamW', num_train_epochs='Passes over the data',
