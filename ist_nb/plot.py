@@ -17,8 +17,9 @@ def layer_table(
     I,n = np.array(state['importance']),state['times_active']
     low,high = I.min(),max(I.max(), I.min()+1e-9)
     bars = ['█'*round(width*(o-low)/(high-low)) for o in I] if I.any() else ['']*len(I)
-    rows = [f'{i:5}  {t:7}  {o:10.2f}  {b}' for i,t,o,b in zip(state['layers'], n, I, bars)]
-    return '\n'.join([f"{'layer':>5}  {'trained':>7}  {'importance':>10}", *rows])
+    w = max(5, *(len(str(i)) for i in state['layers']))
+    rows = [f'{i:>{w}}  {t:7}  {o:10.2f}  {b}' for i,t,o,b in zip(state['layers'], n, I, bars)]
+    return '\n'.join([f"{'layer':>{w}}  {'trained':>7}  {'importance':>10}", *rows])
 
 # %% ../nbs/09_plot.ipynb #c6a1709a
 def plot_importance(
