@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BottleneckConfig', 'check_bottleneck', 'BottleneckLayer', 'widths', 'BottleneckModel', 'register']
 
-# %% ../nbs/06_adapters.ipynb #ee012026
+# %% ../nbs/06_adapters.ipynb #7c5cf33f
 import math,torch
 from aenum import extend_enum
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_feat
 from peft.utils import PeftType, TaskType, register_peft_method
 from .config import ISTError, suggest
 
-# %% ../nbs/06_adapters.ipynb #ca33ff14
+# %% ../nbs/06_adapters.ipynb #1cde68e8
 @dataclass
 class BottleneckConfig(PeftConfig):
     "Settings of bottleneck adapters, for `get_peft_model`"
@@ -41,6 +41,7 @@ class BottleneckConfig(PeftConfig):
             if isinstance(getattr(self, k), list): setattr(self, k, set(getattr(self, k)))
         check_bottleneck(self)
 
+# %% ../nbs/06_adapters.ipynb #5a00d676
 def check_bottleneck(
     config, # A `BottleneckConfig`
 ): # Raises `ISTError` naming the field, its value and what is allowed
@@ -53,7 +54,7 @@ def check_bottleneck(
         if not ok: raise ISTError(f"{name}={getattr(config, name)!r} is not allowed. Give {words}.")
     if config.activation not in ACT2FN: raise ISTError(f"activation={config.activation!r} is unknown{suggest(config.activation, ACT2FN)} Allowed: {', '.join(ACT2FN)}.")
 
-# %% ../nbs/06_adapters.ipynb #f3dabdf8
+# %% ../nbs/06_adapters.ipynb #17eb302c
 class BottleneckLayer(nn.Module, BaseTunerLayer):
     "Any module of a model with bottleneck adapters on it"
     adapter_layer_names = 'bottleneck_down','bottleneck_up','bottleneck_scale'
@@ -72,7 +73,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters,self.merged_adapters,self._active_adapter = False,[],adapter_name
         self.update_layer(adapter_name, config)
 
-# %% ../nbs/06_adapters.ipynb #3bb33590
+# %% ../nbs/06_adapters.ipynb #12e2c0b8
 def widths(
     module:nn.Module, # The module to adapt
     width:int|None, # Width of the hidden states
@@ -83,8 +84,13 @@ def widths(
     if width: return width,width
     raise ISTError(f"The widths of a {type(module).__name__} are not known: it is not linear, and the model's configuration has no hidden_size. Adapt linear layers instead (target_modules).")
 
+# %% ../nbs/06_adapters.ipynb #3ea21cf0
 @patch
-def update_layer(self:BottleneckLayer, adapter_name, config, **kwargs):
+def update_layer(self:BottleneckLayer,
+    adapter_name:str, # Its name
+    config:BottleneckConfig, # Its settings
+    **kwargs,
+):
     "Add an adapter"
     d_in,d_out = widths(self.get_base_layer(), self.width)
     self.bottleneck_config[adapter_name] = config
@@ -107,7 +113,7 @@ def _like_base(self:BottleneckLayer, adapter_name):
         held = getattr(self, k)
         if adapter_name in held: held[adapter_name] = held[adapter_name].to(p.device, p.dtype)
 
-# %% ../nbs/06_adapters.ipynb #6f77185f
+# %% ../nbs/06_adapters.ipynb #a2e9843d
 @patch
 def response(self:BottleneckLayer,
     name:str, # Of the adapter
@@ -118,8 +124,10 @@ def response(self:BottleneckLayer,
     s = self.bottleneck_scale[name] if config.scaling=='learned' else config.scaling
     return s*up(self.bottleneck_activation[name](down(self.bottleneck_dropout[name](z.to(down.weight.dtype)))))
 
+# %% ../nbs/06_adapters.ipynb #4047738e
 @patch
 def forward(self:BottleneckLayer, *args, **kwargs):
+    "What the module gives, with the responses of the active adapters added"
     out = self.base_layer(*args, **kwargs)
     names = [] if self.disable_adapters else [o for o in self.active_adapters if o in self.bottleneck_up]
     if not names: return out
@@ -128,11 +136,13 @@ def forward(self:BottleneckLayer, *args, **kwargs):
     y = h + sum(self.response(o, read(o)) for o in names).to(h.dtype)
     return (y, *out[1:]) if isinstance(out, tuple) else y
 
+# %% ../nbs/06_adapters.ipynb #f02ed133
 @patch
 def merge(self:BottleneckLayer, *args, **kwargs):
+    "Refused, as PEFT expects of a method that cannot be merged"
     raise NotImplementedError("Bottleneck adapters cannot be merged: they are not linear, so no weight of the model does what they do. Keep them, or call model.unload() to remove them.")
 
-# %% ../nbs/06_adapters.ipynb #811c8929
+# %% ../nbs/06_adapters.ipynb #0963a06c
 class BottleneckModel(BaseTuner):
     "A model with bottleneck adapters, made by `get_peft_model`"
     prefix = 'bottleneck_'
@@ -153,7 +163,7 @@ class BottleneckModel(BaseTuner):
         config = self.get_model_config(self.model)
         return next((config[k] for k in ('hidden_size', 'd_model', 'n_embd') if config.get(k)), None)
 
-# %% ../nbs/06_adapters.ipynb #bcb420e6
+# %% ../nbs/06_adapters.ipynb #1d5ec666
 def register():
     "Add bottleneck adapters to PEFT's registry; a second time (a cell that is run again) the new classes take the place of the old"
     if 'BOTTLENECK' not in PeftType.__members__: extend_enum(PeftType, 'BOTTLENECK', 'BOTTLENECK')

@@ -85,6 +85,7 @@ def freeze(self:Layer,
     for held,key in self.shared: held[key] = stand_in(held[key], made)
     for methods,guards in self.guards: methods.update(guards)
 
+# %% ../nbs/00_layers.ipynb #1ca15784
 @patch
 def thaw(self:Layer):
     "Undo `Layer.freeze`"
