@@ -52,7 +52,9 @@ def standardize(
     "Rewards from losses: centred, with a fixed `spread`; all 0 if the losses are equal (ours)"
     r = losses.mean()-losses
     scale = losses.abs().max()*torch.finfo(losses.dtype).eps*len(losses)   # differences below this are rounding
-    return r/r.std(correction=0)*spread if r.abs().max()>scale else torch.zeros_like(r)
+    if r.abs().max()<=scale: return torch.zeros_like(r)
+    r = r/r.abs().max()   # first, so that the squares of tiny differences do not vanish
+    return r/r.std(correction=0)*spread
 
 # %% ../nbs/02_scorers.ipynb #554c99de
 def sample_layers(
