@@ -51,10 +51,9 @@ def standardize(
 ) -> Tensor: # Float [K], mean 0
     "Rewards from losses: centred, with a fixed `spread`; all 0 if the losses are equal (ours)"
     r = losses.mean()-losses
-    scale = losses.abs().max()*torch.finfo(losses.dtype).eps*len(losses)   # differences below this are rounding
-    if r.abs().max()<=scale: return torch.zeros_like(r)
-    r = r/r.abs().max()   # first, so that the squares of tiny differences do not vanish
-    return r/r.std(correction=0)*spread
+    info = torch.finfo(losses.dtype)
+    least = max(losses.abs().max().item()*info.eps*len(losses), info.tiny**0.5)   # differences below this are rounding, or have no square
+    return r/r.std(correction=0)*spread if r.abs().max()>least else torch.zeros_like(r)
 
 # %% ../nbs/02_scorers.ipynb #554c99de
 def sample_layers(

@@ -1,5 +1,7 @@
 "What every test may count on: no network, no windows, one thread a worker"
 import os,pytest
+try: import setuptools   # before anything imports distutils: PEFT's BOFT looks for a compiler when it is made, and setuptools insists on having come first
+except ImportError: pass
 from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE='1', TOKENIZERS_PARALLELISM='false', MPLBACKEND='agg')
