@@ -78,7 +78,7 @@ def inclusion_bound(
 def inclusion_by_clocks(
     weights:Tensor, # Float [N], positive
     n:int, # Layers drawn, in 1 .. N
-    step:float=0.2, # Of the trapezoidal rule, in log time
+    step:float=0.1, # Of the trapezoidal rule, in log time
 ) -> Tensor: # Float64 [N], sums to `n`
     "Probability that each layer is among `n` drawn by `sample_layers`, for any N (ours; exponential clocks, nbs/theory/convergence.ipynb)"
     w = weights.double()/weights.double().max()                                       # [N]
