@@ -7,4 +7,6 @@ rows = {r['model']:r for r in json.loads((m.Path(m.__file__).parent/'results'/'m
 @pytest.mark.parametrize('name', m.models)
 def test_model(name): assert m.check(name)==rows[name], 'run benchmarks/models_matrix.py'
 
-def test_table_is_complete(): assert set(rows)==set(m.models)
+def test_table_is_complete():
+    assert set(rows)==set(m.models), 'run benchmarks/models_matrix.py'
+    assert f'[{len(rows)} architectures]' in (m.Path(m.__file__).parent.parent/'README.md').read_text()

@@ -1,5 +1,5 @@
 "Every method in PEFT's registry does what IST needs, or is refused; and the committed table says what is so"
-import json,pytest
+import json,peft,pytest
 import peft_matrix as m
 
 committed = json.loads((m.Path(m.__file__).parent/'results'/'peft_matrix.json').read_text())
@@ -16,7 +16,9 @@ def test_method(name):
     assert (r.get('merges') is None)==(want.get('merges') is None), 'merges: run benchmarks/peft_matrix.py'
 
 def test_table_is_complete():
-    assert set(rows)==set(names)|set(m.variants), 'run benchmarks/peft_matrix.py'
+    "With the PEFT that the table names; a newer one may have more methods, which `test_method` checks all the same"
+    now = set(names)|set(m.variants)
+    assert set(rows)==now or peft.__version__!=committed['versions']['peft'], 'run benchmarks/peft_matrix.py'
 
 def test_readme_counts():
     "The README says how many methods are supported"
