@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['adapted', 'tuner_layers', 'lists_over', 'place', 'Layer', 'trains', 'real', 'stand_in', 'Layers', 'find_layers',
-           'used_in', 'shared_in', 'check_method', 'choose_stacks', 'find_stack', 'short_names']
+           'walk', 'used_in', 'shared_in', 'check_method', 'choose_stacks', 'find_stack', 'short_names']
 
 # %% ../nbs/00_layers.ipynb #038cb267
 import copy, torch
@@ -195,13 +195,25 @@ def find_layers(
                   [n for p,n in names.items() if len(where[p])>1])
 
 # %% ../nbs/00_layers.ipynb #bb4689d3
+def walk(
+    module:nn.Module, # Any module
+    name:str='', # Its name
+    above:tuple=(), # The modules that it lies in
+): # Pairs of a full name and a module
+    "Every module below `module`, by every way there is to it"
+    if any(module is o for o in above): return
+    yield name,module
+    for k,m in module._modules.items():
+        if m is not None: yield from walk(m, f'{name}.{k}' if name else k, (*above, module))
+
+# %% ../nbs/00_layers.ipynb #a0bd920b
 def used_in(
     model:nn.Module, # The model
     stacks:list, # Names of the lists of blocks
 ) -> tuple[dict,dict]: # For each trainable parameter and each module the set of its places (None: outside of the stacks); the first name of each such parameter
     "Where everything is used"
     where,names = {},{}
-    for name,module in model.named_modules(remove_duplicate=False):
+    for name,module in walk(model):
         here = place(name, stacks)
         for k,p in module._parameters.items():
             if p is None or not trains(real(p)): continue
@@ -214,12 +226,13 @@ def used_in(
 def shared_in(
     module:nn.Module, # A block, or a module in it
     common:set, # Ids of the parameters and modules that are used in more than one place
+    above:tuple=(), # The modules that it lies in
 ) -> list: # Pairs of a dictionary and a key
     "Where `module` reaches trainable parameters that others use as well"
     res = [(module._parameters, k) for k,p in module._parameters.items() if p is not None and id(real(p)) in common]
     for k,m in module._modules.items():
-        if m is None: continue
-        if id(real(m)) not in common: res += shared_in(m, common)
+        if m is None or any(m is o for o in (*above, module)): continue
+        if id(real(m)) not in common: res += shared_in(m, common, (*above, module))
         elif any(id(real(p)) in common for p in m.parameters()): res.append((module._modules, k))
     return res
 
