@@ -18,7 +18,7 @@ llama = dict(vocab_size=V, hidden_size=D, intermediate_size=32, num_hidden_layer
 bert = dict(vocab_size=V, hidden_size=D, intermediate_size=32, num_hidden_layers=N, num_attention_heads=2, max_position_embeddings=32)
 vit = dict(hidden_size=D, intermediate_size=32, num_hidden_layers=N, num_attention_heads=2, image_size=16, patch_size=8, num_labels=2)
 
-# of each: kind, model class, settings, batch, LoRA's targets, and the stacks that are expected with their layers
+# of each: the class, the settings, a batch, and where they are not the rule LoRA's targets and the stacks to choose from
 def lm(**kwargs): return dict(auto='AutoModelForCausalLM', batch=text, config=llama | kwargs)
 models = {
     'llama': lm(), 'qwen2': lm(), 'qwen3': lm(), 'mistral': lm(), 'gemma2': lm(), 'gemma3_text': lm(), 'phi': lm(), 'phi3': lm(), 'olmo2': lm(), 'granite': lm(), 'stablelm': lm(),
@@ -83,7 +83,7 @@ def check(name):
             with model.disable_adapter(): base = model(**batch).loss
             assert torch.equal(model(**batch).loss, a) and abs(a-off)>1e-7, f'suppression: {a}, {off}'
             if not ist.layers.outside: assert abs(off-base)<1e-5*abs(base), f'{off} is not {base}'
-        return dict(model=name, cls=type(model.base_model.model).__name__, stacks=[o.removeprefix('base_model.model.') for o in ist.layers.stacks], layers=len(ist.layers), outside=ist.layers.outside and len(ist.layers.outside) or 0)
+        return dict(model=name, cls=type(model.base_model.model).__name__, stacks=[o.removeprefix('base_model.model.') for o in ist.layers.stacks], layers=len(ist.layers), outside=len(ist.layers.outside))
 
 def main():
     import platform

@@ -124,6 +124,7 @@ def budgets(
     "Which layers share a budget, and how large it is"
     if not isinstance(n_active, dict): return [(list(range(len(layers))), layer_count(n_active, len(layers)))]
     stacks = {find_stack(k, layers.stacks):k for k in n_active}
+    if len(stacks)<len(n_active): raise ISTError(f"n_active={n_active} names a stack twice: {', '.join(stacks)}. Give each stack one budget.")
     if left := [o for o in layers.stacks if o not in stacks]: raise ISTError(f"n_active={n_active} has no budget for {', '.join(left)}. Give one for each stack, or leave that stack out with stack={list(n_active)}.")
     of = {s:[i for i,o in enumerate(layers) if o.stack==s] for s in layers.stacks}
     return [(of[s], layer_count(n_active[stacks[s]], len(of[s]), f'n_active[{stacks[s]!r}]')) for s in layers.stacks]
