@@ -1,0 +1,191 @@
+"""What a training step costs, in the Trainer: LoRA on all layers, the released IST, RST and ours, with and without each lever
+of `ist_nb.speed`, importance loop included. `python benchmarks/speed.py` finds the GPU by itself; the variants take turns,
+several times, and every number is a median with its spread."""
+import gc,json,os,platform,statistics,sys,time
+from importlib.metadata import version
+from pathlib import Path
+import torch
+from fastcore.script import call_parse
+from peft import LoraConfig,get_peft_model
+from transformers import AutoModelForCausalLM,LlamaConfig,LlamaForCausalLM,Trainer,TrainerCallback,TrainingArguments,default_data_collator
+from transformers.trainer_callback import PrinterCallback,ProgressCallback
+from ist_nb import ISTCallback,ISTConfig,find_layers
+from ist_nb.finetune import assets
+from ist_nb.speed import blocks_of,fold,unfold,compile_blocks,fuse_loss,to_fp8,_liger
+
+gpu = torch.cuda.is_available()
+shapes = {   # vocabulary, width, width of the MLP, blocks, heads, key and value heads
+    '1b':(32000, 2048, 5632, 22, 32, 4), '7b':(32000, 4096, 11008, 32, 32, 32), '13b':(32000, 5120, 13824, 40, 40, 40)}
+where = ['q_proj','k_proj','v_proj','up_proj','down_proj']
+
+def make(shape):
+    "A model of the true shape with random weights, and LoRA with r=32 as in the released recipe"
+    torch.manual_seed(0)
+    if shape=='pico': model = AutoModelForCausalLM.from_pretrained(str(assets/'pico'), dtype=torch.float32)
+    else:
+        v,h,f,n,a,kv = shapes[shape]
+        cfg = LlamaConfig(vocab_size=v, hidden_size=h, intermediate_size=f, num_hidden_layers=n, num_attention_heads=a, num_key_value_heads=kv)
+        old = torch.get_default_dtype()
+        torch.set_default_dtype(torch.bfloat16 if gpu else torch.float32)
+        with torch.device('cuda' if gpu else 'cpu'): model = LlamaForCausalLM(cfg)
+        torch.set_default_dtype(old)
+    model.config.use_cache = False
+    model = get_peft_model(model.to('cuda' if gpu else 'cpu'), LoraConfig(r=32, lora_alpha=64, lora_dropout=0.05, target_modules=where, task_type='CAUSAL_LM'))
+    for name,p in model.named_parameters():
+        if 'lora_B' in name: torch.nn.init.normal_(p, std=0.01)
+    return model
+
+class Levers:
+    "Each lever of a model on or off: what the package only ever switches on is switched back here by putting the old parts back"
+    def __init__(self, model):
+        self.model,self.layers = model,find_layers(model)
+        self.blocks,self.base,self.compiled,self.swaps = blocks_of(model, self.layers),model.get_base_model(),None,None
+        self.forward = self.fused = None
+    def set(self, names):
+        unfold(self.model)
+        if 'fold' in names: fold(self.model)
+        if 'compile' in names and not self.compiled:
+            compile_blocks(self.model, self.layers)
+            self.compiled = [o._compiled_call_impl for o in self.blocks]
+        for i,o in enumerate(self.blocks): o._compiled_call_impl = self.compiled[i] if 'compile' in names else None
+        if 'loss' in names and not self.fused:
+            fuse_loss(self.model)
+            self.fused = self.base.__dict__['forward']
+        self.base.__dict__.pop('forward', None)
+        if 'loss' in names: self.base.__dict__['forward'] = self.fused
+        if 'fp8' in names and not self.swaps:
+            before = {n:m for n,m in self.model.named_modules() if type(m) is torch.nn.Linear}
+            to_fp8(self.model, self.layers)
+            self.swaps = [(n, before[n], m) for n,m in self.model.named_modules() if n in before and m is not before[n]]
+        for n,plain,fp8 in self.swaps or []:
+            parent,_,key = n.rpartition('.')
+            self.model.get_submodule(parent)._modules[key] = fp8 if 'fp8' in names else plain
+
+class Clock(TrainerCallback):
+    "Seconds from one step to the next, and the peak of memory above what is there when a step begins"
+    def __init__(self): self.times,self.peaks,self.base = [],[],0
+    def on_step_begin(self, *args, **kwargs):
+        if gpu:
+            torch.cuda.synchronize()
+            self.base = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+        self.times.append(time.perf_counter())
+    def on_step_end(self, *args, **kwargs):
+        if gpu: self.peaks.append(torch.cuda.max_memory_allocated()-self.base)
+
+class Depth(TrainerCallback):
+    def __init__(self, cb): self.cb,self.depths,self.counts = cb,[],[]
+    def on_step_end(self, *args, **kwargs):   # runs after ISTCallback's, which leaves `active` as it was
+        n,active = len(self.cb.ist.layers),self.cb.ist.active
+        self.depths.append((n-int(active[0]))/n)
+        self.counts.append(len(active))
+
+def run(lev, data, batch, steps, config, levers, checkpointing, seed, folder, warm=2):
+    lev.set(levers)
+    clock = Clock()
+    callbacks = [clock]
+    if config is not None:
+        cb = ISTCallback(ISTConfig(**(config | dict(seed=seed))))
+        callbacks += [cb, Depth(cb)]
+    args = TrainingArguments(folder, max_steps=steps+warm+1, per_device_train_batch_size=batch, learning_rate=1e-5, bf16=gpu, gradient_checkpointing=checkpointing, report_to='none',
+                             logging_steps=10, disable_tqdm=True, save_strategy='no', seed=seed, use_cpu=not gpu)
+    model = lev.model
+    trainer = Trainer(model, args, train_dataset=data, data_collator=default_data_collator, callbacks=callbacks)
+    for o in (PrinterCallback, ProgressCallback): trainer.pop_callback(o)
+    trainer.train()
+    if checkpointing: model.gradient_checkpointing_disable()
+    model.disable_input_require_grads() if hasattr(model, 'disable_input_require_grads') else None
+    for k in ('forward', '_original_forward'): model.__dict__.pop(k, None)   # accelerate's autocast around the model
+    t = clock.times
+    res = dict(seconds=(t[-1]-t[warm])/(len(t)-1-warm), peak=max(clock.peaks[warm:], default=None), depth=1., active=len(lev.layers), share=0.)
+    if config is not None:
+        d = callbacks[-1]
+        res |= dict(depth=statistics.mean(d.depths[warm:-1]), active=statistics.mean(d.counts[warm:-1]), share=cb.ist.score_seconds/(t[-1]-t[0]))
+    trainer.optimizer = trainer.lr_scheduler = None
+    del trainer
+    gc.collect()
+    if gpu: torch.cuda.empty_cache()
+    return res
+
+def rates(dtype, device, n):
+    "Rate of a large product, and of a large copy, both measured: FLOP/s, bytes/s"
+    a,b = torch.randn(n, n, device=device, dtype=dtype),torch.randn(n, n, device=device, dtype=dtype)
+    def clock(f, reps):
+        f(); f()
+        if gpu: torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(reps): f()
+        if gpu: torch.cuda.synchronize()
+        return (time.perf_counter()-start)/reps
+    flops = 2*n**3/clock(lambda: a@b, 20)
+    c = torch.empty_like(a)
+    return flops,2*a.numel()*a.element_size()/clock(lambda: c.copy_(a), 20)
+
+def floors(model, tokens, flops):
+    "Seconds for the products of a forward pass, and bytes that a block must keep for its backward pass, at the measured rate"
+    cfg = model.config
+    h,f,kv = cfg.hidden_size,cfg.intermediate_size,cfg.num_key_value_heads*(cfg.hidden_size//cfg.num_attention_heads)
+    per_block = 2*h*h+2*h*kv+3*h*f
+    return dict(forward_seconds=2*tokens*(per_block*cfg.num_hidden_layers+h*cfg.vocab_size)/flops,
+                block_bytes=tokens*(4*h+2*kv+2*f)*(2 if gpu else 4))   # input, q, k, v, attention output, middle, gate, up
+
+ours = dict(sampler='depth', score_interval=20, score_batch_size=4)
+variants = {   # name: settings of IST (None: all layers), levers, checkpointing
+    'LoRA':(None, '', False), 'LoRA, compile+loss':(None, 'compile loss', False),
+    'released IST':(dict(scorer='paper', explore=0., sampler='importance'), '', False), 'RST':(dict(sampler='uniform'), '', False),
+    'RST, compile+loss':(dict(sampler='uniform'), 'compile loss', False),
+    'ours':(ours, '', False), 'ours, fold':(ours, 'fold', False), 'ours, compile':(ours, 'compile', False), 'ours, fold+compile':(ours, 'fold compile', False),
+    'ours, fold+compile+loss':(ours, 'fold compile loss', False), 'ours, fold+compile+loss+fp8':(ours, 'fold compile loss fp8', False),
+    'LoRA, checkpointing':(None, '', True), 'ours, fold+compile+loss, checkpointing':(ours, 'fold compile loss', True),
+}
+
+def summary(values):
+    values = [v for v in values if v is not None]
+    return dict(median=statistics.median(values), min=min(values), max=max(values)) if values else None
+
+def bench(shape, batch, length, steps, reps, only, seconds):
+    start = time.perf_counter()
+    model = make(shape)
+    lev = Levers(model)
+    vocab = model.config.vocab_size
+    data = [dict(input_ids=o, labels=o) for o in torch.randint(5, vocab, (256, length), generator=torch.Generator().manual_seed(0)).tolist()]
+    dtype,n = (torch.bfloat16, 8192) if gpu else (torch.float32, 1024)
+    flops,copy = rates(dtype, 'cuda' if gpu else 'cpu', n)
+    chosen = [k for k in variants if (not only or k in only) and (gpu or 'fp8' not in k) and ('loss' not in variants[k][1] or _liger(model))]
+    runs,failed = {k:[] for k in chosen},{}
+    for rep in range(reps):
+        for k in chosen:
+            if k in failed or rep and time.perf_counter()-start>seconds: continue
+            config,levers,ckpt = variants[k]
+            try: runs[k].append(run(lev, data, batch, steps if rep else max(steps, 8), config, levers.split(), ckpt, rep, '/tmp/ist_speed', warm=2 if rep else 6))
+            except Exception as e: failed[k] = f'{type(e).__name__}: {e}'[:300]
+            print(f'[{time.perf_counter()-start:.0f} s]', shape, rep, k, failed.get(k) or {a:round(b, 4) for a,b in runs[k][-1].items() if b is not None}, flush=True)
+    res = {k:{f:summary([r[f] for r in v]) for f in ('seconds', 'peak', 'depth', 'active', 'share')} | dict(reps=len(v)) for k,v in runs.items() if v}
+    return dict(shape=shape, batch=batch, length=length, steps=steps, variants=res, failed=failed, matrix_flops=flops, copy_bytes=copy,
+                floors=floors(model, batch*length, flops), parameters=sum(p.numel() for p in model.parameters()))
+
+@call_parse
+def main(
+    shapes:str='7b', # Shapes separated by commas: 1b, 7b, 13b, pico
+    batch:int=16,    # Rows in a batch
+    length:int=256,  # Tokens in a row
+    steps:int=20,    # Steps in a run
+    reps:int=5,      # Runs of each variant
+    only:str='',     # Variants separated by semicolons; all if empty
+    seconds:float=1e9, # Start no further round after so many seconds
+    threads:int=2,   # On a CPU
+    out:Path=None,   # Where the numbers go
+):
+    if not gpu: torch.set_num_threads(threads)
+    only = [o.strip() for o in only.split(';') if o.strip()]
+    res = [bench(s, batch, length, steps, reps, only, seconds) for s in shapes.split(',')]
+    device = torch.cuda.get_device_name() if gpu else f'{platform.machine()} CPU, {threads} threads'
+    versions = {'python':platform.python_version()} | {o:version(o) for o in ('torch','transformers','peft','accelerate')}
+    out = out or Path(__file__).parent/'results'/f'speed_{"gpu" if gpu else "cpu"}.json'
+    out.write_text(json.dumps(dict(command=' '.join(['python benchmarks/speed.py', *sys.argv[1:]]), hardware=device, versions=versions, shapes=res), indent=1)+'\n')
+    for r in res:
+        base = r['variants'].get('LoRA')
+        for k,v in r['variants'].items():
+            ratio = v['seconds']['median']/base['seconds']['median'] if base else float('nan')
+            mem = f"{v['peak']['median']/2**30:6.2f} GiB" if v['peak'] else ''
+            print(f"{r['shape']:5} {k:42} {v['seconds']['median']:.4f} s ({v['seconds']['min']:.4f}-{v['seconds']['max']:.4f}) {ratio:5.2f}x {mem} depth {v['depth']['median']:.2f} probes {v['share']['median']:.1%}")
