@@ -6,7 +6,7 @@
 __all__ = ['reward_spread', 'memory', 'linear_in', 'move_importance', 'centred_likelihood', 'update_importance', 'standardize',
            'sample_layers', 'draw_candidates', 'Probe', 'suppression_update', 'suppression_scorer', 'paper_scorer',
            'frozen', 'follow', 'gate_scorer', 'linear_params', 'check_linear', 'products', 'Witness',
-           'first_order_scorer']
+           'first_order_scorer', 'fisher_scorer']
 
 # %% ../nbs/02_scorers.ipynb #95f6b0bf
 import torch,weakref
@@ -221,12 +221,13 @@ def products(
 class Witness:
     "What the training's own backward passes say about the layers that they train"
     patience = 20   # steps in a row without a sight of an optimizer; a loss scaler skips a few steps in a row at most
-    memory = 0.05   # weight of the newest step in a layer's running mean
+    memory = 0.05   # weight of the newest step in a layer's running mean and variance
     def __init__(self,
         layers:Layers, # From `find_layers`
     ): # Raises `ISTError` for adapters that are not linear in any parameter
         self.linear,N = [check_linear(o) for o in layers],len(layers)
-        self.mean,self.count = torch.zeros(N, dtype=torch.float64),torch.zeros(N, dtype=torch.long)   # [N] of the scores, and how many went in
+        self.mean,self.var = torch.zeros(2, N, dtype=torch.float64)   # [N] of the scores of each layer, over its steps
+        self.count = torch.zeros(N, dtype=torch.long)                 # [N] how many went in
         self.pending,self.now,self.missed,self.hook = [],[],0,None
 
     def begin(self,
@@ -264,7 +265,7 @@ def end(self:Witness,
 
 @patch
 def collect(self:Witness) -> bool: # Whether there was anything finite to take in
-    "Take the steps since the last time into the running means"
+    "Take the steps since the last time into the running means and variances"
     took,pending,self.pending = False,self.pending,[]
     for step in pending:
         s = torch.zeros_like(self.mean)                                      # [N]
@@ -272,7 +273,9 @@ def collect(self:Witness) -> bool: # Whether there was anything finite to take i
         seen = sorted({i for owners,_ in step for i in owners})
         if not s.isfinite().all(): continue
         self.count[seen] += 1
-        self.mean[seen] += (-s-self.mean)[seen]*(1/self.count[seen]).clamp_min(self.memory).double()
+        w,d = (1/self.count[seen].double()).clamp_min(self.memory),(-s-self.mean)[seen]
+        self.mean[seen] += w*d
+        self.var[seen] = (1-w)*(self.var[seen]+w*d**2)
         took = True
     return took
 
@@ -280,14 +283,15 @@ def collect(self:Witness) -> bool: # Whether there was anything finite to take i
 @patch
 def state_dict(self:Witness) -> dict: # Plain numbers and lists
     "What a resumed run needs"
-    return dict(mean=self.mean.tolist(), count=self.count.tolist(), missed=self.missed, pending=[[(list(o), torch.as_tensor(v).tolist()) for o,v in step] for step in self.pending])
+    return dict(mean=self.mean.tolist(), var=self.var.tolist(), count=self.count.tolist(), missed=self.missed, pending=[[(list(o), torch.as_tensor(v).tolist()) for o,v in step] for step in self.pending])
 
 @patch
 def load_state_dict(self:Witness,
     state:dict, # From `Witness.state_dict`
 ):
     "Go on where `state` was taken"
-    self.mean,self.count = torch.tensor(state['mean'], dtype=torch.float64),torch.tensor(state['count'])
+    self.mean,self.var = torch.tensor([state['mean'], state['var']], dtype=torch.float64)
+    self.count = torch.tensor(state['count'])
     self.missed,self.pending,self.now = state['missed'],[[(o, torch.tensor(v, dtype=torch.float64)) for o,v in step] for step in state['pending']],[]
 
 # %% ../nbs/02_scorers.ipynb #d4408bc2
@@ -296,3 +300,13 @@ def first_order_scorer(importance, witness, config, generator):
     took = witness.collect()
     record = dict(score=witness.mean.tolist(), seen=witness.count.tolist(), dropped=not took)
     return follow(importance, witness.mean, witness.count>0) if took else importance, record
+
+# %% ../nbs/02_scorers.ipynb #bea075dd
+@scorers.register('fisher', 'As first_order, with the variance of the gradient from step to step, a measure of curvature, added to its mean', observes='backward')
+def fisher_scorer(importance, witness, config, generator):
+    took,seen = witness.collect(),witness.count>0
+    record = dict(score=witness.mean.tolist(), var=witness.var.tolist(), seen=witness.count.tolist(), dropped=not took)
+    if not took: return importance,record
+    z = torch.zeros_like(witness.mean)                                                              # [N]
+    z[seen] = standardize(-witness.mean[seen], 1.)+standardize(-witness.var[seen], 1.)
+    return follow(importance, z, seen),record
