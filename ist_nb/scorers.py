@@ -215,6 +215,7 @@ def products(
     "$\\langle \\partial \\ell / \\partial \\theta, \\theta - \\theta_0 \\rangle$ for each parameter, without waiting for the device"
     parts = torch._foreach_mul([p.grad for p in params], [p-z if z else p for p,z in zip(params, neutral)])
     res = torch.stack([o.sum(dtype=torch.promote_types(o.dtype, torch.float32)).to(params[0].device) for o in parts])
+    if hasattr(res, 'full_tensor'): res = res.full_tensor()   # sharded (FSDP2): added up over the processes
     return res if scale is None else res/scale.to(res)
 
 # %% ../nbs/02_scorers.ipynb #373ca7c2

@@ -236,3 +236,37 @@ def test_registry_says_what_they_are():
     assert {'gate', 'first_order', 'fisher'} <= set(scorers.names())
     assert 'gate' in scorers.about['gate'] and 'no probe' in scorers.about['first_order']
     assert scorers['gate'].gradients and scorers['first_order'].observes=='backward' and not hasattr(scorers['suppression'], 'observes')
+
+# -- several processes
+def in_a_process(rank, port):
+    "One run in one process against the halves of its batches in two, replicated and sharded: the same importance, bit for bit the same in both"
+    import os,torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+    os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    dist.init_process_group('gloo', rank=rank, world_size=2)
+    def run(wrap, ids):
+        model = lora(dropout=0.)
+        ddp,ist = wrap(model),IST(model, ISTConfig(**cfg))
+        opt = torch.optim.AdamW(params(model), lr=0.01)
+        for _ in range(7):
+            with ist.step(): ddp(input_ids=ids, labels=ids).loss.backward(); opt.step(); opt.zero_grad()
+        assert len(ist.history)==2 and ist.importance.any()
+        return ist.importance
+    def sharded(model):
+        for o in model.base_model.model.model.layers: fully_shard(o)
+        return fully_shard(model)
+    ids = torch.randint(0, 64, (8, 8), generator=torch.Generator().manual_seed(0))
+    want = run(lambda m: m, ids)
+    for wrap in (lambda m: torch.nn.parallel.DistributedDataParallel(m, find_unused_parameters=True), sharded):
+        got = run(wrap, ids[4*rank:][:4])
+        assert torch.allclose(got, want, atol=1e-5), (got, want)
+        both = [torch.zeros_like(got) for _ in range(2)]
+        dist.all_gather(both, got)
+        assert torch.equal(*both)
+    dist.destroy_process_group()
+
+@pytest.mark.slow
+def test_first_order_on_two_processes():
+    import socket,torch.multiprocessing as mp
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+    mp.spawn(in_a_process, (port,), nprocs=2)
