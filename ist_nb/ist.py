@@ -258,7 +258,7 @@ def _probe(self:IST):
 
 @patch
 def _dropped(self:IST):
-    if not self.n_dropped: warnings.warn(f"IST: what was to be scored at step {self.t} was not finite; this importance update was dropped, and so "
+    if not self.n_dropped: warnings.warn(f"IST: what was to be scored at step {self.t} was missing or not finite; this importance update was dropped, and so "
                                          "will be others like it (counted in ist.n_dropped). If it happens often, look at the loss of the training.")
     self.n_dropped += 1
 

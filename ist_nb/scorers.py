@@ -308,6 +308,7 @@ def fisher_scorer(importance, witness, config, generator):
     took,seen = witness.collect(),witness.count>0
     record = dict(score=witness.mean.tolist(), var=witness.var.tolist(), seen=witness.count.tolist(), dropped=not took)
     if not took: return importance,record
-    z = torch.zeros_like(witness.mean)                                                              # [N]
-    z[seen] = standardize(-witness.mean[seen], 1.)+standardize(-witness.var[seen], 1.)
+    n,z,many = witness.count.clamp_max(int(1/witness.memory)),torch.zeros_like(witness.mean),witness.count>1   # [N]
+    z[seen] = standardize(-witness.mean[seen], 1.)
+    z[many] += standardize(-(witness.var*n/(n-1))[many], 1.)   # n-1: or a layer that was seen seldom would look flat
     return follow(importance, z, seen),record
