@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from torch.utils.data import DataLoader, IterableDataset
 from .config import ISTConfig, ISTError, layer_count, samplers, scorers
 from .layers import find_layers, find_stack
-from .scorers import Probe
+from .scorers import Probe, Witness
 from .speed import check_compiled, pull, shorten_backward
 from .suppression import suppress
 
@@ -71,8 +71,9 @@ def _from_stream(self:ProbeBatches, m):
 @contextmanager
 def quietly(
     model, # Any module
+    grad:bool=False, # Whether gradients are computed, for a probe that needs them
 ):
-    "Evaluation mode without gradients; modes and random states are put back"
+    "Evaluation mode, usually without gradients; modes and random states are put back"
     modes = [(m, m.training) for m in model.modules()]
     state = random.getstate(),np.random.get_state()
     cfg = getattr(model, 'config', None)
@@ -83,7 +84,7 @@ def quietly(
         for m,_ in modes:
             if hasattr(m, 'support_avx512bf16_for_cpu'): m.training = True   # bitsandbytes: in evaluation mode on a CPU it packs 4-bit weights anew, and rounds their scales
         if use_cache: cfg.use_cache = False
-        with torch.random.fork_rng(devices), torch.no_grad(): yield
+        with torch.random.fork_rng(devices), torch.set_grad_enabled(grad): yield
     finally:
         for m,training in modes: m.training = training
         if use_cache: cfg.use_cache = use_cache
@@ -136,7 +137,7 @@ class IST:
     def __init__(self,
         model, # A model with PEFT adapters, all of them trainable
         config:ISTConfig|None=None, # The dials; the default ones if not given
-        probe=None, # Training data for the importance loop: a `DataLoader`, or batches. Not needed by a sampler that looks at no importance
+        probe=None, # Training data for the importance loop: a `DataLoader`, or batches. Not needed by a sampler that looks at no importance, nor by a scorer that observes the training itself
         loss_fn=model_loss, # `loss_fn(model, batch)` -> scalar tensor
         stack:str|list|None=None, # Which stacks of blocks, where the model has several (see `find_layers`); those of `config.n_active` if it is a dictionary
     ): # Raises `ISTError`
@@ -150,6 +151,7 @@ class IST:
         self.budgets = budgets(self.config.n_active, self.layers)
         self.sampler,self.scorer = samplers[self.config.sampler],scorers[self.config.scorer]
         self.scores = getattr(self.sampler, 'needs_importance', True)
+        self.witness = None
         if self.scores: self._set_probe(probe)
         self.importance,self.active = torch.zeros(N),torch.arange(N)   # [N], [n]
         self.times_active = torch.zeros(N, dtype=torch.long)           # [N] steps that trained each layer
@@ -159,6 +161,9 @@ class IST:
 @patch
 def _set_probe(self:IST, probe):
     "Check that importance can be scored"
+    if getattr(self.scorer, 'observes', None)=='backward':
+        self.witness = Witness(self.layers)
+        return
     layer_count(self.config.n_suppressed, len(self.layers), 'n_suppressed')
     if probe is None: raise ISTError(f"sampler={self.config.sampler!r} needs importance, and importance needs data to probe with. "
                                      "Give probe=your training DataLoader, or use ISTConfig.rst(), which draws layers uniformly.")
@@ -174,6 +179,7 @@ def begin_step(self:IST):
     if self.scores and self.t>0 and self.t%self.config.score_interval==0: self.score()
     self.active = self.draw()
     self.layers.switch(self.active.tolist())
+    if self.witness: self.witness.begin(self.active.tolist())
     self.in_step = True
 
 @patch
@@ -183,9 +189,10 @@ def end_step(self:IST,
     "Make every layer trainable again"
     self.layers.thaw()
     self.in_step = False
-    if not count: return
-    self.times_active[self.active] += 1
-    self.t += 1
+    if count:
+        self.times_active[self.active] += 1
+        self.t += 1
+    if self.witness: self.witness.end(count)
 
 @patch
 @contextmanager
@@ -228,10 +235,7 @@ def _draw_from(self:IST, pos, n, g):
 def score(self:IST):
     "One importance update, now; `begin_step` calls it every `score_interval` steps"
     start = time.perf_counter()
-    with quietly(self.model):
-        batch = to_device(self.batches[self.t//self.config.score_interval-1], next(self.model.parameters()).device)
-        probe = Probe(self.model, self.layers, batch, self.loss_fn, self.config.suppression_factor, getattr(self.scorer, 'form', 'response'))
-        importance,record = self.scorer(self.importance, probe, self.config, self.rng('scores'))
+    importance,record = self.scorer(self.importance, self.witness, self.config, self.rng('scores')) if self.witness else self._probe()
     if importance.shape!=self.importance.shape or not importance.isfinite().all():
         raise ISTError(f"The scorer {self.config.scorer!r} returned {importance}; it must return {len(self.layers)} finite numbers.")
     self.importance = importance.detach().float()
@@ -240,8 +244,16 @@ def score(self:IST):
     self.score_seconds += time.perf_counter()-start
 
 @patch
+def _probe(self:IST):
+    "What the scorer makes of a probe"
+    with quietly(self.model, getattr(self.scorer, 'gradients', False)):
+        batch = to_device(self.batches[self.t//self.config.score_interval-1], next(self.model.parameters()).device)
+        probe = Probe(self.model, self.layers, batch, self.loss_fn, self.config.suppression_factor, getattr(self.scorer, 'form', 'response'))
+        return self.scorer(self.importance, probe, self.config, self.rng('scores'))
+
+@patch
 def _dropped(self:IST):
-    if not self.n_dropped: warnings.warn(f"IST: a probe at step {self.t} gave a loss that is not finite; this importance update was dropped, and so "
+    if not self.n_dropped: warnings.warn(f"IST: what was to be scored at step {self.t} was missing or not finite; this importance update was dropped, and so "
                                          "will be others like it (counted in ist.n_dropped). If it happens often, look at the loss of the training.")
     self.n_dropped += 1
 
@@ -257,7 +269,7 @@ def __repr__(self:IST):
 def state_dict(self:IST) -> dict: # Plain numbers, lists and strings only
     "What a resumed run needs to go on as if nothing had happened"
     return dict(version=1, t=self.t, importance=self.importance.tolist(), times_active=self.times_active.tolist(), n_dropped=self.n_dropped,
-                history=list(self.history), layers=[o.label for o in self.layers], config=asdict(self.config))
+                history=list(self.history), layers=[o.label for o in self.layers], config=asdict(self.config)) | (dict(witness=self.witness.state_dict()) if self.witness else {})
 
 @patch
 def load_state_dict(self:IST,
@@ -272,3 +284,4 @@ def load_state_dict(self:IST,
     if changed: warnings.warn('IST resumes with other settings: ' + ', '.join(f'{k} was {a!r}, now {b!r}' for k,(a,b) in changed.items()))
     self.t,self.n_dropped,self.history = state['t'],state['n_dropped'],list(state['history'])
     self.importance,self.times_active = torch.tensor(state['importance']),torch.tensor(state['times_active'])
+    if self.witness and 'witness' in state: self.witness.load_state_dict(state['witness'])

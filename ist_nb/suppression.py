@@ -73,11 +73,11 @@ def tensors(
 def mix(
     y_base, # A tensor, or tensors in tuples, lists, dictionaries and objects
     y, # The same with the adapter on
-    factor:float, # $\beta$ in [0, 1]
+    factor:float|torch.Tensor, # $\beta$ in [0, 1]; a scalar tensor where the loss is to be differentiated with respect to it
 ): # $y_\text{base} + \beta\,(y - y_\text{base})$, in the form of `y`
     "The damped output"
     if any(not t.is_floating_point() for t in tensors(y)): return y if factor>=0.5 else y_base
-    if isinstance(y, torch.Tensor): return torch.lerp(y_base.to(y.dtype), y, factor)
+    if isinstance(y, torch.Tensor): return torch.lerp(y_base.to(y.dtype), y, factor.to(y) if isinstance(factor, torch.Tensor) else factor)
     if isinstance(y, dict): return type(y)({k:mix(y_base[k], v, factor) for k,v in y.items()})
     if isinstance(y, (tuple, list)):
         parts = [mix(a, b, factor) for a,b in zip(y_base, y)]
@@ -90,7 +90,7 @@ def mix(
 # %% ../nbs/01_suppression.ipynb #90ee8d03
 def damp_response(
     module, # An adapted module
-    factor:float, # $\beta$
+    factor:float|torch.Tensor, # $\beta$
 ): # A function that undoes it
     "Suppress by the definition: run the module with and without its adapter"
     active = list(getattr(module, 'active_adapters', []))
@@ -109,7 +109,7 @@ def scales(
 # %% ../nbs/01_suppression.ipynb #4d8f5030
 def damp_scaling(
     module, # A layer of LoRA
-    factor:float, # $\beta$
+    factor:float|torch.Tensor, # $\beta$
 ): # A function that undoes it
     "Suppress by multiplying the scaling"
     kept = {a:module.scaling[a] for a in module.active_adapters if a in module.scaling}
@@ -121,7 +121,7 @@ def damp_scaling(
 def suppress(
     layers:Layers, # From `find_layers`
     which, # Positions of the layers to suppress, each in 0 .. `len(layers)-1`
-    factor:float, # The share of the response that is kept, $\beta$ in [0, 1]
+    factor:float|torch.Tensor, # The share of the response that is kept, $\beta$ in [0, 1]; a scalar tensor makes it a gate with a gradient
     form:str='response', # 'response': the definition; 'scaling': as released, for all of LoRA, so that DoRA keeps its magnitude
 ): # Raises `ISTError` for an adapter that is merged
     "Inside this context the adapters of the layers `which` respond with `factor` times their strength"
