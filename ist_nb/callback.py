@@ -42,7 +42,7 @@ def on_train_begin(self:ISTCallback, args, state, control, model=None, optimizer
     if self.lost: raise ISTError(f"restore_callback_states_from_checkpoint=True makes a new ISTCallback, which lacks your {' and '.join(self.lost)}. "
                                  "Leave that flag off: ISTCallback restores itself.")
     probe = train_dataloader if self.probe is None else self.probe
-    self.ist = IST(model, self.config, probe=probe, loss_fn=self.loss_fn, stack=self.stack)
+    self.ist = IST(model, self.config, probe=probe, loss_fn=self.loss_fn, stack=self.stack, optimizer=optimizer)
     check_optimizer(optimizer, self.ist.layers)
     if state.global_step: self._restore(state)
 

@@ -16,6 +16,7 @@ from fastcore.basics import patch
 from torch.utils.data import DataLoader, IterableDataset
 from .config import ISTConfig, ISTError, layer_count, samplers, scorers
 from .layers import find_layers, find_stack
+from .memory import ActivationBudget, OptimizerState
 from .scorers import Probe
 from .suppression import suppress
 
@@ -138,6 +139,7 @@ class IST:
         probe=None, # Training data for the importance loop: a `DataLoader`, or batches. Not needed by a sampler that looks at no importance
         loss_fn=model_loss, # `loss_fn(model, batch)` -> scalar tensor
         stack:str|list|None=None, # Which stacks of blocks, where the model has several (see `find_layers`); those of `config.n_active` if it is a dictionary
+        optimizer=None, # The optimizer, where `config.optimizer_state` is not 'keep'
     ): # Raises `ISTError`
         self.model,self.config,self.loss_fn = model,config or ISTConfig(),loss_fn
         check_compiled(model)
@@ -148,6 +150,7 @@ class IST:
         self.sampler,self.scorer = samplers[self.config.sampler],scorers[self.config.scorer]
         self.scores = getattr(self.sampler, 'needs_importance', True)
         if self.scores: self._set_probe(probe)
+        self._set_memory(optimizer)
         self.importance,self.active = torch.zeros(N),torch.arange(N)   # [N], [n]
         self.times_active = torch.zeros(N, dtype=torch.long)           # [N] steps that trained each layer
         self.t,self.in_step,self.n_dropped,self.score_seconds,self.history = 0,False,0,0.,[]
@@ -172,6 +175,15 @@ def check_compiled(
         raise ISTError(f"The model is compiled, and torch {torch.__version__} computes wrong gradients when layers of a compiled model are frozen and thawed. "
                        "Use torch 2.12 or newer, or do not compile.")
 
+# %% ../nbs/04_ist.ipynb #34cafeb6
+@patch
+def _set_memory(self:IST, optimizer):
+    "What `activation_budget` and `optimizer_state` ask for"
+    how,budget = self.config.optimizer_state,self.config.activation_budget
+    self.activations = None if budget is None else ActivationBudget(self.model, self.layers, budget)
+    if how!='keep' and optimizer is None: raise ISTError(f"optimizer_state={how!r} needs the optimizer. Give it: IST(..., optimizer=optimizer).")
+    self.moments = None if how=='keep' else OptimizerState(optimizer, self.layers, how)
+
 # %% ../nbs/04_ist.ipynb #cfd82087
 @patch
 def begin_step(self:IST):
@@ -179,6 +191,8 @@ def begin_step(self:IST):
     if self.in_step: raise ISTError("A step has begun and not ended. Call end_step() after the optimizer's step, or use `with ist.step():`.")
     if self.scores and self.t>0 and self.t%self.config.score_interval==0: self.score()
     self.active = self.draw()
+    if self.activations: self.activations.plan(self.active.tolist())
+    if self.moments: self.moments.begin(self.active.tolist())
     self.layers.switch(self.active.tolist())
     self.in_step = True
 
@@ -187,6 +201,7 @@ def end_step(self:IST,
     count:bool=True, # Whether the step took place
 ):
     "Make every layer trainable again"
+    if self.activations: self.activations.lift()
     self.layers.thaw()
     self.in_step = False
     if not count: return

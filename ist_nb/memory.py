@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['DeviceMeter', 'LiveBytes', 'memory_of', 'peak_of', 'fewest_checkpoints', 'ActivationBudget', 'one_device',
-           'free_memory', 'fits', 'as_if', 'fork_rng', 'size']
+           'free_memory', 'fits', 'as_if', 'fork_rng', 'size', 'to_host', 'to_home', 'innermost', 'OptimizerState']
 
-# %% ../nbs/06_memory.ipynb #40f1b096
+# %% ../nbs/06_memory.ipynb #6fdc7f3f
 import warnings,weakref
 import torch
+from collections import Counter
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from fastcore.basics import patch
@@ -21,7 +22,7 @@ from transformers.cache_utils import Cache
 from .config import ISTError, to_bytes
 from .layers import Layers, trains
 
-# %% ../nbs/06_memory.ipynb #2b975311
+# %% ../nbs/06_memory.ipynb #80e03cd5
 class DeviceMeter:
     "Bytes allocated on `device`, by its allocator"
     def __init__(self, device):
@@ -33,7 +34,7 @@ class DeviceMeter:
     def start(self, tensors): pass
     def stop(self): pass
 
-# %% ../nbs/06_memory.ipynb #51cf5660
+# %% ../nbs/06_memory.ipynb #8f79a678
 class LiveBytes(TorchDispatchMode):
     "Bytes of the tensors that were made since `start` and are still alive; what a compiled block keeps to itself is not seen"
     def __init__(self): super().__init__(); self.stop()
@@ -53,7 +54,7 @@ class LiveBytes(TorchDispatchMode):
         if getattr(self, 'on', False): self.__exit__(None, None, None)
         self.on,self.alive,self.bytes,self.most = False,{},0,0
 
-# %% ../nbs/06_memory.ipynb #6782d28b
+# %% ../nbs/06_memory.ipynb #fffea889
 def memory_of(t): return t.untyped_storage()
 
 @patch
@@ -75,7 +76,7 @@ def __torch_dispatch__(self:LiveBytes, func, types, args=(), kwargs=None):
         if isinstance(o, torch.Tensor) and memory_of(o)._cdata not in old: self.add(o)
     return res
 
-# %% ../nbs/06_memory.ipynb #1f5f942f
+# %% ../nbs/06_memory.ipynb #a995a844
 def peak_of(
     kept:list, # Bytes that each block keeps, lowest block first, $k_i$
     work:list, # Bytes at work in each block's backward, $w_i$
@@ -86,7 +87,7 @@ def peak_of(
     for k,w in zip(kept, work): peak,below = max(peak, below+w),below+k
     return max(peak, below+head)
 
-# %% ../nbs/06_memory.ipynb #98c45771
+# %% ../nbs/06_memory.ipynb #3e1fa3d8
 def fewest_checkpoints(
     store:list, # Bytes that each block keeps if it is stored, lowest block first, $s_i$
     save:list, # Bytes that it keeps if it is checkpointed, $c_i$
@@ -106,7 +107,7 @@ def fewest_checkpoints(
     fits = [n for n,(below,_) in best.items() if below+head<=budget]
     return best[min(fits)][1] if fits else None
 
-# %% ../nbs/06_memory.ipynb #30b01684
+# %% ../nbs/06_memory.ipynb #da4623ec
 class ActivationBudget:
     "Keeps the activations of each step within `budget` by computing some blocks twice"
     def __init__(self,
@@ -128,7 +129,7 @@ class ActivationBudget:
         self.head,self.rest,self.repeats,self.checked,self.was = 0,0,1,False,None
         self.checkpointed,self.expected = [],0
 
-# %% ../nbs/06_memory.ipynb #d18a2e4e
+# %% ../nbs/06_memory.ipynb #d79cea4f
 def one_device(
     blocks, # Modules
 ): # A `torch.device`; raises `ISTError`
@@ -147,7 +148,7 @@ def free_memory(
     lib = torch.get_device_module(device)
     return lib.mem_get_info(device)[0]+lib.memory_reserved(device)-lib.memory_allocated(device)   # torch holds some that it does not use
 
-# %% ../nbs/06_memory.ipynb #0bf16ff4
+# %% ../nbs/06_memory.ipynb #c9d19038
 @patch
 def _find_switches(self:ActivationBudget):
     "Where gradient checkpointing, compiled code and the cache are switched on"
@@ -165,7 +166,7 @@ def _check(self:ActivationBudget):
     if any(m._compiled_call_impl for m in self.around) or any(type(m).__name__=='OptimizedModule' for m in self.model.modules()):
         raise ISTError("activation_budget chooses between the calls of blocks, and a model that is compiled as a whole has none. Compile the blocks instead: for block in ...layers: block.compile().")
 
-# %% ../nbs/06_memory.ipynb #16768588
+# %% ../nbs/06_memory.ipynb #6e821e6b
 @patch
 def graph(self:ActivationBudget,
     active, # Positions of the layers that the step trains
@@ -199,7 +200,7 @@ def lift(self:ActivationBudget):
     self.meter.stop()
     self.was = None
 
-# %% ../nbs/06_memory.ipynb #d7f6150c
+# %% ../nbs/06_memory.ipynb #77db65c9
 @patch
 def _call(self:ActivationBudget, i, inner, *args, **kwargs):
     "Block `i` is called; `inner` is the block itself, or its compiled code"
@@ -211,15 +212,19 @@ def _call(self:ActivationBudget, i, inner, *args, **kwargs):
     if any(isinstance(o, Cache) for o in (*args, *kwargs.values())):
         raise ISTError("A block was given a key-value cache, which would be written twice if it is computed twice. Call the model with use_cache=False.")
     if not self._covers(i, shapes): self._measure(i, inner, args, kwargs, tensors, shapes)
-    if self.measuring and self.meter is not None and self._compiled(i): inner = self._unseen(inner)
+    if self.measuring and self._compiled(i): inner = self._unseen(inner)
     if not enters and not any(p.requires_grad for p in self.blocks[i][2].parameters()): return inner(*args, **kwargs)
     if not self.measuring and i in self.planned and i not in self.checkpointed: return inner(*args, **kwargs)
     out = checkpoint(inner, *args, use_reentrant=False, **kwargs)
     if self.measuring: self._watch(i, out)
     return out
 
-# %% ../nbs/06_memory.ipynb #4611f01e
-def fits(a, b): return len(a)==len(b) and all(len(s)==len(t) and all(x<=y for x,y in zip(s, t)) for s,t in zip(a, b))   # shapes a within shapes b
+# %% ../nbs/06_memory.ipynb #8cec2049
+def fits(
+    a, b, # Shapes of several tensors
+) -> bool:
+    "Whether each of `a` is within that of `b`"
+    return len(a)==len(b) and all(len(s)==len(t) and all(x<=y for x,y in zip(s, t)) for s,t in zip(a, b))
 
 @patch
 def _covers(self:ActivationBudget, i, shapes):
@@ -244,7 +249,7 @@ def as_if(
         layer.thaw() if was else layer.freeze()
         for p,g in zip(layer.params, grads): p.grad = g
 
-# %% ../nbs/06_memory.ipynb #f5e48eb1
+# %% ../nbs/06_memory.ipynb #f14e1885
 @patch
 def _measure(self:ActivationBudget, i, inner, args, kwargs, tensors, shapes):
     "What block `i` keeps, and has at work, in each state"
@@ -259,13 +264,13 @@ def _measure(self:ActivationBudget, i, inner, args, kwargs, tensors, shapes):
     self.entry[i] = max(self.entry.get(i, 0), memory_of(first).nbytes())
     self.seen[i].add(shapes)
 
-# %% ../nbs/06_memory.ipynb #73ba8394
+# %% ../nbs/06_memory.ipynb #538eb66d
 @patch
 def _weigh(self:ActivationBudget, i, inner, args, kwargs, first, passes):
     "Bytes kept and bytes at work for a call of block `i`, as if its input needed a gradient or not"
     meter,block = self.meter,self.blocks[i][2]
     if self._compiled(i):
-        if meter.__class__ is LiveBytes: inner = block._call_impl    # a compiler's first sight of a block must not be under a dispatch mode: it would give up on it
+        if isinstance(meter, LiveBytes): inner = block._call_impl    # a compiler's first sight of a block must not be under a dispatch mode: it would give up on it
         else: self._forward_backward(block, inner, args, kwargs, first, passes)   # compiles; may need memory of its own for that
     return self._forward_backward(block, inner, args, kwargs, first, passes)
 
@@ -289,7 +294,7 @@ def _forward_backward(self:ActivationBudget, block, inner, args, kwargs, first, 
 
 def fork_rng(device): return torch.random.fork_rng([]) if device.type=='cpu' else torch.random.fork_rng([device], device_type=device.type)
 
-# %% ../nbs/06_memory.ipynb #163b8031
+# %% ../nbs/06_memory.ipynb #98bb2aba
 @patch
 def _gradients(self:ActivationBudget): return sum(p.grad.nbytes for p in self.trained if p.grad is not None)
 
@@ -323,14 +328,14 @@ def _unseen(self:ActivationBudget, inner):
         return out
     return call
 
-# %% ../nbs/06_memory.ipynb #d8d06511
+# %% ../nbs/06_memory.ipynb #72db3741
 @patch
 def _model_of(self:ActivationBudget, where, active):
     "The arguments of `fewest_checkpoints` for a step that goes back through `where`"
     rested = sum(p.nbytes for i,o in enumerate(self.layers) if i not in set(active) for p in o.params)
     grads = sum(p.nbytes for p in self.trained)-rested
-    largest = lambda i, *state: tuple(map(max, *[v for k,v in self.cost.items() if k[0]==i or i not in self.entry], (0, 0)))   # one that was never called may be as large as any
-    costs = [self.cost.get(o) or largest(*o) for o in where]
+    unknown = tuple(map(max, zip(*self.cost.values())))                       # a block that was not called yet may be as large as any
+    costs = [self.cost.get(o, unknown) for o in where]
     saved = [self.entry.get(i, max(self.entry.values())) for i,*_ in where]
     return dict(store=[s for s,_ in costs], save=saved, work=[w+self.rest+grads for _,w in costs], head=self.head+grads)
 
@@ -341,7 +346,7 @@ def least(self:ActivationBudget,
     "The least budget that a step can keep which goes down to the bottom, with every block checkpointed"
     where = [max((k for k in self.cost if k[0]==i), key=lambda k: self.cost[k][1], default=(i, False, True)) for i in range(len(self.blocks))]
     model = self._model_of(where, active)
-    return peak_of(model['save'], model['work'], model['head'])
+    return peak_of(model['save'], [w+c for w,c in zip(model['work'], model['save'])], model['head'])   # measuring takes a copy of the input
 
 @patch
 def _choose(self:ActivationBudget, active):
@@ -368,3 +373,67 @@ def size(
     "Bytes in a unit that people read"
     unit = max((u for u in range(5) if n>=1024**u), default=0)
     return f"{n/1024**unit:.4g}{('B', 'KiB', 'MiB', 'GiB', 'TiB')[unit]}"
+
+# %% ../nbs/06_memory.ipynb #0be8e9b1
+def to_host(
+    t, # A tensor
+): # The same on the CPU; `t` itself if it is there already
+    "Put a tensor into the CPU's memory, pinned so that it is back quickly"
+    if t.device.type=='cpu': return t
+    return torch.empty_like(t, device='cpu', pin_memory=t.device.type=='cuda').copy_(t)
+
+def to_home(t, device): return t.to(device, non_blocking=True)
+
+def innermost(optimizer): # without what accelerate wraps around it
+    while hasattr(optimizer, 'optimizer'): optimizer = optimizer.optimizer
+    return optimizer
+
+# %% ../nbs/06_memory.ipynb #f664dfa6
+class OptimizerState:
+    "Forgets the optimizer's state of layers that a step does not train, or keeps it on the CPU"
+    def __init__(self,
+        optimizer, # A torch optimizer, perhaps wrapped by accelerate
+        layers:Layers, # From `find_layers`
+        how:str='offload', # Or 'reset'
+        away=to_host, # `away(tensor)` -> the tensor in its resting place
+        back=to_home, # `back(tensor, device)` -> the tensor for use
+    ): # Raises `ISTError`
+        self.optimizer,self.layers,self.how,self.away,self.back,self.resting = innermost(optimizer),layers,how,away,back,{}
+        known = {p for g in self.optimizer.param_groups for p in g['params']}
+        if any(p not in known for o in layers for p in o.params):
+            raise ISTError(f"optimizer_state={how!r} needs an optimizer that keeps its state by parameter, and {type(self.optimizer).__name__} does not hold all parameters of the adapters. "
+                           "Create it when all adapters are trainable; with an optimizer that shards or flattens them (DeepSpeed), use optimizer_state='keep'.")
+        if how=='offload' and getattr(self.optimizer, 'is_paged', False):
+            raise ISTError(f"optimizer_state='offload' moves what {type(self.optimizer).__name__} pages already. Use optimizer_state='keep', or the optimizer without paging.")
+
+# %% ../nbs/06_memory.ipynb #16dfb57d
+@patch
+def begin(self:OptimizerState,
+    active, # Positions of the layers that this step trains
+):
+    "Make room first, then bring back what this step needs"
+    active,state = set(active),self.optimizer.state
+    rest = [p for i,o in enumerate(self.layers) if i not in active for p in o.params]
+    if self.how=='reset':
+        for p in rest: state.pop(p, None)
+        return
+    users = Counter(v.data_ptr() for s in state.values() for v in s.values() if isinstance(v, torch.Tensor))
+    for p in rest:
+        for k,v in state.get(p, {}).items():
+            if isinstance(v, torch.Tensor) and v.dim() and users[v.data_ptr()]==1: self._lay_down(p, k, v)
+    for i in active:
+        for p in self.layers[i].params: self._bring_back(p)
+
+@patch
+def _lay_down(self:OptimizerState, p, k, v):
+    there = self.resting.setdefault(p, {})
+    if k in there and there[k][0] is v: return      # it rests already
+    moved = self.away(v)
+    if moved is v: return
+    self.optimizer.state[p][k],there[k] = moved,(moved, v.device)
+
+@patch
+def _bring_back(self:OptimizerState, p):
+    state = self.optimizer.state.get(p, {})
+    for k,(v,home) in self.resting.pop(p, {}).items():
+        if state.get(k) is v: state[k] = self.back(v, home)      # else a checkpoint was loaded meanwhile
