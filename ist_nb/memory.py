@@ -6,7 +6,7 @@
 __all__ = ['DeviceMeter', 'LiveBytes', 'memory_of', 'peak_of', 'fewest_checkpoints', 'ActivationBudget', 'one_device',
            'free_memory', 'fits', 'as_if', 'fork_rng', 'size', 'to_host', 'to_home', 'innermost', 'OptimizerState']
 
-# %% ../nbs/06_memory.ipynb #6fdc7f3f
+# %% ../nbs/06_memory.ipynb #1043067c
 import warnings,weakref
 import torch
 from collections import Counter
@@ -22,7 +22,7 @@ from transformers.cache_utils import Cache
 from .config import ISTError, to_bytes
 from .layers import Layers, trains
 
-# %% ../nbs/06_memory.ipynb #80e03cd5
+# %% ../nbs/06_memory.ipynb #62a29587
 class DeviceMeter:
     "Bytes allocated on `device`, by its allocator"
     def __init__(self, device):
@@ -31,10 +31,10 @@ class DeviceMeter:
     def now(self): return self.lib.memory_allocated(self.device)
     def peak(self): return self.lib.max_memory_allocated(self.device)
     def restart(self): self.lib.reset_peak_memory_stats(self.device)
-    def start(self, tensors): pass
+    def start(self, tensors): return False
     def stop(self): pass
 
-# %% ../nbs/06_memory.ipynb #8f79a678
+# %% ../nbs/06_memory.ipynb #ddb18df1
 class LiveBytes(TorchDispatchMode):
     "Bytes of the tensors that were made since `start` and are still alive; what a compiled block keeps to itself is not seen"
     def __init__(self): super().__init__(); self.stop()
@@ -44,17 +44,18 @@ class LiveBytes(TorchDispatchMode):
 
     def start(self,
         tensors=(), # Made before, but to be counted
-    ):
-        if self.on: return
+    ) -> bool: # Whether it was off
+        if self.on: return False
         for o in tensors: self.add(o)
         self.on = True
         self.__enter__()
+        return True
 
     def stop(self):
         if getattr(self, 'on', False): self.__exit__(None, None, None)
         self.on,self.alive,self.bytes,self.most = False,{},0,0
 
-# %% ../nbs/06_memory.ipynb #fffea889
+# %% ../nbs/06_memory.ipynb #310d40c0
 def memory_of(t): return t.untyped_storage()
 
 @patch
@@ -76,7 +77,7 @@ def __torch_dispatch__(self:LiveBytes, func, types, args=(), kwargs=None):
         if isinstance(o, torch.Tensor) and memory_of(o)._cdata not in old: self.add(o)
     return res
 
-# %% ../nbs/06_memory.ipynb #a995a844
+# %% ../nbs/06_memory.ipynb #2d527877
 def peak_of(
     kept:list, # Bytes that each block keeps, lowest block first, $k_i$
     work:list, # Bytes at work in each block's backward, $w_i$
@@ -87,7 +88,7 @@ def peak_of(
     for k,w in zip(kept, work): peak,below = max(peak, below+w),below+k
     return max(peak, below+head)
 
-# %% ../nbs/06_memory.ipynb #3e1fa3d8
+# %% ../nbs/06_memory.ipynb #de990c88
 def fewest_checkpoints(
     store:list, # Bytes that each block keeps if it is stored, lowest block first, $s_i$
     save:list, # Bytes that it keeps if it is checkpointed, $c_i$
@@ -107,7 +108,7 @@ def fewest_checkpoints(
     fits = [n for n,(below,_) in best.items() if below+head<=budget]
     return best[min(fits)][1] if fits else None
 
-# %% ../nbs/06_memory.ipynb #da4623ec
+# %% ../nbs/06_memory.ipynb #d7730a0b
 class ActivationBudget:
     "Keeps the activations of each step within `budget` by computing some blocks twice"
     def __init__(self,
@@ -129,7 +130,7 @@ class ActivationBudget:
         self.head,self.rest,self.repeats,self.checked,self.was = 0,0,1,False,None
         self.checkpointed,self.expected = [],0
 
-# %% ../nbs/06_memory.ipynb #d79cea4f
+# %% ../nbs/06_memory.ipynb #bf2bf5c7
 def one_device(
     blocks, # Modules
 ): # A `torch.device`; raises `ISTError`
@@ -148,7 +149,7 @@ def free_memory(
     lib = torch.get_device_module(device)
     return lib.mem_get_info(device)[0]+lib.memory_reserved(device)-lib.memory_allocated(device)   # torch holds some that it does not use
 
-# %% ../nbs/06_memory.ipynb #c9d19038
+# %% ../nbs/06_memory.ipynb #9a047e06
 @patch
 def _find_switches(self:ActivationBudget):
     "Where gradient checkpointing, compiled code and the cache are switched on"
@@ -166,7 +167,7 @@ def _check(self:ActivationBudget):
     if any(m._compiled_call_impl for m in self.around) or any(type(m).__name__=='OptimizedModule' for m in self.model.modules()):
         raise ISTError("activation_budget chooses between the calls of blocks, and a model that is compiled as a whole has none. Compile the blocks instead: for block in ...layers: block.compile().")
 
-# %% ../nbs/06_memory.ipynb #6e821e6b
+# %% ../nbs/06_memory.ipynb #adea3146
 @patch
 def graph(self:ActivationBudget,
     active, # Positions of the layers that the step trains
@@ -195,12 +196,14 @@ def plan(self:ActivationBudget,
 def lift(self:ActivationBudget):
     "End a step: leave the model as it was"
     if self.was is None: return
-    for b,impl in self.was[0]: b._compiled_call_impl = impl
+    for b,impl in self.was[0]:
+        if impl is None: del b._compiled_call_impl      # the class says None
+        else: b._compiled_call_impl = impl
     for c in self.was[1]: c.use_cache = True
     self.meter.stop()
     self.was = None
 
-# %% ../nbs/06_memory.ipynb #77db65c9
+# %% ../nbs/06_memory.ipynb #ae617137
 @patch
 def _call(self:ActivationBudget, i, inner, *args, **kwargs):
     "Block `i` is called; `inner` is the block itself, or its compiled code"
@@ -219,7 +222,7 @@ def _call(self:ActivationBudget, i, inner, *args, **kwargs):
     if self.measuring: self._watch(i, out)
     return out
 
-# %% ../nbs/06_memory.ipynb #8cec2049
+# %% ../nbs/06_memory.ipynb #1c71300c
 def fits(
     a, b, # Shapes of several tensors
 ) -> bool:
@@ -249,13 +252,12 @@ def as_if(
         layer.thaw() if was else layer.freeze()
         for p,g in zip(layer.params, grads): p.grad = g
 
-# %% ../nbs/06_memory.ipynb #f14e1885
+# %% ../nbs/06_memory.ipynb #ee47ab52
 @patch
 def _measure(self:ActivationBudget, i, inner, args, kwargs, tensors, shapes):
     "What block `i` keeps, and has at work, in each state"
     first = next(t for t in tensors if t.is_floating_point())
-    if not self.measuring: self.meter.start([*tensors, *(p.grad for p in self.trained if p.grad is not None)])
-    if self.device.type=='cpu' and not self.measuring: self.base,self.grads_before = 0,0   # the meter has just begun, and counts these
+    if self.meter.start([*tensors, *(p.grad for p in self.trained if p.grad is not None)]): self.base,self.grads_before = 0,0   # it counts from here
     self.measuring = True
     layer = self.layer_of.get(i)
     for active,passes in [(True, True), (True, False), (False, True)] if layer else [(False, True)]:
@@ -264,7 +266,7 @@ def _measure(self:ActivationBudget, i, inner, args, kwargs, tensors, shapes):
     self.entry[i] = max(self.entry.get(i, 0), memory_of(first).nbytes())
     self.seen[i].add(shapes)
 
-# %% ../nbs/06_memory.ipynb #538eb66d
+# %% ../nbs/06_memory.ipynb #8f992012
 @patch
 def _weigh(self:ActivationBudget, i, inner, args, kwargs, first, passes):
     "Bytes kept and bytes at work for a call of block `i`, as if its input needed a gradient or not"
@@ -294,7 +296,7 @@ def _forward_backward(self:ActivationBudget, block, inner, args, kwargs, first, 
 
 def fork_rng(device): return torch.random.fork_rng([]) if device.type=='cpu' else torch.random.fork_rng([device], device_type=device.type)
 
-# %% ../nbs/06_memory.ipynb #98bb2aba
+# %% ../nbs/06_memory.ipynb #d07b795c
 @patch
 def _gradients(self:ActivationBudget): return sum(p.grad.nbytes for p in self.trained if p.grad is not None)
 
@@ -328,7 +330,7 @@ def _unseen(self:ActivationBudget, inner):
         return out
     return call
 
-# %% ../nbs/06_memory.ipynb #72db3741
+# %% ../nbs/06_memory.ipynb #05146371
 @patch
 def _model_of(self:ActivationBudget, where, active):
     "The arguments of `fewest_checkpoints` for a step that goes back through `where`"
@@ -374,7 +376,7 @@ def size(
     unit = max((u for u in range(5) if n>=1024**u), default=0)
     return f"{n/1024**unit:.4g}{('B', 'KiB', 'MiB', 'GiB', 'TiB')[unit]}"
 
-# %% ../nbs/06_memory.ipynb #0be8e9b1
+# %% ../nbs/06_memory.ipynb #677e53bd
 def to_host(
     t, # A tensor
 ): # The same on the CPU; `t` itself if it is there already
@@ -388,7 +390,7 @@ def innermost(optimizer): # without what accelerate wraps around it
     while hasattr(optimizer, 'optimizer'): optimizer = optimizer.optimizer
     return optimizer
 
-# %% ../nbs/06_memory.ipynb #f664dfa6
+# %% ../nbs/06_memory.ipynb #07ee6b05
 class OptimizerState:
     "Forgets the optimizer's state of layers that a step does not train, or keeps it on the CPU"
     def __init__(self,
@@ -405,8 +407,10 @@ class OptimizerState:
                            "Create it when all adapters are trainable; with an optimizer that shards or flattens them (DeepSpeed), use optimizer_state='keep'.")
         if how=='offload' and getattr(self.optimizer, 'is_paged', False):
             raise ISTError(f"optimizer_state='offload' moves what {type(self.optimizer).__name__} pages already. Use optimizer_state='keep', or the optimizer without paging.")
+        if how=='offload' and away is to_host and all(p.device.type=='cpu' for o in layers for p in o.params):
+            warnings.warn("optimizer_state='offload' has no effect: the adapters are on the CPU, and so is the optimizer's state.")
 
-# %% ../nbs/06_memory.ipynb #16dfb57d
+# %% ../nbs/06_memory.ipynb #cd846546
 @patch
 def begin(self:OptimizerState,
     active, # Positions of the layers that this step trains
