@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from torch.utils.data import DataLoader, IterableDataset
 from .config import ISTConfig, ISTError, layer_count, samplers, scorers
 from .layers import find_layers, find_stack
-from .memory import ActivationBudget, OptimizerState
+from .memory import ActivationBudget, OptimizerState, lift_all
 from .scorers import Probe
 from .suppression import suppress
 
@@ -180,6 +180,7 @@ def check_compiled(
 def _set_memory(self:IST, optimizer):
     "What `activation_budget` and `optimizer_state` ask for"
     how,budget = self.config.optimizer_state,self.config.activation_budget
+    lift_all(self.model)   # as above: a step that died half-way
     self.activations = None if budget is None else ActivationBudget(self.model, self.layers, budget)
     if how!='keep' and optimizer is None: raise ISTError(f"optimizer_state={how!r} needs the optimizer. Give it: IST(..., optimizer=optimizer).")
     self.moments = None if how=='keep' else OptimizerState(optimizer, self.layers, how)

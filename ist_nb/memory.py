@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['DeviceMeter', 'LiveBytes', 'memory_of', 'peak_of', 'fewest_checkpoints', 'ActivationBudget', 'one_device',
-           'free_memory', 'fits', 'as_if', 'fork_rng', 'size', 'to_host', 'to_home', 'innermost', 'OptimizerState']
+           'free_memory', 'lift_all', 'fits', 'as_if', 'fork_rng', 'size', 'to_host', 'to_home', 'innermost',
+           'OptimizerState']
 
-# %% ../nbs/06_memory.ipynb #1043067c
+# %% ../nbs/06_memory.ipynb #7ac7d5aa
 import warnings,weakref
 import torch
 from collections import Counter
@@ -22,7 +23,7 @@ from transformers.cache_utils import Cache
 from .config import ISTError, to_bytes
 from .layers import Layers, trains
 
-# %% ../nbs/06_memory.ipynb #62a29587
+# %% ../nbs/06_memory.ipynb #f23d909d
 class DeviceMeter:
     "Bytes allocated on `device`, by its allocator"
     def __init__(self, device):
@@ -34,7 +35,7 @@ class DeviceMeter:
     def start(self, tensors): return False
     def stop(self): pass
 
-# %% ../nbs/06_memory.ipynb #ddb18df1
+# %% ../nbs/06_memory.ipynb #8d64ba0f
 class LiveBytes(TorchDispatchMode):
     "Bytes of the tensors that were made since `start` and are still alive; what a compiled block keeps to itself is not seen"
     def __init__(self): super().__init__(); self.stop()
@@ -55,7 +56,7 @@ class LiveBytes(TorchDispatchMode):
         if getattr(self, 'on', False): self.__exit__(None, None, None)
         self.on,self.alive,self.bytes,self.most = False,{},0,0
 
-# %% ../nbs/06_memory.ipynb #310d40c0
+# %% ../nbs/06_memory.ipynb #ef2402e0
 def memory_of(t): return t.untyped_storage()
 
 @patch
@@ -77,7 +78,7 @@ def __torch_dispatch__(self:LiveBytes, func, types, args=(), kwargs=None):
         if isinstance(o, torch.Tensor) and memory_of(o)._cdata not in old: self.add(o)
     return res
 
-# %% ../nbs/06_memory.ipynb #2d527877
+# %% ../nbs/06_memory.ipynb #0d7e7dcd
 def peak_of(
     kept:list, # Bytes that each block keeps, lowest block first, $k_i$
     work:list, # Bytes at work in each block's backward, $w_i$
@@ -88,7 +89,7 @@ def peak_of(
     for k,w in zip(kept, work): peak,below = max(peak, below+w),below+k
     return max(peak, below+head)
 
-# %% ../nbs/06_memory.ipynb #de990c88
+# %% ../nbs/06_memory.ipynb #89c215fe
 def fewest_checkpoints(
     store:list, # Bytes that each block keeps if it is stored, lowest block first, $s_i$
     save:list, # Bytes that it keeps if it is checkpointed, $c_i$
@@ -108,7 +109,7 @@ def fewest_checkpoints(
     fits = [n for n,(below,_) in best.items() if below+head<=budget]
     return best[min(fits)][1] if fits else None
 
-# %% ../nbs/06_memory.ipynb #d7730a0b
+# %% ../nbs/06_memory.ipynb #8836a19e
 class ActivationBudget:
     "Keeps the activations of each step within `budget` by computing some blocks twice"
     def __init__(self,
@@ -116,6 +117,7 @@ class ActivationBudget:
         layers:Layers, # From `find_layers`
         budget:str|float|int, # Such as '8GiB', a fraction in (0, 1) of the memory that is free now, or bytes
     ): # Raises `ISTError`
+        lift_all(model)
         self.model,self.layers = model,layers
         self.blocks = [(s, i, b) for s in layers.stacks for i,b in enumerate(model.get_submodule(s))]   # in the order of the model
         at = {(s, i):n for n,(s,i,_) in enumerate(self.blocks)}
@@ -127,10 +129,10 @@ class ActivationBudget:
         self._find_switches()
         self.trained = [p for p in model.parameters() if trains(p)]
         self.cost,self.entry,self.seen,self.lowest = {},{},{},len(self.blocks)
-        self.head,self.rest,self.repeats,self.checked,self.was = 0,0,1,False,None
+        self.head,self.rest,self.repeats,self.checked,self.told,self.was = 0,0,1,False,0,None
         self.checkpointed,self.expected = [],0
 
-# %% ../nbs/06_memory.ipynb #bf2bf5c7
+# %% ../nbs/06_memory.ipynb #041b75eb
 def one_device(
     blocks, # Modules
 ): # A `torch.device`; raises `ISTError`
@@ -149,12 +151,13 @@ def free_memory(
     lib = torch.get_device_module(device)
     return lib.mem_get_info(device)[0]+lib.memory_reserved(device)-lib.memory_allocated(device)   # torch holds some that it does not use
 
-# %% ../nbs/06_memory.ipynb #9a047e06
+# %% ../nbs/06_memory.ipynb #86a6075f
 @patch
 def _find_switches(self:ActivationBudget):
     "Where gradient checkpointing, compiled code and the cache are switched on"
     self.flags = [m for m in self.model.modules() if hasattr(m, 'gradient_checkpointing')]
     self.around = [m for n,m in self.model.named_modules() if any(n=='' or s==n or s.startswith(n+'.') for s in self.layers.stacks)]
+    if any(type(m).__name__=='OptimizedModule' for m in self.model.modules()): raise ISTError(_compiled_whole)
     configs = {id(m.config):m.config for m in self.model.modules() if hasattr(getattr(m, 'config', None), 'use_cache')}
     self.configs = list(configs.values())
 
@@ -164,10 +167,12 @@ def _check(self:ActivationBudget):
     if any(m.gradient_checkpointing for m in self.flags):
         raise ISTError("activation_budget and gradient checkpointing are both on. With gradient checkpointing every block is computed twice at every step, so there is nothing left to choose. "
                        "Switch it off (gradient_checkpointing=False in the training arguments; TRL has it on by default): the budget checkpoints what it must.")
-    if any(m._compiled_call_impl for m in self.around) or any(type(m).__name__=='OptimizedModule' for m in self.model.modules()):
-        raise ISTError("activation_budget chooses between the calls of blocks, and a model that is compiled as a whole has none. Compile the blocks instead: for block in ...layers: block.compile().")
+    if any(m._compiled_call_impl for m in self.around): raise ISTError(_compiled_whole)
 
-# %% ../nbs/06_memory.ipynb #adea3146
+_compiled_whole = ("activation_budget chooses between the calls of blocks, and compiled as a whole (torch.compile) there are none to be seen. "
+                   "Compile the blocks where they are: for block in ...layers: block.compile().")
+
+# %% ../nbs/06_memory.ipynb #a2a891c6
 @patch
 def graph(self:ActivationBudget,
     active, # Positions of the layers that the step trains
@@ -203,7 +208,15 @@ def lift(self:ActivationBudget):
     self.meter.stop()
     self.was = None
 
-# %% ../nbs/06_memory.ipynb #ae617137
+def lift_all(
+    model:nn.Module, # Any model
+):
+    "End the step of a budget that was never lifted, as in a run that died"
+    for m in model.modules():
+        owner = getattr(getattr(m._compiled_call_impl, 'func', None), '__self__', None)
+        if isinstance(owner, ActivationBudget): owner.lift()
+
+# %% ../nbs/06_memory.ipynb #e577652e
 @patch
 def _call(self:ActivationBudget, i, inner, *args, **kwargs):
     "Block `i` is called; `inner` is the block itself, or its compiled code"
@@ -222,7 +235,7 @@ def _call(self:ActivationBudget, i, inner, *args, **kwargs):
     if self.measuring: self._watch(i, out)
     return out
 
-# %% ../nbs/06_memory.ipynb #1c71300c
+# %% ../nbs/06_memory.ipynb #0b44a52e
 def fits(
     a, b, # Shapes of several tensors
 ) -> bool:
@@ -252,7 +265,7 @@ def as_if(
         layer.thaw() if was else layer.freeze()
         for p,g in zip(layer.params, grads): p.grad = g
 
-# %% ../nbs/06_memory.ipynb #ee47ab52
+# %% ../nbs/06_memory.ipynb #0bc41c91
 @patch
 def _measure(self:ActivationBudget, i, inner, args, kwargs, tensors, shapes):
     "What block `i` keeps, and has at work, in each state"
@@ -266,14 +279,16 @@ def _measure(self:ActivationBudget, i, inner, args, kwargs, tensors, shapes):
     self.entry[i] = max(self.entry.get(i, 0), memory_of(first).nbytes())
     self.seen[i].add(shapes)
 
-# %% ../nbs/06_memory.ipynb #8f992012
+# %% ../nbs/06_memory.ipynb #2ccdec33
 @patch
 def _weigh(self:ActivationBudget, i, inner, args, kwargs, first, passes):
     "Bytes kept and bytes at work for a call of block `i`, as if its input needed a gradient or not"
     meter,block = self.meter,self.blocks[i][2]
-    if self._compiled(i):
-        if isinstance(meter, LiveBytes): inner = block._call_impl    # a compiler's first sight of a block must not be under a dispatch mode: it would give up on it
-        else: self._forward_backward(block, inner, args, kwargs, first, passes)   # compiles; may need memory of its own for that
+    if isinstance(meter, LiveBytes): inner = block._call_impl    # not the compiled code: a compiler that first sees a block under a dispatch mode gives up on it
+    elif self._compiled(i) or not self.cost:                     # the first time something is compiled, or libraries take memory for good
+        before = meter.now()
+        self._forward_backward(block, inner, args, kwargs, first, passes)
+        self.base += meter.now()-before
     return self._forward_backward(block, inner, args, kwargs, first, passes)
 
 @patch
@@ -296,7 +311,7 @@ def _forward_backward(self:ActivationBudget, block, inner, args, kwargs, first, 
 
 def fork_rng(device): return torch.random.fork_rng([]) if device.type=='cpu' else torch.random.fork_rng([device], device_type=device.type)
 
-# %% ../nbs/06_memory.ipynb #d07b795c
+# %% ../nbs/06_memory.ipynb #0170b61f
 @patch
 def _gradients(self:ActivationBudget): return sum(p.grad.nbytes for p in self.trained if p.grad is not None)
 
@@ -330,7 +345,7 @@ def _unseen(self:ActivationBudget, inner):
         return out
     return call
 
-# %% ../nbs/06_memory.ipynb #05146371
+# %% ../nbs/06_memory.ipynb #754adb82
 @patch
 def _model_of(self:ActivationBudget, where, active):
     "The arguments of `fewest_checkpoints` for a step that goes back through `where`"
@@ -359,8 +374,8 @@ def _choose(self:ActivationBudget, active):
     self.checked = True
     which = fewest_checkpoints(**model, budget=self.budget)
     if which is None:
-        warnings.warn(self._too_small(least) + ' A batch larger than those before is the reason; the run goes on with every block checkpointed.')
-        which = range(len(where))
+        if least>self.told: warnings.warn(self._too_small(least) + ' A batch larger than those before is the reason; the run goes on with every block checkpointed.')
+        self.told,which = max(self.told, least),range(len(where))
     kept = [model['save'][k] if k in which else s for k,s in enumerate(model['store'])]
     return [where[k][0] for k in which],peak_of(kept, model['work'], model['head'])
 
@@ -376,7 +391,7 @@ def size(
     unit = max((u for u in range(5) if n>=1024**u), default=0)
     return f"{n/1024**unit:.4g}{('B', 'KiB', 'MiB', 'GiB', 'TiB')[unit]}"
 
-# %% ../nbs/06_memory.ipynb #677e53bd
+# %% ../nbs/06_memory.ipynb #eba0ae8e
 def to_host(
     t, # A tensor
 ): # The same on the CPU; `t` itself if it is there already
@@ -390,7 +405,7 @@ def innermost(optimizer): # without what accelerate wraps around it
     while hasattr(optimizer, 'optimizer'): optimizer = optimizer.optimizer
     return optimizer
 
-# %% ../nbs/06_memory.ipynb #07ee6b05
+# %% ../nbs/06_memory.ipynb #7bd88c63
 class OptimizerState:
     "Forgets the optimizer's state of layers that a step does not train, or keeps it on the CPU"
     def __init__(self,
@@ -410,7 +425,7 @@ class OptimizerState:
         if how=='offload' and away is to_host and all(p.device.type=='cpu' for o in layers for p in o.params):
             warnings.warn("optimizer_state='offload' has no effect: the adapters are on the CPU, and so is the optimizer's state.")
 
-# %% ../nbs/06_memory.ipynb #cd846546
+# %% ../nbs/06_memory.ipynb #79d73f03
 @patch
 def begin(self:OptimizerState,
     active, # Positions of the layers that this step trains

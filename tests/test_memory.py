@@ -135,7 +135,7 @@ def test_larger_batches_later():
     assert not got[1].which and got[7].which
     small = int(1.2*max(o.peak for o in steps(llama(4), int(0.6*most(free)), n=2, batches=batches, active=deep[:2])[0]))
     with pytest.warns(UserWarning, match='larger than those before') as said: got,_ = steps(llama(4), small, n=len(sizes), batches=batches, active=deep)
-    assert same(free, got) and len(got[7].which)==4 and 1<=len(said)<=4
+    assert same(free, got) and len(got[7].which)==4 and 1<=len(said)<=3
 
 def test_gradients_that_enter_below():
     "With `enable_input_require_grads` every block has a graph, whichever layers are active"
@@ -189,7 +189,7 @@ def test_refused():
     model.base_model.model.gradient_checkpointing_disable()
     limit.plan([1]); limit.lift()
     model.base_model.model.compile()
-    with pytest.raises(ISTError, match='Compile the blocks instead'): limit.plan([1])
+    with pytest.raises(ISTError, match='Compile the blocks where they are'): limit.plan([1])
     apart = own(); apart.base_model.model.blocks[0].to('meta')
     with pytest.raises(ISTError, match='one device'): ActivationBudget(apart, find_layers(apart), '1GiB')
 
@@ -265,3 +265,13 @@ def test_optimizer_state_resumes(how):
         model.load_state_dict(saved[0]); opt.load_state_dict(copy.deepcopy(saved[1])); ist.load_state_dict(saved[2])
         go(model, opt, ist, range(7, 14))
         assert all(torch.equal(v, want[k]) for k,v in model.state_dict().items())
+
+def test_a_step_that_died():
+    "The next IST on the same model, with a budget or without, finds it clean"
+    for dials in ({}, dict(activation_budget='2GiB')):
+        model = llama().train()
+        ist = IST(model, ISTConfig.rst(activation_budget='1GiB'))
+        ist.begin_step(); model(**batch()).loss.backward()
+        again = IST(model, ISTConfig.rst(**dials))
+        assert all(b._compiled_call_impl is None for *_,b in ist.activations.blocks) and not ist.activations.meter.on
+        with again.step(): model(**batch()).loss.backward()
