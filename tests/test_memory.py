@@ -275,3 +275,37 @@ def test_a_step_that_died():
         again = IST(model, ISTConfig.rst(**dials))
         assert all(b._compiled_call_impl is None for *_,b in ist.activations.blocks) and not ist.activations.meter.on
         with again.step(): model(**batch()).loss.backward()
+
+def test_the_least_budget_is_enough():
+    with pytest.raises(ISTError) as said: steps(llama(), 1000, n=2)
+    free,limit = steps(llama(), '1GiB', n=1)
+    least = limit.least(free[0].active)
+    assert f'needs {least/1024:.4g}KiB' in str(said.value)
+    active = [free[0].active, [0, 1], [0, 5], [1, 2]]
+    got,_ = steps(llama(), least, n=4, active=active)
+    assert all(o.peak<=least for o in got) and same(got, steps(llama(), n=4, active=active)[0])
+
+def _process(rank, budget, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group('gloo', rank=rank, world_size=2, init_method=f'file://{folder}/{budget}')
+    model = llama().train()
+    ddp = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+    ist = IST(model, ISTConfig.rst(n_active=2, activation_budget=budget))
+    opt,which = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01),[]
+    for t in range(6):
+        torch.manual_seed(t*2+rank)
+        with ist.step(): ddp(**batch(rows=4+rank, seed=2*t+rank)).loss.backward(); opt.step(); opt.zero_grad()
+        which.append(list(ist.activations.checkpointed) if budget else [])
+    torch.save(([p.detach() for p in model.parameters()], which), f'{folder}/{budget}-{rank}')
+    torch.distributed.destroy_process_group()
+
+@pytest.mark.slow
+def test_several_processes(tmp_path):
+    "Each keeps its own budget; the weights are those without one"
+    found = {}
+    for budget in (None, '800KiB'):
+        torch.multiprocessing.spawn(_process, (budget, str(tmp_path)), nprocs=2)
+        for rank in range(2): found[budget, rank] = torch.load(tmp_path/f'{budget}-{rank}')
+    want = found[None, 0][0]
+    assert all(all(map(torch.equal, want, w)) for w,_ in found.values())
+    assert found['800KiB', 0][1][1:]!=found['800KiB', 1][1][1:]       # the second has more rows
