@@ -309,3 +309,15 @@ def test_several_processes(tmp_path):
     want = found[None, 0][0]
     assert all(all(map(torch.equal, want, w)) for w,_ in found.values())
     assert found['800KiB', 0][1][1:]!=found['800KiB', 1][1][1:]       # the second has more rows
+
+def test_mixed_precision():
+    "Under autocast, as accelerate puts it around the forward"
+    def make():
+        m = llama(4)
+        m.forward = torch.autocast('cpu', dtype=torch.bfloat16)(m.forward)
+        return m
+    free,_ = steps(make(), n=5)
+    budget = int(0.5*most(free))
+    got,limit = steps(make(), budget, n=5)
+    assert same(free, got) and all(o.peak<=budget for o in got) and any(o.which for o in got[1:])
+    assert all(0.99*o.peak<=o.foreseen<=1.06*o.peak for o in got[1:])
