@@ -7,7 +7,7 @@ __all__ = ['DeviceMeter', 'LiveBytes', 'memory_of', 'peak_of', 'fewest_checkpoin
            'free_memory', 'lift_all', 'fits', 'as_if', 'fork_rng', 'size', 'to_host', 'to_home', 'innermost',
            'OptimizerState']
 
-# %% ../nbs/06_memory.ipynb #bb17317b
+# %% ../nbs/06_memory.ipynb #b63f798e
 import warnings,weakref
 import torch
 from collections import Counter
@@ -23,7 +23,7 @@ from transformers.cache_utils import Cache
 from .config import ISTError, to_bytes
 from .layers import Layers, trains
 
-# %% ../nbs/06_memory.ipynb #8f677f79
+# %% ../nbs/06_memory.ipynb #69c15597
 class DeviceMeter:
     "Bytes allocated on `device`, by its allocator"
     def __init__(self, device):
@@ -35,7 +35,7 @@ class DeviceMeter:
     def start(self, tensors): return False
     def stop(self): pass
 
-# %% ../nbs/06_memory.ipynb #fbaae086
+# %% ../nbs/06_memory.ipynb #a100ccc2
 class LiveBytes(TorchDispatchMode):
     "Bytes of the tensors that were made since `start` and are still alive; what a compiled block keeps to itself is not seen"
     def __init__(self): super().__init__(); self.stop()
@@ -56,7 +56,7 @@ class LiveBytes(TorchDispatchMode):
         if getattr(self, 'on', False): self.__exit__(None, None, None)
         self.on,self.alive,self.bytes,self.most = False,{},0,0
 
-# %% ../nbs/06_memory.ipynb #3e435e7c
+# %% ../nbs/06_memory.ipynb #e90c3695
 def memory_of(t): return t.untyped_storage()
 
 @patch
@@ -78,7 +78,7 @@ def __torch_dispatch__(self:LiveBytes, func, types, args=(), kwargs=None):
         if isinstance(o, torch.Tensor) and memory_of(o)._cdata not in old: self.add(o)
     return res
 
-# %% ../nbs/06_memory.ipynb #d7b0f5e7
+# %% ../nbs/06_memory.ipynb #618bff14
 def peak_of(
     kept:list, # Bytes that each block keeps, lowest block first, $k_i$
     work:list, # Bytes at work in each block's backward, $w_i$
@@ -89,7 +89,7 @@ def peak_of(
     for k,w in zip(kept, work): peak,below = max(peak, below+w),below+k
     return max(peak, below+head)
 
-# %% ../nbs/06_memory.ipynb #4455a736
+# %% ../nbs/06_memory.ipynb #ef883901
 def fewest_checkpoints(
     store:list, # Bytes that each block keeps if it is stored, lowest block first, $s_i$
     save:list, # Bytes that it keeps if it is checkpointed, $c_i$
@@ -109,7 +109,7 @@ def fewest_checkpoints(
     fits = [n for n,(below,_) in best.items() if below+head<=budget]
     return best[min(fits)][1] if fits else None
 
-# %% ../nbs/06_memory.ipynb #ee03ccf6
+# %% ../nbs/06_memory.ipynb #a98c5d44
 class ActivationBudget:
     "Keeps the activations of each step within `budget` by computing some blocks twice"
     def __init__(self,
@@ -132,7 +132,7 @@ class ActivationBudget:
         self.head,self.rest,self.repeats,self.checked,self.told,self.was = 0,0,1,False,0,None
         self.checkpointed,self.expected = [],0
 
-# %% ../nbs/06_memory.ipynb #42c9ed6f
+# %% ../nbs/06_memory.ipynb #09887e96
 def one_device(
     blocks, # Modules
 ): # A `torch.device`; raises `ISTError`
@@ -151,7 +151,7 @@ def free_memory(
     lib = torch.get_device_module(device)
     return lib.mem_get_info(device)[0]+lib.memory_reserved(device)-lib.memory_allocated(device)   # torch holds some that it does not use
 
-# %% ../nbs/06_memory.ipynb #f9920658
+# %% ../nbs/06_memory.ipynb #bc338943
 @patch
 def _find_switches(self:ActivationBudget):
     "Where gradient checkpointing, compiled code and the cache are switched on"
@@ -172,7 +172,7 @@ def _check(self:ActivationBudget):
 _compiled_whole = ("activation_budget chooses between the calls of blocks, and compiled as a whole (torch.compile) there are none to be seen. "
                    "Compile the blocks where they are: for block in ...layers: block.compile().")
 
-# %% ../nbs/06_memory.ipynb #9ffa3128
+# %% ../nbs/06_memory.ipynb #8aa8507e
 @patch
 def graph(self:ActivationBudget,
     active, # Positions of the layers that the step trains
@@ -216,7 +216,7 @@ def lift_all(
         owner = getattr(getattr(m._compiled_call_impl, 'func', None), '__self__', None)
         if isinstance(owner, ActivationBudget): owner.lift()
 
-# %% ../nbs/06_memory.ipynb #a4df63ab
+# %% ../nbs/06_memory.ipynb #f5b423da
 @patch
 def _call(self:ActivationBudget, i, inner, *args, **kwargs):
     "Block `i` is called; `inner` is the block itself, or its compiled code"
@@ -235,7 +235,7 @@ def _call(self:ActivationBudget, i, inner, *args, **kwargs):
     if self.measuring: self._watch(i, out)
     return out
 
-# %% ../nbs/06_memory.ipynb #e3ba0a60
+# %% ../nbs/06_memory.ipynb #f58bb0ad
 def fits(
     a, b, # Shapes of several tensors
 ) -> bool:
@@ -265,7 +265,7 @@ def as_if(
         layer.thaw() if was else layer.freeze()
         for p,g in zip(layer.params, grads): p.grad = g
 
-# %% ../nbs/06_memory.ipynb #5d66bf18
+# %% ../nbs/06_memory.ipynb #2ae301b8
 @patch
 def _measure(self:ActivationBudget, i, inner, args, kwargs, tensors, shapes):
     "What block `i` keeps, and has at work, in each state"
@@ -279,7 +279,7 @@ def _measure(self:ActivationBudget, i, inner, args, kwargs, tensors, shapes):
     self.entry[i] = max(self.entry.get(i, 0), memory_of(first).nbytes())
     self.seen[i].add(shapes)
 
-# %% ../nbs/06_memory.ipynb #26e9dcfa
+# %% ../nbs/06_memory.ipynb #c87cd322
 @patch
 def _weigh(self:ActivationBudget, i, inner, args, kwargs, first, passes):
     "Bytes kept and bytes at work for a call of block `i`, as if its input needed a gradient or not"
@@ -313,7 +313,7 @@ def _forward_backward(self:ActivationBudget, block, inner, args, kwargs, first, 
 
 def fork_rng(device): return torch.random.fork_rng([]) if device.type=='cpu' else torch.random.fork_rng([device], device_type=device.type)
 
-# %% ../nbs/06_memory.ipynb #635cc91e
+# %% ../nbs/06_memory.ipynb #efe9f154
 @patch
 def _gradients(self:ActivationBudget): return sum(p.grad.nbytes for p in self.trained if p.grad is not None)
 
@@ -347,7 +347,7 @@ def _unseen(self:ActivationBudget, inner):
         return out
     return call
 
-# %% ../nbs/06_memory.ipynb #062824bc
+# %% ../nbs/06_memory.ipynb #e03e0980
 @patch
 def _model_of(self:ActivationBudget, where, active):
     "The arguments of `fewest_checkpoints` for a step that goes back through `where`"
@@ -393,7 +393,7 @@ def size(
     unit = max((u for u in range(5) if n>=1024**u), default=0)
     return f"{n/1024**unit:.4g}{('B', 'KiB', 'MiB', 'GiB', 'TiB')[unit]}"
 
-# %% ../nbs/06_memory.ipynb #29319cf9
+# %% ../nbs/06_memory.ipynb #5de17596
 def to_host(
     t, # A tensor
 ): # The same on the CPU; `t` itself if it is there already
@@ -407,7 +407,7 @@ def innermost(optimizer): # without what accelerate wraps around it
     while hasattr(optimizer, 'optimizer'): optimizer = optimizer.optimizer
     return optimizer
 
-# %% ../nbs/06_memory.ipynb #df5ab7ce
+# %% ../nbs/06_memory.ipynb #2cc2c7cf
 class OptimizerState:
     "Forgets the optimizer's state of layers that a step does not train, or keeps it on the CPU"
     def __init__(self,
@@ -427,7 +427,7 @@ class OptimizerState:
         if how=='offload' and away is to_host and all(p.device.type=='cpu' for o in layers for p in o.params):
             warnings.warn("optimizer_state='offload' has no effect: the adapters are on the CPU, and so is the optimizer's state.")
 
-# %% ../nbs/06_memory.ipynb #2cb58f6d
+# %% ../nbs/06_memory.ipynb #dd64d188
 @patch
 def begin(self:OptimizerState,
     active, # Positions of the layers that this step trains
