@@ -16,6 +16,7 @@ from fastcore.basics import patch
 from torch.utils.data import DataLoader, IterableDataset
 from .config import ISTConfig, ISTError, layer_count, samplers, scorers
 from .layers import find_layers, find_stack
+from .memory import ActivationBudget, OptimizerState, lift_all
 from .scorers import Probe, Witness
 from .speed import check_compiled, pull, shorten_backward
 from .suppression import suppress
@@ -140,11 +141,13 @@ class IST:
         probe=None, # Training data for the importance loop: a `DataLoader`, or batches. Not needed by a sampler that looks at no importance, nor by a scorer that observes the training itself
         loss_fn=model_loss, # `loss_fn(model, batch)` -> scalar tensor
         stack:str|list|None=None, # Which stacks of blocks, where the model has several (see `find_layers`); those of `config.n_active` if it is a dictionary
+        optimizer=None, # The optimizer, where `config.optimizer_state` is not 'keep'
     ): # Raises `ISTError`
         self.model,self.config,self.loss_fn = model,config or ISTConfig(),loss_fn
+        lift_all(model)      # a step that died half-way may have left its switches,
         check_compiled(model)
         self.layers = layers_of(model, self.config, stack)
-        self.layers.thaw()   # a step that died half-way may have left some frozen
+        self.layers.thaw()   # and some layers frozen
         shorten_backward(model)
         if self.config.fast: pull(model, self.layers, self.config.fast)
         N = len(self.layers)
@@ -153,6 +156,7 @@ class IST:
         self.scores = getattr(self.sampler, 'needs_importance', True)
         self.witness = None
         if self.scores: self._set_probe(probe)
+        self._set_memory(optimizer)
         self.importance,self.active = torch.zeros(N),torch.arange(N)   # [N], [n]
         self.times_active = torch.zeros(N, dtype=torch.long)           # [N] steps that trained each layer
         self.t,self.in_step,self.n_dropped,self.score_seconds,self.history = 0,False,0,0.,[]
@@ -171,6 +175,16 @@ def _set_probe(self:IST, probe):
     if getattr(self.scorer, 'suppresses', True):
         with suppress(self.layers, range(len(self.layers)), self.config.suppression_factor): pass   # refuses merged adapters
 
+# %% ../nbs/04_ist.ipynb #34cafeb6
+@patch
+def _set_memory(self:IST, optimizer):
+    "What `activation_budget` and `optimizer_state` ask for"
+    how,budget = self.config.optimizer_state,self.config.activation_budget
+    lift_all(self.model)   # as above: a step that died half-way
+    self.activations = None if budget is None else ActivationBudget(self.model, self.layers, budget)
+    if how!='keep' and optimizer is None: raise ISTError(f"optimizer_state={how!r} needs the optimizer. Give it: IST(..., optimizer=optimizer).")
+    self.moments = None if how=='keep' else OptimizerState(optimizer, self.layers, how)
+
 # %% ../nbs/04_ist.ipynb #cfd82087
 @patch
 def begin_step(self:IST):
@@ -178,6 +192,8 @@ def begin_step(self:IST):
     if self.in_step: raise ISTError("A step has begun and not ended. Call end_step() after the optimizer's step, or use `with ist.step():`.")
     if self.scores and self.t>0 and self.t%self.config.score_interval==0: self.score()
     self.active = self.draw()
+    if self.activations: self.activations.plan(self.active.tolist())
+    if self.moments: self.moments.begin(self.active.tolist())
     self.layers.switch(self.active.tolist())
     if self.witness: self.witness.begin(self.active.tolist())
     self.in_step = True
@@ -187,6 +203,7 @@ def end_step(self:IST,
     count:bool=True, # Whether the step took place
 ):
     "Make every layer trainable again"
+    if self.activations: self.activations.lift()
     self.layers.thaw()
     self.in_step = False
     if count:
