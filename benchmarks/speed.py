@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM,LlamaConfig,LlamaForCausalLM,Train
 from transformers.trainer_callback import PrinterCallback,ProgressCallback
 from ist_nb import ISTCallback,ISTConfig,find_layers
 from ist_nb.finetune import assets
-from ist_nb.speed import blocks_of,fold,unfold,compile_blocks,fuse_loss,to_fp8,_liger
+from ist_nb.speed import kept_bytes,blocks_of,fold,unfold,compile_blocks,fuse_loss,to_fp8,_liger
 
+os.environ.setdefault('PYTORCH_CUDA_ALLOC_CONF', 'expandable_segments:True')   # selections differ in what they keep; without it the allocator asks the driver again and again
 gpu = torch.cuda.is_available()
 shapes = {   # vocabulary, width, width of the MLP, blocks, heads, key and value heads
     '1b':(32000, 2048, 5632, 22, 32, 4), '7b':(32000, 4096, 11008, 32, 32, 32), '13b':(32000, 5120, 13824, 40, 40, 40)}
@@ -80,7 +81,7 @@ class Depth(TrainerCallback):
         self.depths.append((n-int(active[0]))/n)
         self.counts.append(len(active))
 
-def run(lev, data, batch, steps, config, levers, checkpointing, seed, folder, warm=2):
+def run(lev, data, batch, steps, config, levers, checkpointing, seed, folder, warm=3):
     lev.set(levers)
     clock = Clock()
     callbacks = [clock]
@@ -100,11 +101,10 @@ def run(lev, data, batch, steps, config, levers, checkpointing, seed, folder, wa
     res = dict(seconds=(t[-1]-t[warm])/(len(t)-1-warm), peak=max(clock.peaks[warm:], default=None), depth=1., active=len(lev.layers), share=0.)
     if config is not None:
         d = callbacks[-1]
-        res |= dict(depth=statistics.mean(d.depths[warm:-1]), active=statistics.mean(d.counts[warm:-1]), share=cb.ist.score_seconds/(t[-1]-t[0]))
+        res |= dict(depth=statistics.mean(d.depths[warm:-1]), active=statistics.mean(d.counts[warm:-1]), share=cb.ist.score_seconds/(t[-1]-t[warm]))
     trainer.optimizer = trainer.lr_scheduler = None
     del trainer
     gc.collect()
-    if gpu: torch.cuda.empty_cache()
     return res
 
 def rates(dtype, device, n):
@@ -129,15 +129,30 @@ def floors(model, tokens, flops):
     return dict(forward_seconds=2*tokens*(per_block*cfg.num_hidden_layers+h*cfg.vocab_size)/flops,
                 block_bytes=tokens*(4*h+2*kv+2*f)*(2 if gpu else 4))   # input, q, k, v, attention output, middle, gate, up
 
-ours = dict(sampler='depth', score_interval=20, score_batch_size=4)
+ours = dict(sampler='depth', scorer='gate', score_interval=20, score_batch_size=4)
+budget = ours | dict(activation_budget=0.28)   # of what LoRA takes
 variants = {   # name: settings of IST (None: all layers), levers, checkpointing
     'LoRA':(None, '', False), 'LoRA, compile+loss':(None, 'compile loss', False),
     'released IST':(dict(scorer='paper', explore=0., sampler='importance'), '', False), 'RST':(dict(sampler='uniform'), '', False),
     'RST, compile+loss':(dict(sampler='uniform'), 'compile loss', False),
     'ours':(ours, '', False), 'ours, fold':(ours, 'fold', False), 'ours, compile':(ours, 'compile', False), 'ours, fold+compile':(ours, 'fold compile', False),
-    'ours, fold+compile+loss':(ours, 'fold compile loss', False), 'ours, fold+compile+loss+fp8':(ours, 'fold compile loss fp8', False),
+    'ours, fold+compile+loss':(ours, 'fold compile loss', False), 'ours, fold+compile+loss, budget':(budget, 'fold compile loss', False),
+    'ours, fold+compile+loss+fp8':(ours, 'fold compile loss fp8', False), 'ours, fold+compile+loss+fp8, budget':(budget, 'fold compile loss fp8', False),
     'LoRA, checkpointing':(None, '', True), 'ours, fold+compile+loss, checkpointing':(ours, 'fold compile loss', True),
 }
+
+def kept(lev, batch, length):
+    "Bytes that one block keeps for its backward pass, trained and frozen, plain and with levers"
+    block,base,res = lev.blocks[0],lev.base,{}
+    x = torch.randn(batch, length, lev.model.config.hidden_size, dtype=torch.bfloat16 if gpu else torch.float32, device='cuda' if gpu else 'cpu', requires_grad=True)
+    kwargs = dict(position_embeddings=base.model.rotary_emb(x, torch.arange(length, device=x.device)[None]))
+    for levers in ('', 'fold', 'compile', 'fold compile'):
+        lev.set(levers.split())
+        for name,active in (('trained', [0]), ('frozen', [1])):
+            lev.layers.switch(active)
+            with torch.autocast('cuda' if gpu else 'cpu', torch.bfloat16, enabled=gpu): res[f'{name}, {levers}'] = kept_bytes(lambda: block(x, **kwargs), block)
+            lev.layers.thaw()
+    return res
 
 def summary(values):
     values = [v for v in values if v is not None]
@@ -152,17 +167,25 @@ def bench(shape, batch, length, steps, reps, only, seconds):
     dtype,n = (torch.bfloat16, 8192) if gpu else (torch.float32, 1024)
     flops,copy = rates(dtype, 'cuda' if gpu else 'cpu', n)
     chosen = [k for k in variants if (not only or k in only) and (gpu or 'fp8' not in k) and ('loss' not in variants[k][1] or _liger(model))]
-    runs,failed = {k:[] for k in chosen},{}
-    for rep in range(reps):
+    runs,failed,dense = {k:[] for k in chosen},{},None
+    for rep in range(-1, reps):   # round -1 compiles and warms up, and is not counted
         for k in chosen:
-            if k in failed or rep and time.perf_counter()-start>seconds: continue
+            if k in failed or rep>0 and time.perf_counter()-start>seconds: continue
             config,levers,ckpt = variants[k]
-            try: runs[k].append(run(lev, data, batch, steps if rep else max(steps, 8), config, levers.split(), ckpt, rep, '/tmp/ist_speed', warm=2 if rep else 6))
+            if config and 'activation_budget' in config:
+                if not dense: continue
+                config = config | dict(activation_budget=f"{int(config['activation_budget']*dense/2**20)}MiB")
+            first = rep<0
+            if first and config and 'score_interval' in config: config = config | dict(score_interval=2)
+            try: r = run(lev, data, batch, 4 if first else steps, config, levers.split(), ckpt, max(rep, 0), '/tmp/ist_speed')
             except Exception as e: failed[k] = f'{type(e).__name__}: {e}'[:300]
-            print(f'[{time.perf_counter()-start:.0f} s]', shape, rep, k, failed.get(k) or {a:round(b, 4) for a,b in runs[k][-1].items() if b is not None}, flush=True)
+            else:
+                if not first: runs[k].append(r)
+                elif k=='LoRA': dense = r['peak']
+            print(f'[{time.perf_counter()-start:.0f} s]', shape, rep, k, failed.get(k) or {a:round(b, 4) for a,b in r.items() if b is not None}, flush=True)
     res = {k:{f:summary([r[f] for r in v]) for f in ('seconds', 'peak', 'depth', 'active', 'share')} | dict(reps=len(v)) for k,v in runs.items() if v}
     return dict(shape=shape, batch=batch, length=length, steps=steps, variants=res, failed=failed, matrix_flops=flops, copy_bytes=copy,
-                floors=floors(model, batch*length, flops), parameters=sum(p.numel() for p in model.parameters()))
+                floors=floors(model, batch*length, flops), kept=kept(lev, batch, length), parameters=sum(p.numel() for p in model.parameters()))
 
 @call_parse
 def main(
@@ -178,12 +201,15 @@ def main(
 ):
     if not gpu: torch.set_num_threads(threads)
     only = [o.strip() for o in only.split(';') if o.strip()]
-    res = [bench(s, batch, length, steps, reps, only, seconds) for s in shapes.split(',')]
     device = torch.cuda.get_device_name() if gpu else f'{platform.machine()} CPU, {threads} threads'
     versions = {'python':platform.python_version()} | {o:version(o) for o in ('torch','transformers','peft','accelerate')}
     out = out or Path(__file__).parent/'results'/f'speed_{"gpu" if gpu else "cpu"}.json'
-    out.write_text(json.dumps(dict(command=' '.join(['python benchmarks/speed.py', *sys.argv[1:]]), hardware=device, versions=versions, shapes=res), indent=1)+'\n')
-    for r in res:
+    res = []
+    for s in shapes.split(','):
+        res.append(bench(s, batch, length, steps, reps, only, seconds))
+        out.write_text(json.dumps(dict(command=' '.join(['python benchmarks/speed.py', *sys.argv[1:]]), hardware=device, versions=versions, shapes=res), indent=1)+'\n')
+        gc.collect()
+        r = res[-1]
         base = r['variants'].get('LoRA')
         for k,v in r['variants'].items():
             ratio = v['seconds']['median']/base['seconds']['median'] if base else float('nan')

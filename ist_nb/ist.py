@@ -180,7 +180,6 @@ def _set_probe(self:IST, probe):
 def _set_memory(self:IST, optimizer):
     "What `activation_budget` and `optimizer_state` ask for"
     how,budget = self.config.optimizer_state,self.config.activation_budget
-    lift_all(self.model)   # as above: a step that died half-way
     self.activations = None if budget is None else ActivationBudget(self.model, self.layers, budget)
     if how!='keep' and optimizer is None: raise ISTError(f"optimizer_state={how!r} needs the optimizer. Give it: IST(..., optimizer=optimizer).")
     self.moments = None if how=='keep' else OptimizerState(optimizer, self.layers, how)

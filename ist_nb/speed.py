@@ -8,7 +8,7 @@ __all__ = ['embedding_hooks', 'is_reentrant', 'shorten_backward', 'folded_weight
            'toggling_is_safe', 'check_compiled', 'compile_blocks', 'frozen_linears', 'to_fp8', 'fuse_loss',
            'safe_levers', 'pull']
 
-# %% ../nbs/06_speed.ipynb #7bd45f4a
+# %% ../nbs/06_speed.ipynb #6dbc26f4
 import inspect, torch, warnings
 from typing import Optional
 from torch import nn
@@ -19,7 +19,7 @@ from peft.utils.integrations import dequantize_module_weight
 from .config import ISTError, levers
 from .layers import Layers, tuner_layers
 
-# %% ../nbs/06_speed.ipynb #11628f15
+# %% ../nbs/06_speed.ipynb #e6e74068
 def embedding_hooks(
     model, # A model
 ) -> list: # Pairs of a module and the key of the hook in `module._forward_hooks`
@@ -45,7 +45,7 @@ def shorten_backward(
     for m,k in hooks: del m._forward_hooks[k]
     return len(hooks)
 
-# %% ../nbs/06_speed.ipynb #eb292d4e
+# %% ../nbs/06_speed.ipynb #1653db7e
 def folded_weight(
     weight:torch.Tensor, # $W$ [out, in]
     A:torch.Tensor, # [r, in]
@@ -58,7 +58,7 @@ def folded_weight(
     if magnitude is None: return W
     return W * (magnitude/torch.linalg.norm(W, dim=1).to(magnitude.dtype)).to(W.dtype)[:, None]
 
-# %% ../nbs/06_speed.ipynb #3aaa4410
+# %% ../nbs/06_speed.ipynb #9603dcf7
 class Recomputed(torch.autograd.Function):
     "`x @ make().T`, where `make()` is called again in the backward pass"
     @staticmethod
@@ -68,7 +68,7 @@ class Recomputed(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g): return g @ ctx.make(),None
 
-# %% ../nbs/06_speed.ipynb #9030eae7
+# %% ../nbs/06_speed.ipynb #c3725585
 @torch.library.custom_op('ist_nb::folded_linear', mutates_args=())
 def folded_linear(x:torch.Tensor, weight:torch.Tensor, A:torch.Tensor, B:torch.Tensor, scaling:float, magnitude:Optional[torch.Tensor]) -> torch.Tensor:
     return x @ folded_weight(weight, A, B, scaling, magnitude).T
@@ -90,7 +90,7 @@ def _backward(ctx, g):
     return folded_linear_backward(g, weight, A, B, ctx.scaling, magnitude),None,None,None,None,None
 folded_linear.register_autograd(_backward, setup_context=_keep_inputs)
 
-# %% ../nbs/06_speed.ipynb #0a9e631f
+# %% ../nbs/06_speed.ipynb #35080fbe
 def worth_folding(
     tokens:int, # In the batch, $T$
     n_in:int, # Columns of the weight
@@ -99,7 +99,7 @@ def worth_folding(
     "Whether folding moves fewer numbers than the frozen adapter by itself"
     return tokens*(n_in+2*n_out) > 2*n_in*n_out
 
-# %% ../nbs/06_speed.ipynb #f94dfade
+# %% ../nbs/06_speed.ipynb #2cfd5806
 class Folded:
     "Mixed into a layer of LoRA by `fold`"
     def forward(self, x, *args, **kwargs):
@@ -114,7 +114,7 @@ class Folded:
         "The name of the adapter, where there is one to fold and nothing unusual is asked for"
         if args or kwargs or self.disable_adapters or self.merged: return None
         names = [o for o in self.active_adapters if o in self.lora_A]
-        return names[0] if len(names)==1 else None
+        return names[0] if len(names)==1 and not isinstance(self.scaling[names[0]], torch.Tensor) else None   # a tensor there is a gate, whose gradient is wanted
 
     def _frozen(self, x, name):
         A,B,s,base = self.lora_A[name].weight,self.lora_B[name].weight,self.scaling[name],self.base_layer
@@ -161,7 +161,7 @@ def unfold(
     for m in model.modules():
         if isinstance(m, Folded): m.__class__ = type(m).__mro__[2]
 
-# %% ../nbs/06_speed.ipynb #2009389d
+# %% ../nbs/06_speed.ipynb #ae69538c
 def kept_bytes(
     f, # A function without arguments that runs a forward pass
     model, # Whose parameters do not count
@@ -177,7 +177,7 @@ def kept_bytes(
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): f()
     return sum(seen.values())
 
-# %% ../nbs/06_speed.ipynb #d176a9ff
+# %% ../nbs/06_speed.ipynb #13b0c598
 def blocks_of(
     model, # A model with PEFT adapters
     layers:Layers, # From `find_layers`
@@ -213,7 +213,7 @@ def compile_blocks(
         if not o._compiled_call_impl: o.compile(**kwargs)
     return len(blocks)
 
-# %% ../nbs/06_speed.ipynb #ff7f76a5
+# %% ../nbs/06_speed.ipynb #93b4cba1
 def frozen_linears(
     model, # A model with PEFT adapters
     layers:Layers, # From `find_layers`
@@ -241,7 +241,7 @@ def to_fp8(
     for b in blocks_of(model, layers): convert_to_float8_training(b, config=config, module_filter_fn=lambda m, name: id(m) in names)
     return len(todo)
 
-# %% ../nbs/06_speed.ipynb #ec94ed65
+# %% ../nbs/06_speed.ipynb #579e46df
 def _liger(model):
     "Liger's function for this kind of model, or None"
     if not find_spec('liger_kernel'): return None
@@ -258,7 +258,7 @@ def fuse_loss(
     switches = {k:False for k,v in inspect.signature(f).parameters.items() if isinstance(v.default, bool)}
     f(**(switches | dict(fused_linear_cross_entropy=True)), model=model.get_base_model())
 
-# %% ../nbs/06_speed.ipynb #7e55adea
+# %% ../nbs/06_speed.ipynb #7505e9d1
 @levers.register('fold', 'Frozen adapters of LoRA and DoRA become part of the frozen weight, without dropout')
 def _fold_lever(model, layers): fold(model)
 
