@@ -63,11 +63,11 @@ class Levers:
             self.model.get_submodule(parent)._modules[key] = fp8 if 'fp8' in names else plain
 
 class Clock(TrainerCallback):
-    "Seconds from one step to the next, and the peak of memory above what is there when a step begins"
-    def __init__(self): self.times,self.peaks,self.base = [],[],0
+    "When steps begin, and the peak of memory above what is there then; it waits for the GPU only at the ends of what is timed, as a training does not wait either"
+    def __init__(self, ends): self.ends,self.times,self.peaks,self.base = ends,[],[],0
     def on_step_begin(self, *args, **kwargs):
         if gpu:
-            torch.cuda.synchronize()
+            if len(self.times) in self.ends: torch.cuda.synchronize()
             self.base = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
         self.times.append(time.perf_counter())
@@ -83,7 +83,7 @@ class Depth(TrainerCallback):
 
 def run(lev, data, batch, steps, config, levers, checkpointing, seed, folder, warm=3):
     lev.set(levers)
-    clock = Clock()
+    clock = Clock((warm, steps+warm))
     callbacks = [clock]
     if config is not None:
         cb = ISTCallback(ISTConfig(**(config | dict(seed=seed))))
@@ -129,7 +129,7 @@ def floors(model, tokens, flops):
     return dict(forward_seconds=2*tokens*(per_block*cfg.num_hidden_layers+h*cfg.vocab_size)/flops,
                 block_bytes=tokens*(4*h+2*kv+2*f)*(2 if gpu else 4))   # input, q, k, v, attention output, middle, gate, up
 
-ours = dict(sampler='depth', scorer='gate', score_interval=20, score_batch_size=4)
+ours = dict(sampler='depth', scorer='fisher', score_interval=20)
 budget = ours | dict(activation_budget=0.28)   # of what LoRA takes
 variants = {   # name: settings of IST (None: all layers), levers, checkpointing
     'LoRA':(None, '', False), 'LoRA, compile+loss':(None, 'compile loss', False),
@@ -154,24 +154,59 @@ def kept(lev, batch, length):
             lev.layers.thaw()
     return res
 
+def profile(lev, batch, length, levers, n_active=0.25, reps=6):
+    "Where the time of a step goes that trains the top layers: the host's work, the whole, and the kernels on the GPU (milliseconds)"
+    from torch.profiler import profile as record,ProfilerActivity
+    lev.set(levers.split())
+    model,n = lev.model,len(lev.layers)
+    lev.layers.switch(range(n-max(1, int(n_active*n)), n))
+    ids = torch.randint(5, model.config.vocab_size, (batch, length), device='cuda')
+    opt = torch.optim.AdamW([p for o in lev.layers for p in o.params], lr=1e-5, fused=True)
+    def step():
+        with torch.autocast('cuda', torch.bfloat16): loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        opt.step()
+        opt.zero_grad()
+    times = []
+    for i in range(reps+3):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        step()
+        host = time.perf_counter()
+        torch.cuda.synchronize()
+        if i>=3: times.append(((host-start)*1e3, (time.perf_counter()-start)*1e3))
+    with record(activities=[ProfilerActivity.CUDA]) as p:
+        step()
+        torch.cuda.synchronize()
+    lev.layers.thaw()
+    kernels = sorted(((e.key[:80], round(e.self_device_time_total/1e3, 3), e.count) for e in p.key_averages()), key=lambda o: -o[1])
+    return dict(host=statistics.median(a for a,_ in times), whole=statistics.median(b for _,b in times), gpu=sum(o[1] for o in kernels), launches=sum(o[2] for o in kernels), kernels=kernels[:12])
+
 def summary(values):
     values = [v for v in values if v is not None]
     return dict(median=statistics.median(values), min=min(values), max=max(values)) if values else None
 
-def bench(shape, batch, length, steps, reps, only, seconds):
+def result(shape, batch, length, steps, lev, runs, failed, speeds):
+    flops,copy = speeds
+    res = {k:{f:summary([r[f] for r in v]) for f in ('seconds', 'peak', 'depth', 'active', 'share')} | dict(reps=len(v)) for k,v in runs.items() if v}
+    return dict(shape=shape, batch=batch, length=length, steps=steps, variants=res, failed=failed, matrix_flops=flops, copy_bytes=copy,
+                floors=floors(lev.model, batch*length, flops), parameters=sum(p.numel() for p in lev.model.parameters()))
+
+def bench(shape, batch, length, steps, reps, only, seconds, save):
+    "Rounds over all variants; `save` gets what is known after each of them, so that a run that is cut short has its table"
     start = time.perf_counter()
-    model = make(shape)
-    lev = Levers(model)
-    vocab = model.config.vocab_size
+    lev = Levers(make(shape))
+    vocab = lev.model.config.vocab_size
     data = [dict(input_ids=o, labels=o) for o in torch.randint(5, vocab, (256, length), generator=torch.Generator().manual_seed(0)).tolist()]
     dtype,n = (torch.bfloat16, 8192) if gpu else (torch.float32, 1024)
-    flops,copy = rates(dtype, 'cuda' if gpu else 'cpu', n)
-    chosen = [k for k in variants if (not only or k in only) and (gpu or 'fp8' not in k) and ('loss' not in variants[k][1] or _liger(model))]
+    speeds = rates(dtype, 'cuda' if gpu else 'cpu', n)
+    chosen = [k for k in variants if (not only or k in only) and (gpu or 'fp8' not in k) and ('loss' not in variants[k][1] or _liger(lev.model))]
     runs,failed,dense = {k:[] for k in chosen},{},None
     for rep in range(-1, reps):   # round -1 compiles and warms up, and is not counted
+        if rep>0 and time.perf_counter()-start>seconds: break
         for k in chosen:
-            if k in failed or rep>0 and time.perf_counter()-start>seconds: continue
             config,levers,ckpt = variants[k]
+            if k in failed: continue
             if config and 'activation_budget' in config:
                 if not dense: continue
                 config = config | dict(activation_budget=f"{int(config['activation_budget']*dense/2**20)}MiB")
@@ -183,9 +218,10 @@ def bench(shape, batch, length, steps, reps, only, seconds):
                 if not first: runs[k].append(r)
                 elif k=='LoRA': dense = r['peak']
             print(f'[{time.perf_counter()-start:.0f} s]', shape, rep, k, failed.get(k) or {a:round(b, 4) for a,b in r.items() if b is not None}, flush=True)
-    res = {k:{f:summary([r[f] for r in v]) for f in ('seconds', 'peak', 'depth', 'active', 'share')} | dict(reps=len(v)) for k,v in runs.items() if v}
-    return dict(shape=shape, batch=batch, length=length, steps=steps, variants=res, failed=failed, matrix_flops=flops, copy_bytes=copy,
-                floors=floors(model, batch*length, flops), kept=kept(lev, batch, length), parameters=sum(p.numel() for p in model.parameters()))
+        save(result(shape, batch, length, steps, lev, runs, failed, speeds))
+    more = dict(kept=kept(lev, batch, length))
+    if gpu: more |= dict(profile={o:profile(lev, batch, length, o) for o in dict.fromkeys(variants[k][1] for k in chosen if k not in failed and runs[k])})
+    return result(shape, batch, length, steps, lev, runs, failed, speeds) | more
 
 @call_parse
 def main(
@@ -204,12 +240,13 @@ def main(
     device = torch.cuda.get_device_name() if gpu else f'{platform.machine()} CPU, {threads} threads'
     versions = {'python':platform.python_version()} | {o:version(o) for o in ('torch','transformers','peft','accelerate')}
     out = out or Path(__file__).parent/'results'/f'speed_{"gpu" if gpu else "cpu"}.json'
-    res = []
+    res,head = [],dict(command=' '.join(['python benchmarks/speed.py', *sys.argv[1:]]), hardware=device, versions=versions)
+    def save(r): out.write_text(json.dumps(head | dict(shapes=[*res, r]), indent=1)+'\n')
     for s in shapes.split(','):
-        res.append(bench(s, batch, length, steps, reps, only, seconds))
-        out.write_text(json.dumps(dict(command=' '.join(['python benchmarks/speed.py', *sys.argv[1:]]), hardware=device, versions=versions, shapes=res), indent=1)+'\n')
+        r = bench(s, batch, length, steps, reps, only, seconds, save)
+        save(r)
+        res.append(r)
         gc.collect()
-        r = res[-1]
         base = r['variants'].get('LoRA')
         for k,v in r['variants'].items():
             ratio = v['seconds']['median']/base['seconds']['median'] if base else float('nan')

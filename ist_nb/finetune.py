@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from itertools import count
 from pathlib import Path
 from fastcore.docments import docments
-from .config import ISTConfig, ISTError, suggest
+from .config import ISTConfig, ISTError, scorers, suggest
 
 # %% ../nbs/10_finetune.ipynb #46dd7a81
 @dataclass
@@ -40,9 +40,10 @@ class FinetuneArguments:
 # %% ../nbs/10_finetune.ipynb #e8103621
 def number(
     s, # As typed, or as YAML read it
-): # An int if `s` looks like one, or a float, or `s` itself
+): # An int if `s` looks like one, or a float, or True or False, or `s` itself
     "The number that a string means"
     if not isinstance(s, str): return s
+    if s.lower() in ('true', 'false'): return s.lower()=='true'
     for f in (int, float):
         try: return f(s)
         except ValueError: pass
@@ -293,7 +294,7 @@ def make_trainer(
     with _clear_errors():
         trainer = SFTTrainer(model, sft, train_dataset=data.train, eval_dataset=data.test, processing_class=tokenizer, peft_config=adapter_config(args), callbacks=callbacks)
     n = len(trainer.train_dataset)
-    if cfg and cfg.sampler!='uniform' and n<cfg.score_batch_size:
+    if cfg and cfg.sampler!='uniform' and not getattr(scorers[cfg.scorer], 'observes', None) and n<cfg.score_batch_size:
         raise ISTError(f"The data makes {n} training rows of at most {sft.max_length} tokens, fewer than a probe batch of score_batch_size={cfg.score_batch_size}. "
                        f"Give more data, or --score_batch_size {max(n, 1)}, or --method rst, which needs no probe.")
     for name,rows in (('training', trainer.train_dataset), ('held-out', trainer.eval_dataset)):

@@ -8,7 +8,7 @@ __all__ = ['shortcuts', 'embedding_hooks', 'is_reentrant', 'shorten_backward', '
            'toggling_is_safe', 'check_compiled', 'compile_blocks', 'frozen_linears', 'to_fp8', 'fuse_loss',
            'safe_levers', 'pull']
 
-# %% ../nbs/06_speed.ipynb #0f69b3f0
+# %% ../nbs/06_speed.ipynb #c24786b3
 import inspect, torch, warnings
 from typing import Optional
 from torch import nn
@@ -19,7 +19,7 @@ from peft.utils.integrations import dequantize_module_weight
 from .config import ISTError, levers
 from .layers import Layers, tuner_layers
 
-# %% ../nbs/06_speed.ipynb #e64d3645
+# %% ../nbs/06_speed.ipynb #dbf2e332
 def embedding_hooks(
     model, # A model
 ) -> list: # Pairs of a module and the key of the hook in `module._forward_hooks`
@@ -45,7 +45,7 @@ def shorten_backward(
     for m,k in hooks: del m._forward_hooks[k]
     return len(hooks)
 
-# %% ../nbs/06_speed.ipynb #2d0409ee
+# %% ../nbs/06_speed.ipynb #8a456276
 def folded_weight(
     weight:torch.Tensor, # $W$ [out, in]
     A:torch.Tensor, # [r, in]
@@ -58,7 +58,7 @@ def folded_weight(
     if magnitude is None: return W
     return W * (magnitude/torch.linalg.norm(W, dim=1).to(magnitude.dtype)).to(W.dtype)[:, None]
 
-# %% ../nbs/06_speed.ipynb #905c42bc
+# %% ../nbs/06_speed.ipynb #44af9d76
 class Recomputed(torch.autograd.Function):
     "`x @ make().T`, where `make()` is called again in the backward pass"
     @staticmethod
@@ -68,7 +68,7 @@ class Recomputed(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g): return g @ ctx.make(),None
 
-# %% ../nbs/06_speed.ipynb #21e13c38
+# %% ../nbs/06_speed.ipynb #c6b4bbfd
 @torch.library.custom_op('ist_nb::folded_linear', mutates_args=())
 def folded_linear(x:torch.Tensor, weight:torch.Tensor, A:torch.Tensor, B:torch.Tensor, scaling:float, magnitude:Optional[torch.Tensor]) -> torch.Tensor:
     return x @ folded_weight(weight, A, B, scaling, magnitude).T
@@ -90,7 +90,7 @@ def _backward(ctx, g):
     return folded_linear_backward(g, weight, A, B, ctx.scaling, magnitude),None,None,None,None,None
 folded_linear.register_autograd(_backward, setup_context=_keep_inputs)
 
-# %% ../nbs/06_speed.ipynb #d65a3622
+# %% ../nbs/06_speed.ipynb #c5157b91
 def worth_folding(
     tokens:int, # In the batch, $T$
     n_in:int, # Columns of the weight
@@ -99,7 +99,7 @@ def worth_folding(
     "Whether folding moves fewer numbers than the frozen adapter by itself"
     return tokens*(n_in+2*n_out) > 2*n_in*n_out
 
-# %% ../nbs/06_speed.ipynb #4b3977b2
+# %% ../nbs/06_speed.ipynb #3beb7991
 class Folded:
     "Mixed into a layer of LoRA by `fold`"
     def forward(self, x, *args, **kwargs):
@@ -121,7 +121,7 @@ class Folded:
         m = self.lora_magnitude_vector[name].weight if name in self.lora_magnitude_vector else None
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         few = not worth_folding(x.numel()//x.shape[-1], A.shape[1], B.shape[0])
-        if m is None and (few or type(base).__name__ not in _foldable): return base(x) + s*((x.to(A.dtype)@A.T)@B.T).to(dtype)
+        if m is None and (few or type(base).__name__ not in _foldable): return base(x) + s*((x.to(dtype)@A.to(dtype).T)@B.to(dtype).T)
         if type(base).__name__ not in _foldable: return super().forward(x)
         x = x.to(dtype)
         if type(base) is nn.Linear and torch.compiler.is_compiling(): y = folded_linear(x, base.weight.to(dtype), A, B, s, m)
@@ -161,7 +161,7 @@ def unfold(
     for m in model.modules():
         if isinstance(m, Folded): m.__class__ = type(m).__mro__[2]
 
-# %% ../nbs/06_speed.ipynb #dd519eb6
+# %% ../nbs/06_speed.ipynb #72188063
 def kept_bytes(
     f, # A function without arguments that runs a forward pass
     model, # Whose parameters do not count
@@ -177,7 +177,7 @@ def kept_bytes(
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): f()
     return sum(seen.values())
 
-# %% ../nbs/06_speed.ipynb #78461d94
+# %% ../nbs/06_speed.ipynb #969813a0
 def blocks_of(
     model, # A model with PEFT adapters
     layers:Layers, # From `find_layers`
@@ -216,7 +216,7 @@ def compile_blocks(
         if not o._compiled_call_impl: o.compile(**kwargs)
     return len(blocks)
 
-# %% ../nbs/06_speed.ipynb #272406c4
+# %% ../nbs/06_speed.ipynb #0cc907f6
 def frozen_linears(
     model, # A model with PEFT adapters
     layers:Layers, # From `find_layers`
@@ -244,7 +244,7 @@ def to_fp8(
     for b in blocks_of(model, layers): convert_to_float8_training(b, config=config, module_filter_fn=lambda m, name: id(m) in names)
     return len(todo)
 
-# %% ../nbs/06_speed.ipynb #7436981d
+# %% ../nbs/06_speed.ipynb #d7b4ca4f
 def _liger(model):
     "Liger's function for this kind of model, or None"
     if not find_spec('liger_kernel'): return None
@@ -261,7 +261,7 @@ def fuse_loss(
     switches = {k:False for k,v in inspect.signature(f).parameters.items() if isinstance(v.default, bool)}
     f(**(switches | dict(fused_linear_cross_entropy=True)), model=model.get_base_model())
 
-# %% ../nbs/06_speed.ipynb #fa1bc3af
+# %% ../nbs/06_speed.ipynb #994bb2a8
 @levers.register('fold', 'Frozen adapters of LoRA and DoRA become part of the frozen weight, without dropout')
 def _fold_lever(model, layers): fold(model)
 

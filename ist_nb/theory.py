@@ -123,13 +123,14 @@ def floor_probability(
     return explore*n/N + (1-explore)*inclusion_bound(kappa, n, N)
 
 def guarantee(
-    config:ISTConfig, # Any configuration with a scorer that `update_bound` knows, or the uniform sampler
+    config:ISTConfig, # Any configuration with a scorer that `update_bound` knows, or the sampler 'uniform' or 'depth'
     N:int, # Layers
     m:int|None=None, # After how many importance updates; None: for ever
 ) -> dict: # `pi_min`; `rst`, that of random sparse tuning; `constant`, how many times RST's bound the bound of Corollary 1 is
     "What is guaranteed of `config` in the worst case"
     n = layer_count(config.n_active, N)
     if config.sampler=='uniform': pi = n/N
+    elif config.sampler=='depth': pi = config.explore*n/N   # of the steps that train all layers
     else: pi = floor_probability(config.explore, n, N, 0. if m is None else math.exp(-importance_bound(m, update_bound(config))))
     return dict(n=n, pi_min=pi, rst=n/N, constant=n/N/pi if pi else math.inf)
 
