@@ -74,6 +74,11 @@ def parallel(jobs, workers, args):
     for p in procs: p.join()
     return res
 
+def typed(name):
+    "The command, without where its output went"
+    out = next((i for i,o in enumerate(sys.argv) if o=='--out'), len(sys.argv))
+    return ' '.join([f'python benchmarks/{name}.py', *sys.argv[1:out], *sys.argv[out+2:]])
+
 @call_parse
 def main(
     data:Path,       # The book: textbooks/physics.jsonl.gz
@@ -94,7 +99,7 @@ def main(
     best = {m:min((r for r in first if r['method']==m), key=lambda r: r['loss'])['lr'] for m in names}
     rest = parallel([(m, best[m], s) for s in range(1, seeds) for m in names], workers, args)
     runs = sorted([*first, *rest], key=lambda r: (names.index(r['method']), r['lr'], r['seed']))
-    out.write_text(json.dumps(dict(command=' '.join(['python benchmarks/levers_quality.py', *sys.argv[1:]]).replace(str(data), data.name), hardware=torch.cuda.get_device_name() if device=='cuda' else f'{platform.machine()} CPU, one thread a run',
+    out.write_text(json.dumps(dict(command=typed('levers_quality').replace(str(data), data.name), hardware=torch.cuda.get_device_name() if device=='cuda' else f'{platform.machine()} CPU, one thread a run',
         versions={'python':platform.python_version()} | {o:version(o) for o in ('torch','transformers','peft')}, steps=steps, batch=batch, length=length, best_lr=best, runs=runs, seconds=round(time.perf_counter()-start)), indent=1)+'\n')
     for m in names:
         mine = [r for r in runs if r['method']==m and r['lr']==best[m]]

@@ -223,6 +223,11 @@ def bench(shape, batch, length, steps, reps, only, seconds, save):
     if gpu: more |= dict(profile={o:profile(lev, batch, length, o) for o in dict.fromkeys(variants[k][1] for k in chosen if k not in failed and runs[k])})
     return result(shape, batch, length, steps, lev, runs, failed, speeds) | more
 
+def typed(name):
+    "The command, without where its output went"
+    out = next((i for i,o in enumerate(sys.argv) if o=='--out'), len(sys.argv))
+    return ' '.join([f'python benchmarks/{name}.py', *sys.argv[1:out], *sys.argv[out+2:]])
+
 @call_parse
 def main(
     shapes:str='7b', # Shapes separated by commas: 1b, 7b, 13b, pico
@@ -240,7 +245,7 @@ def main(
     device = torch.cuda.get_device_name() if gpu else f'{platform.machine()} CPU, {threads} threads'
     versions = {'python':platform.python_version()} | {o:version(o) for o in ('torch','transformers','peft','accelerate')}
     out = out or Path(__file__).parent/'results'/f'speed_{"gpu" if gpu else "cpu"}.json'
-    res,head = [],dict(command=' '.join(['python benchmarks/speed.py', *sys.argv[1:]]), hardware=device, versions=versions)
+    res,head = [],dict(command=typed('speed'), hardware=device, versions=versions)
     def save(r): out.write_text(json.dumps(head | dict(shapes=[*res, r]), indent=1)+'\n')
     for s in shapes.split(','):
         r = bench(s, batch, length, steps, reps, only, seconds, save)
