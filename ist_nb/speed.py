@@ -7,7 +7,7 @@ __all__ = ['shortcuts', 'embedding_hooks', 'is_reentrant', 'shorten_backward', '
            'Folded', 'fold', 'unfold', 'kept_bytes', 'blocks_of', 'toggling_is_safe', 'check_compiled',
            'compile_blocks', 'frozen_linears', 'to_fp8', 'fuse_loss', 'safe_levers', 'pull']
 
-# %% ../nbs/06_speed.ipynb #683a0381
+# %% ../nbs/06_speed.ipynb #5058dac1
 import inspect, torch, warnings
 from typing import Optional
 from torch import nn
@@ -18,7 +18,7 @@ from peft.utils.integrations import dequantize_module_weight
 from .config import ISTError, levers
 from .layers import Layers, tuner_layers
 
-# %% ../nbs/06_speed.ipynb #3157019a
+# %% ../nbs/06_speed.ipynb #462f36e6
 def embedding_hooks(
     model, # A model
 ) -> list: # Pairs of a module and the key of the hook in `module._forward_hooks`
@@ -44,7 +44,7 @@ def shorten_backward(
     for m,k in hooks: del m._forward_hooks[k]
     return len(hooks)
 
-# %% ../nbs/06_speed.ipynb #0d69dcb6
+# %% ../nbs/06_speed.ipynb #eedcd84e
 def folded_weight(
     weight:torch.Tensor, # $W$ [out, in]
     A:torch.Tensor, # [r, in]
@@ -57,7 +57,7 @@ def folded_weight(
     if magnitude is None: return W
     return W * (magnitude/torch.linalg.norm(W, dim=1).to(magnitude.dtype)).to(W.dtype)[:, None]
 
-# %% ../nbs/06_speed.ipynb #1f90c150
+# %% ../nbs/06_speed.ipynb #4a8d0b54
 class Recomputed(torch.autograd.Function):
     "`x @ make().T`, where `make()` is called again in the backward pass"
     @staticmethod
@@ -67,7 +67,7 @@ class Recomputed(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g): return g @ ctx.make(),None
 
-# %% ../nbs/06_speed.ipynb #73801fd9
+# %% ../nbs/06_speed.ipynb #38715caf
 @torch.library.custom_op('ist_nb::folded_linear', mutates_args=())
 def _folded_linear(x:torch.Tensor, weight:torch.Tensor, A:torch.Tensor, B:torch.Tensor, scaling:float, magnitude:Optional[torch.Tensor]) -> torch.Tensor:
     return x @ folded_weight(weight, A, B, scaling, magnitude).T
@@ -89,7 +89,7 @@ def _backward(ctx, g):
     return _folded_linear_backward(g, weight, A, B, ctx.scaling, magnitude),None,None,None,None,None
 _folded_linear.register_autograd(_backward, setup_context=_keep_inputs)
 
-# %% ../nbs/06_speed.ipynb #80956763
+# %% ../nbs/06_speed.ipynb #35ed2e94
 def worth_folding(
     tokens:int, # In the batch, $T$
     n_in:int, # Columns of the weight
@@ -98,7 +98,7 @@ def worth_folding(
     "Whether folding moves fewer numbers than the frozen adapter by itself"
     return tokens*(n_in+2*n_out) > 2*n_in*n_out
 
-# %% ../nbs/06_speed.ipynb #5de4a662
+# %% ../nbs/06_speed.ipynb #ba6af464
 class Folded:
     "Mixed into a layer of LoRA by `fold`"
     def forward(self, x, *args, **kwargs):
@@ -120,8 +120,8 @@ class Folded:
         m = self.lora_magnitude_vector[name].weight if name in self.lora_magnitude_vector else None
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         few = not worth_folding(x.numel()//x.shape[-1], A.shape[1], B.shape[0])
-        if m is None and (few or type(base).__name__ not in _foldable): return base(x) + s*((x.to(dtype)@A.to(dtype).T)@B.to(dtype).T)
-        if type(base).__name__ not in _foldable: return super().forward(x)
+        if m is None and (few or not _is_matrix(base)): return base(x) + s*((x.to(dtype)@A.to(dtype).T)@B.to(dtype).T)
+        if not _is_matrix(base): return super().forward(x)
         x = x.to(dtype)
         if type(base) is nn.Linear and torch.compiler.is_compiling(): y = _folded_linear(x, base.weight.to(dtype), A, B, s, m)
         else: y = Recomputed.apply(x, lambda: folded_weight(dequantize_module_weight(base).to(dtype), A, B, s, m))
@@ -139,6 +139,7 @@ class Folded:
         return (y + (scale-1)*plain + scale*lora_B(lora_A(x))*s).to(y.dtype)
 
 _foldable = 'Linear','Linear4bit'   # the base layers whose weight can be had as a matrix: torch's own and bitsandbytes' with 4 bits
+def _is_matrix(base): return type(base).__name__ in _foldable and not getattr(getattr(base.weight, 'quant_state', None), 'packing_format_for_cpu', False)   # evaluated on a CPU, bitsandbytes orders 4-bit weights in a way that dequantizing does not know
 _classes = {}                       # from a class of PEFT's to the same with `Folded` mixed in
 
 def fold(
@@ -160,7 +161,7 @@ def unfold(
     for m in model.modules():
         if isinstance(m, Folded): m.__class__ = type(m).__mro__[2]
 
-# %% ../nbs/06_speed.ipynb #b539b93f
+# %% ../nbs/06_speed.ipynb #0d139bb8
 def kept_bytes(
     f, # A function without arguments that runs a forward pass
     model, # Whose parameters do not count
@@ -176,7 +177,7 @@ def kept_bytes(
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): f()
     return sum(seen.values())
 
-# %% ../nbs/06_speed.ipynb #7b21c973
+# %% ../nbs/06_speed.ipynb #818cedc3
 def blocks_of(
     model, # A model with PEFT adapters
     layers:Layers, # From `find_layers`
@@ -215,7 +216,7 @@ def compile_blocks(
         if not o._compiled_call_impl: o.compile(**kwargs)
     return len(blocks)
 
-# %% ../nbs/06_speed.ipynb #e2a61cf4
+# %% ../nbs/06_speed.ipynb #99c45fe8
 def frozen_linears(
     model, # A model with PEFT adapters
     layers:Layers, # From `find_layers`
@@ -243,7 +244,7 @@ def to_fp8(
     for b in blocks_of(model, layers): convert_to_float8_training(b, config=config, module_filter_fn=lambda m, name: id(m) in names)
     return len(todo)
 
-# %% ../nbs/06_speed.ipynb #b62244cf
+# %% ../nbs/06_speed.ipynb #a556ff4e
 def _liger(model):
     "Liger's function for this kind of model, or None"
     if not find_spec('liger_kernel'): return None
@@ -260,7 +261,7 @@ def fuse_loss(
     switches = {k:False for k,v in inspect.signature(f).parameters.items() if isinstance(v.default, bool)}
     f(**(switches | dict(fused_linear_cross_entropy=True)), model=model.get_base_model())
 
-# %% ../nbs/06_speed.ipynb #aa6c0d71
+# %% ../nbs/06_speed.ipynb #6cc75f34
 @levers.register('fold', 'Frozen adapters of LoRA and DoRA become part of the frozen weight, without dropout')
 def _fold_lever(model, layers): fold(model)
 
@@ -287,8 +288,10 @@ def pull(
 ) -> list[str]: # The names of the levers that were pulled
     "Apply levers to a model, once, and say which"
     names = safe_levers(model) if fast is True else [o.strip() for o in fast.split(',')]
-    new = [o for o in names if o not in model.__dict__.setdefault('ist_levers', [])]
-    for o in sorted(new, key=list(levers.entries).index): levers[o](model, layers)
-    model.ist_levers.extend(new)
+    lever = {o:levers[o] for o in names}   # refuses unknown names before anything is done
+    new = [o for o in lever if o not in model.__dict__.setdefault('ist_levers', [])]
+    for o in sorted(new, key=list(levers.entries).index):
+        lever[o](model, layers)
+        model.ist_levers.append(o)
     if new: print(f"IST: fast steps with {', '.join(new)}")
     return names
