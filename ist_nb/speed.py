@@ -121,8 +121,8 @@ class Folded:
         m = self.lora_magnitude_vector[name].weight if name in self.lora_magnitude_vector else None
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         few = not worth_folding(x.numel()//x.shape[-1], A.shape[1], B.shape[0])
-        if m is None and (few or type(base).__name__ not in _foldable): return base(x) + s*((x.to(A.dtype)@A.T)@B.T).to(dtype)
-        if type(base).__name__ not in _foldable: return super().forward(x)
+        if m is None and (few or not _is_matrix(base)): return base(x) + s*((x.to(A.dtype)@A.T)@B.T).to(dtype)
+        if not _is_matrix(base): return super().forward(x)
         x = x.to(dtype)
         if type(base) is nn.Linear and torch.compiler.is_compiling(): y = folded_linear(x, base.weight.to(dtype), A, B, s, m)
         else: y = Recomputed.apply(x, lambda: folded_weight(dequantize_module_weight(base).to(dtype), A, B, s, m))
@@ -140,6 +140,7 @@ class Folded:
         return (y + (scale-1)*plain + scale*lora_B(lora_A(x))*s).to(y.dtype)
 
 _foldable = 'Linear','Linear4bit'   # the base layers whose weight can be had as a matrix: torch's own and bitsandbytes' with 4 bits
+def _is_matrix(base): return type(base).__name__ in _foldable and not getattr(getattr(base.weight, 'quant_state', None), 'packing_format_for_cpu', False)   # evaluated on a CPU, bitsandbytes orders 4-bit weights in a way that dequantizing does not know
 _classes = {}                       # from a class of PEFT's to the same with `Folded` mixed in
 
 def fold(
@@ -288,8 +289,10 @@ def pull(
 ) -> list[str]: # The names of the levers that were pulled
     "Apply levers to a model, once, and say which"
     names = safe_levers(model) if fast is True else [o.strip() for o in fast.split(',')]
-    new = [o for o in names if o not in model.__dict__.setdefault('ist_levers', [])]
-    for o in sorted(new, key=list(levers.entries).index): levers[o](model, layers)
-    model.ist_levers.extend(new)
+    lever = {o:levers[o] for o in names}   # refuses unknown names before anything is done
+    new = [o for o in lever if o not in model.__dict__.setdefault('ist_levers', [])]
+    for o in sorted(new, key=list(levers.entries).index):
+        lever[o](model, layers)
+        model.ist_levers.append(o)
     if new: print(f"IST: fast steps with {', '.join(new)}")
     return names
