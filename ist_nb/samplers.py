@@ -9,6 +9,7 @@ __all__ = ['uniform_sampler', 'importance_sampler', 'inclusion_probabilities', '
 # %% ../nbs/03_samplers.ipynb #5a77c2e6
 import torch
 from functools import lru_cache
+from math import ceil
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 from .config import ISTError, samplers
@@ -80,8 +81,8 @@ def depth_plan(
 ) -> tuple: # Share of the steps that train all layers; $q$ [N], where the others stop; $p$ [N], how likely a layer above the stop is trained
     "How `depth_sampler` draws; raises `ISTError` if `depth` is less than `n`/N"
     N,importance = len(importance),torch.tensor(importance)
-    if depth is not None and depth*N<n:
-        raise ISTError(f"depth={depth} is not allowed with {n} of {N} active layers: these alone are a share of {n/N:.2f} of the blocks. Give a number in [{n/N:.2f}, 1], or None for the least.")
+    if depth is not None and depth*N<n-1e-9:   # n/N itself is allowed, and (n/N)*N may be a little less than n
+        raise ISTError(f"depth={depth} is not allowed with {n} of {N} active layers: these alone are a share of {n/N:.2f} of the blocks. Give a number in [{ceil(100*n/N)/100:.2f}, 1], or None for the least.")
     dense = explore*n/N
     mean,blocks = [max(1., (o-dense*N)/(1-dense)) for o in (n, n if depth is None else depth*N)]   # in the steps that are not dense
     q = stop_probabilities(importance, blocks)     # [N]
@@ -106,7 +107,7 @@ def inclusion_by_depth(
     importance:Tensor, # Float [N], any N
     n:int, # Mean number of layers to train
     config, # An `ISTConfig`, for `explore` and `depth`
-) -> Tensor: # Float64 [N], sums to `n`
+) -> Tensor: # Float64 [N], sums to `n`, or to 1+(N-1)*explore*n/N where that is more
     "Exact probability that `depth_sampler` trains each layer (ours)"
     dense,q,p = depth_plan(tuple(importance.tolist()), n, config.explore, config.depth)
     return dense + (1-dense)*(q+p*(q.cumsum(0)-q))

@@ -1,0 +1,358 @@
+"Fast steps give the same results: in a Trainer, compiled by the real compiler, on 4-bit weights; and the sampler by depth keeps its promises"
+import json,math,random,re,shutil,warnings
+import pytest,torch
+from datasets import Dataset
+from hypothesis import given,settings,strategies as st
+from peft import IA3Config,LoraConfig,PeftModel,get_peft_model,prepare_model_for_kbit_training
+from transformers import AutoModelForCausalLM,BitsAndBytesConfig,LlamaConfig,LlamaForCausalLM,T5Config,T5ForConditionalGeneration,Trainer,TrainerCallback,TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+import ist_nb.speed as speed
+from ist_nb import IST,ISTCallback,ISTConfig,ISTError,find_layers
+from ist_nb.finetune import assets
+from ist_nb.samplers import depth_plan,depth_sampler,inclusion_by_depth
+from ist_nb.scorers import Probe
+from ist_nb.ist import model_loss
+from ist_nb.speed import Folded,fold,kept_bytes,pull,to_fp8
+from ist_nb.suppression import suppress
+
+def gen(seed=0): return torch.Generator().manual_seed(seed)
+ids = torch.randint(5, 1000, (32, 48), generator=gen())   # 4 rows are enough tokens for every layer of pico to be worth folding
+data = Dataset.from_list([dict(input_ids=o, labels=o) for o in ids.tolist()])
+
+def pico(dropout=0.1, **kwargs):
+    torch.manual_seed(0)
+    return get_peft_model(AutoModelForCausalLM.from_pretrained(str(assets/'pico')), LoraConfig(r=4, target_modules='all-linear', lora_dropout=dropout, task_type='CAUSAL_LM', **kwargs))
+
+class Watch(TrainerCallback):
+    "What each step trained, how deep its backward pass went, and its gradients; goes after ISTCallback"
+    def __init__(self, cb, model):
+        self.cb,self.model,self.passed,self.steps = cb,model,set(),[]
+        for i,b in enumerate(model.base_model.model.model.layers): b.register_forward_hook(lambda m, args, y, i=i: self.see(i, y))
+    def see(self, i, y):
+        y = y[0] if isinstance(y, tuple) else y
+        if y.requires_grad: y.register_hook(lambda g: self.passed.add(i))
+    def adapters(self): return [[p.detach().clone() for p in o.params] for o in self.cb.ist.layers]
+    def on_step_begin(self, *args, **kwargs): self.before = self.adapters(); self.passed.clear()
+    def on_pre_optimizer_step(self, *args, **kwargs): self.grads = {n:p.grad.clone() for n,p in self.model.named_parameters() if p.grad is not None}
+    def on_step_end(self, *args, **kwargs):
+        moved = [i for i,(a,b) in enumerate(zip(self.before, self.adapters())) if not all(map(torch.equal, a, b))]
+        self.steps.append(dict(active=self.cb.ist.active.tolist(), moved=moved, passed=sorted(self.passed), grads=self.grads))
+
+def trained(model, folder, resume=None, steps=6, args=(), **dials):
+    cb = ISTCallback(ISTConfig(**dict(fast=True, score_interval=2, score_batch_size=4) | dials))
+    watch = Watch(cb, model)
+    args = TrainingArguments(str(folder), **dict(max_steps=steps, per_device_train_batch_size=4, learning_rate=5e-3, weight_decay=0.1, report_to='none', use_cpu=True, logging_steps=1, disable_tqdm=True, save_steps=4) | dict(args))
+    t = Trainer(model, args, train_dataset=data, callbacks=[cb, watch])
+    t.pop_callback(PrinterCallback)
+    t.train(resume_from_checkpoint=resume and str(resume))
+    return t,cb.ist,watch.steps
+
+def losses(trainer): return [h['loss'] for h in trainer.state.log_history if 'loss' in h]
+def plain(o): return json.loads(json.dumps(o))   # keeps every bit of a number
+
+# -- in a Trainer
+def test_trainer(tmp_path, capsys, monkeypatch):
+    "Levers are named once, what rests does not move, and what is saved is an adapter as any other"
+    model,folds = pico(),[]
+    t,ist,steps = trained(model, tmp_path)
+    IST(model, ISTConfig(fast=True), probe=[0])                                   # once for a model, not for each IST
+    assert [l for l in capsys.readouterr().out.splitlines() if l.startswith('IST:')]==['IST: fast steps with fold']
+    assert sum(isinstance(m, Folded) for m in model.modules())==16*7
+    assert len(steps)==6 and all(o['moved']==o['active'] and len(o['active'])==4 for o in steps)
+    assert all(o['passed']==list(range(o['active'][0], 16)) for o in steps) and min(len(o['passed']) for o in steps)<16
+    t.save_model(str(tmp_path/'adapter'))
+    again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(str(assets/'pico')), str(tmp_path/'adapter')).eval()
+    assert not any(isinstance(m, Folded) for m in again.modules())
+    held = torch.randint(5, 1000, (4, 64), generator=gen(7))
+    real = speed.folded_weight
+    monkeypatch.setattr(speed, 'folded_weight', lambda *args: folds.append(1) or real(*args))
+    with torch.no_grad(): a,b,untrained = [m(input_ids=held, labels=held).loss.item() for m in (model.eval(), again, pico().eval())]
+    assert abs(a-b)<1e-5*b and abs(b-untrained)>1e-2, (a, b, untrained)
+    assert len(folds)==16*7                                                       # it was the folded form that was compared
+
+@pytest.mark.parametrize('scorer', ['gate', 'first_order'])
+def test_resumed_trainer_is_bit_exact(scorer, tmp_path):
+    "With dropout, which layers that rest do not draw"
+    dials = dict(sampler='depth', scorer=scorer, depth=0.5)
+    a,ist,steps = trained(pico(), tmp_path/'a', **dials)
+    b,ist2,_ = trained(pico(), tmp_path/'b', resume=tmp_path/'a'/'checkpoint-4', **dials)
+    assert ist.t==6 and len(ist.history)==2 and ist.importance.any() and len({len(o['active']) for o in steps})>1
+    assert plain(ist.state_dict())==plain(ist2.state_dict()) and losses(a)[4:]==losses(b)[-2:]
+    assert all(torch.equal(x, y) for x,y in zip(a.model.state_dict().values(), b.model.state_dict().values()))
+
+@pytest.fixture(scope='module')
+def want(tmp_path_factory):
+    "Steps without checkpointing"
+    return trained(pico(0.), tmp_path_factory.mktemp('want'), args=dict(save_strategy='no'), steps=4)[2]
+
+def test_checkpointing_stops_where_training_does(want, tmp_path):
+    "The Trainer puts the hook on the embedding; the pass does not go down there"
+    model = pico(0.)
+    with warnings.catch_warnings():
+        warnings.filterwarnings('error', message='IST:')
+        _,_,steps = trained(model, tmp_path, args=dict(gradient_checkpointing=True, save_strategy='no'), steps=4)
+    assert model.base_model.model.model.gradient_checkpointing
+    assert all(o['passed']==list(range(o['active'][0], 16)) for o in steps) and min(len(o['passed']) for o in steps)<16
+    assert all(same_grads(a['grads'], b['grads'], 1e-4) for a,b in zip(want, steps))
+
+def test_reentrant_checkpointing_is_warned_of_and_right(want, tmp_path):
+    with pytest.warns(UserWarning, match='reentrant checkpointing sends every backward pass to the embedding') as said:
+        _,_,steps = trained(pico(0.), tmp_path, args=dict(gradient_checkpointing=True, gradient_checkpointing_kwargs=dict(use_reentrant=True), save_strategy='no'), steps=4)
+    assert sum(str(o.message).startswith('IST:') for o in said)==1
+    assert all(o['passed']==list(range(16)) for o in steps)
+    assert all(same_grads(a['grads'], b['grads'], 1e-4) for a,b in zip(want, steps))
+
+def same_grads(a, b, eps): return a.keys()==b.keys() and all((a[k]-b[k]).norm()<=eps*a[k].norm() for k in a)
+
+# -- the real compiler
+small = LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=6, num_attention_heads=2, num_key_value_heads=2, use_cache=False)
+
+def tiny(dora=False):
+    torch.manual_seed(0)
+    model = get_peft_model(LlamaForCausalLM(small), LoraConfig(r=4, use_dora=dora, target_modules='all-linear', task_type='CAUSAL_LM'))
+    for n,p in model.named_parameters():
+        if 'lora_B' in n: torch.nn.init.normal_(p, std=0.05)
+    return model.train()
+
+def batch(rows=4, length=32, seed=0):
+    o = torch.randint(0, 64, (rows, length), generator=gen(seed))
+    return dict(input_ids=o, labels=o)
+
+def step_of(model, active, **kwargs):
+    "Loss and gradients of a step that trains `active`"
+    layers = find_layers(model)
+    layers.switch(active); model.zero_grad()
+    loss = model(**batch(**kwargs)).loss
+    loss.backward(); layers.thaw()
+    return loss.item(),{n:p.grad.clone() for n,p in model.named_parameters() if p.grad is not None}
+
+def agree(ref, model, active, eps=1e-4, **kwargs):
+    (a,g),(b,h) = step_of(ref, active, **kwargs),step_of(model, active, **kwargs)
+    assert abs(a-b)<=eps*a and same_grads(g, h, eps), (active, kwargs)
+    assert len(g)>=len(active)*14
+
+def graphs(): return torch._dynamo.utils.counters['stats'].get('unique_graphs', 0)
+def breaks(): return sum(torch._dynamo.utils.counters['graph_break'].values())
+
+@pytest.fixture
+def compiled():
+    "Makes a pair of models, plain and fast"
+    torch._dynamo.reset(); torch._dynamo.utils.counters.clear()
+    def make(dora):
+        ref,model = tiny(dora),tiny(dora)
+        assert pull(model, find_layers(model), 'fold,compile')==['fold', 'compile']
+        return ref,model
+    yield make
+    torch._dynamo.reset(); torch._dynamo.utils.counters.clear()
+
+compiler = pytest.mark.skipif(not shutil.which('g++'), reason='inductor needs a compiler')
+
+def selections(seed, n):
+    rng = random.Random(seed)
+    return [sorted(rng.sample(range(6), rng.choice([1, 2, 6]))) for _ in range(n)]
+
+@pytest.mark.slow
+@compiler
+@pytest.mark.parametrize('dora', [False, True])
+@pytest.mark.parametrize('first', [[0, 1, 2, 3, 4, 5], [4]])
+def test_compiled_selections(dora, first, compiled):
+    "Dense or sparse first, then anything; probes of both kinds in between; then other shapes"
+    ref,model = compiled(dora)
+    for active in [first, *selections(1, 12)]: agree(ref, model, active)
+    assert (graphs(), breaks())==(4, 0)
+    probes(ref, model)
+    trained_and_probed = graphs()
+    assert trained_and_probed==(5 if dora else 8)     # evaluation; suppression by scaling and two for gates; by hooks (DoRA) they run uncompiled
+    for active in selections(2, 6): agree(ref, model, active)
+    probes(ref, model)
+    assert (graphs(), breaks())==(trained_and_probed, 0)
+    rng,counts = random.Random(3),[]
+    for t,active in enumerate(selections(4, 30)):
+        agree(ref, model, active, rows=rng.choice([4, 2, 3]) if t>9 else 4, length=rng.choice([32, 24, 17]), seed=t)
+        counts.append(graphs())
+    assert counts[-1]<=trained_and_probed+10 and counts[14]==counts[-1] and breaks()==0, counts   # as measured: lengths and rows become symbols, in each of the four graphs and on either side of `worth_folding`
+
+def probes(ref, model):
+    for m in (ref, model): m.eval()
+    with torch.no_grad():
+        plain = loss_with(ref, [])
+        for S in ([], [0, 2], [1, 5], [], [3, 4]):      # an evaluation first: what was compiled for it must not serve suppressed layers
+            a,b = [loss_with(m, S) for m in (ref, model)]
+            assert abs(a-b)<1e-5*a and (S==[] or abs(a-plain)>1e-4)
+    (l,g),(k,h) = [Probe(m, find_layers(m), batch(), model_loss, 0.25).gates(0.625) for m in (ref, model)]
+    assert abs(l-k)<1e-5*l and (g-h).norm()<1e-4*g.norm() and g.abs().min()>0
+    for m in (ref, model): m.train()
+
+def loss_with(model, S):
+    with suppress(find_layers(model), S, 0.25): return model(**batch()).loss.item()
+
+@pytest.mark.parametrize('config', [LoraConfig(r=4, use_dora=True, target_modules='all-linear'), IA3Config(target_modules=['k_proj', 'v_proj', 'down_proj'], feedforward_modules=['down_proj'], init_ia3_weights=False)], ids=['DoRA', 'IA3'])
+def test_suppression_by_hooks_of_compiled_blocks(config):
+    "Whoever compiled them, and whatever ran before: compiled code does not look for new hooks"
+    torch.manual_seed(0)
+    model = get_peft_model(LlamaForCausalLM(small), config).eval()
+    for n,p in model.named_parameters():
+        if 'lora_B' in n: torch.nn.init.normal_(p, std=0.05)
+    with torch.no_grad(): want = [loss_with(model, S) for S in ([], [0, 2], [3])]
+    torch._dynamo.reset()
+    try:
+        for b in model.base_model.model.model.layers: b.compile(backend='aot_eager')
+        with torch.no_grad(): got = [loss_with(model, S) for S in ([], [0, 2], [3])]
+        assert torch.allclose(torch.tensor(got), torch.tensor(want), rtol=1e-6) and len({round(o, 4) for o in got})==3
+    finally: torch._dynamo.reset()
+
+# -- 4-bit weights
+def quantised(dtype=torch.float32, dora=False):
+    pytest.importorskip('bitsandbytes', reason='bitsandbytes is not installed')
+    q = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_compute_dtype=dtype)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(str(assets/'pico'), quantization_config=q, dtype=dtype, device_map={'':'cpu'})
+    model = get_peft_model(prepare_model_for_kbit_training(model, use_gradient_checkpointing=False), LoraConfig(r=4, use_dora=dora, target_modules='all-linear', task_type='CAUSAL_LM'))
+    for n,p in model.named_parameters():
+        if 'lora_B' in n: torch.nn.init.normal_(p, std=0.02)
+    return model.train()
+
+held = torch.randint(5, 1000, (4, 64), generator=gen(7))
+long,short = dict(input_ids=held, labels=held),dict(input_ids=held[:2, :4], labels=held[:2, :4])
+
+@pytest.mark.parametrize('dora', [False, True])
+@pytest.mark.parametrize('dtype,eps', [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_folded_4bit(dtype, eps, dora, monkeypatch):
+    ref,model,folds = quantised(dtype, dora),quantised(dtype, dora),[]
+    assert fold(model)==16*7
+    real = speed.folded_weight
+    monkeypatch.setattr(speed, 'folded_weight', lambda *args: folds.append(1) or real(*args))
+    for active in ([3, 9], [15]):
+        seen = []
+        for m in (ref, model):
+            layers = find_layers(m)
+            layers.switch(active); m.zero_grad(); folds.clear()
+            loss = m(**long).loss; loss.backward()
+            seen.append((loss.item(), {n:p.grad.clone() for n,p in m.named_parameters() if p.grad is not None}, kept_bytes(lambda: m(**long).loss, m)))
+            layers.thaw()
+        (a,g,kept),(b,h,kept_folded) = seen
+        assert len(folds)>=(16-len(active))*7 and abs(a-b)<=eps*a and same_grads(g, h, eps) and len(g)==len(active)*(21 if dora else 14)
+        assert kept_folded<=kept
+
+def test_folded_4bit_evaluated():
+    "bitsandbytes may pack the weights for the CPU when few tokens are evaluated; what is folded then must not be their old order"
+    ref,model = quantised(),quantised()
+    fold(model); ref.eval(); model.eval()
+    with torch.no_grad():
+        for batch in (long, short, long):
+            a,b = [m(**batch).loss.item() for m in (ref, model)]
+            assert abs(a-b)<5e-3*a, (a, b)
+
+# -- pulling levers
+def test_levers_that_cannot_be_pulled(monkeypatch):
+    model = tiny(); layers = find_layers(model)
+    with pytest.raises(ISTError, match="lever='fold-all' is unknown.*did you mean 'fold'.*Allowed: fold, compile, loss, fp8"): pull(model, layers, 'fold,fold-all')
+    with pytest.raises(ISTError, match="lever='turbo' is unknown"): ISTConfig(fast='fold,turbo')
+    assert not any(isinstance(m, Folded) for m in model.modules()) and not getattr(model, 'ist_levers', [])
+    with pytest.raises(ISTError, match="'fp8' needs"): pull(model, layers, 'fp8')                          # whatever is missing here: torchao, or a GPU
+    missing = lambda name, real=speed.find_spec: None if name in ('torchao', 'liger_kernel') else real(name)
+    monkeypatch.setattr(speed, 'find_spec', missing)
+    with pytest.raises(ISTError, match='pip install torchao.*leave .fp8. out'): pull(model, layers, 'fp8')
+    with pytest.raises(ISTError, match='pip install liger-kernel.*leave .loss. out'): pull(model, layers, 'fold,loss')
+    assert model.ist_levers==['fold']            # what was done is known to be done
+    assert pull(model, layers, True)==['fold']   # and True asks for nothing that is not there
+
+def test_fp8_needs_a_gpu():
+    pytest.importorskip('torchao', reason='torchao is not installed')
+    model = tiny()
+    with pytest.raises(ISTError, match='needs a GPU of compute capability 8.9 or more, and the model is on cpu. Leave .fp8. out'): to_fp8(model, find_layers(model))
+
+def test_fp8_emulated():
+    pytest.importorskip('torchao', reason='torchao is not installed')
+    from torchao.float8.float8_linear import Float8Linear
+    ref,model = tiny(),tiny()
+    layers = find_layers(model)
+    model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight.requires_grad_(True)        # trained: not for 8 bits
+    assert to_fp8(model, layers, emulate=True)==6*7-1
+    converted = {n for n,m in model.named_modules() if isinstance(m, Float8Linear)}
+    assert len(converted)==41 and all(n.endswith('.base_layer') for n in converted)
+    model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight.requires_grad_(False)
+    (a,g),(b,h) = step_of(ref, [1, 3]),step_of(model, [1, 3])
+    assert 0<abs(a-b)<0.01*a and same_grads(g, h, 0.3) and not same_grads(g, h, 1e-4)                     # 8 bits, and no less
+
+# -- the sampler by depth
+@st.composite
+def plans(draw):
+    N = draw(st.integers(2, 40)); n = draw(st.integers(1, N-1))
+    depth = draw(st.one_of(st.none(), st.just(n/N), st.floats(n/N, 1)))
+    explore = draw(st.one_of(st.just(0.), st.floats(0, 1)))
+    return torch.tensor(draw(st.lists(st.floats(-15, 15, width=32), min_size=N, max_size=N))),n,ISTConfig(sampler='depth', n_active=n, depth=depth, explore=explore)
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(plans(), st.integers(0, 2**32))
+def test_depth_sampler(plan, seed):
+    I,n,config = plan
+    N = len(I)
+    dense,q,p = depth_plan(tuple(I.tolist()), n, config.explore, config.depth)
+    pi = inclusion_by_depth(I, n, config)
+    least = 1+dense*(N-1)                                                     # a step trains one layer at least
+    assert math.isclose(pi.sum(), max(n, least), rel_tol=1e-6)
+    assert dense==config.explore*n/N and pi.min()>=dense and pi.max()<=1+1e-9
+    k = torch.arange(N, 0, -1, dtype=torch.double)
+    depth = float(dense+(1-dense)*(q@k)/N)
+    assert math.isclose(depth, max(n/N if config.depth is None else config.depth, least/N), rel_tol=1e-6)
+    w = torch.sigmoid(I.double())
+    if config.depth is not None:                                              # p is min(1, c w)
+        c = (p/w)[p<1]
+        assert not len(c) or torch.allclose(c, c[0]) and ((w*c[0])[p==1]>=1-1e-9).all()
+    slope = (q/w).log().diff()                                                # q is w, tilted by the cost
+    assert torch.allclose(slope, slope[-1:].expand_as(slope), rtol=1e-6, atol=1e-6) or q.min()<1e-290
+    before = torch.get_rng_state()
+    a,b = [[depth_sampler(I, n, config, g).tolist() for _ in range(20)] for g in (gen(seed), gen(seed))]
+    assert a==b and torch.equal(before, torch.get_rng_state())
+    assert all(S==sorted(set(S)) and S and 0<=S[0] and S[-1]<N for S in a)
+    if config.depth is None: assert all(S==list(range(S[0], N)) for S in a)   # everything from the stop upwards
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(plans())
+def test_depth_sampler_draws_as_planned(plan):
+    I,n,config = plan
+    g,draws,count,deep = gen(1),1500,torch.zeros(len(I), dtype=torch.double),0.
+    for _ in range(draws):
+        S = depth_sampler(I, n, config, g)
+        count[S] += 1; deep += (len(I)-int(S[0]))/len(I)
+    pi = inclusion_by_depth(I, n, config).clamp(0, 1)
+    assert ((count/draws-pi).abs() <= 5*(pi*(1-pi)/draws).sqrt()+5/draws).all()
+    want = max(n/len(I) if config.depth is None else config.depth, (1+config.explore*n/len(I)*(len(I)-1))/len(I))
+    assert abs(deep/draws-want) <= 5*0.5/draws**0.5                           # a depth varies by 1/2 at most
+
+def test_depth_that_cannot_be():
+    "Said at the first step; the bound that is named is allowed"
+    model = tiny()
+    config = ISTConfig(sampler='depth', depth=0.1, n_active=0.5)
+    with pytest.raises(ISTError, match=r'depth=0.1 is not allowed with 3 of 6 active layers') as said:
+        with IST(model, config, probe=[0]).step(): pass
+    assert all(p.requires_grad for o in find_layers(model) for p in o.params)
+    for N in (3, 7, 22, 39):   # such as 15/22*22 < 15
+        for n in range(1, N):
+            depth_plan((0.,)*N, n, 0.1, n/N)
+            with pytest.raises(ISTError) as said: depth_plan((0.,)*N, n, 0.1, 0.9*n/N)
+            depth_plan((0.,)*N, n, 0.1, float(re.search(r'in \[([\d.]+), 1\]', str(said.value))[1]))
+
+def test_depth_with_a_budget_for_each_stack():
+    torch.manual_seed(0)
+    cfg = T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=32, num_layers=8, num_decoder_layers=6, num_heads=2, decoder_start_token_id=0)
+    model = get_peft_model(T5ForConditionalGeneration(cfg), LoraConfig(r=2, target_modules=['q', 'v'], task_type='SEQ_2_SEQ_LM'))
+    for n,p in model.named_parameters():
+        if 'lora_B' in n: torch.nn.init.normal_(p, std=0.5)
+    make = lambda: IST(model, ISTConfig(sampler='depth', n_active=dict(encoder=2, decoder=0.5), score_interval=3, fast=True), probe=[batch()])
+    ist,again = make(),make()
+    for _ in range(7):
+        with ist.step():
+            model(**batch()).loss.backward()
+            assert [i for i,o in enumerate(ist.layers) if any(p.grad is not None for p in o.params)]==ist.active.tolist()
+            model.zero_grad()
+    assert len(ist.history)==2 and ist.importance.any()
+    again.load_state_dict(ist.state_dict())
+    sizes = torch.zeros(2, 400)
+    for t in range(400):
+        ist.t = again.t = 7+t
+        S = ist.draw()
+        assert torch.equal(S, again.draw()) and ist.budgets==[(list(range(8)), 2), (list(range(8, 14)), 3)]
+        sizes[:, t] = torch.tensor([int((S<8).sum()), int((S>=8).sum())])
+    assert sizes.min()>=1 and ((sizes.mean(1)-torch.tensor([2., 3.])).abs() <= 5*sizes.std(1)/20).all()
