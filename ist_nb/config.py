@@ -129,6 +129,8 @@ def check_config(
         value = getattr(config, name)
         if not ok(value): raise ISTError(f"{name}={value!r} is not allowed. Give {words}.")
     scorers[config.scorer],samplers[config.sampler]
+    if config.depth is not None and not getattr(samplers[config.sampler], 'uses_depth', False):
+        raise ISTError(f"depth={config.depth} has no effect with sampler={config.sampler!r}. Choose sampler='depth', or leave depth out.")
     if isinstance(config.fast, str): [levers[o.strip()] for o in config.fast.split(',')]
 
 # %% ../nbs/00_config.ipynb #330d60af

@@ -92,7 +92,7 @@ def depth_plan(
     p = torch.ones_like(q) if depth is None else thin(solve(lambda x: float(1+above@thin(x)), mean, hi=200.))
     return dense,q,p
 
-@samplers.register('depth', 'Draws where the backward pass stops, by importance and cost, and trains from there up', varies=True)
+@samplers.register('depth', 'Draws where the backward pass stops, by importance and cost, and trains from there up', varies=True, uses_depth=True)
 def depth_sampler(importance, n, config, generator):
     N = len(importance)
     dense,q,p = depth_plan(tuple(importance.tolist()), n, config.explore, config.depth)
