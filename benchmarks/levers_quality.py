@@ -12,6 +12,7 @@ from ist_nb import IST,ISTConfig,find_layers
 from ist_nb.evaluate import held_out_loss
 from ist_nb.finetune import assets
 from ist_nb.speed import fold,to_fp8
+from speed import typed
 
 cheap = dict(score_batch_size=4, score_interval=20)
 methods = {   # name: settings of IST (None: all layers), levers
@@ -73,11 +74,6 @@ def parallel(jobs, workers, args):
         print(res[-1], flush=True)
     for p in procs: p.join()
     return res
-
-def typed(name):
-    "The command, without where its output went"
-    out = next((i for i,o in enumerate(sys.argv) if o=='--out'), len(sys.argv))
-    return ' '.join([f'python benchmarks/{name}.py', *sys.argv[1:out], *sys.argv[out+2:]])
 
 @call_parse
 def main(

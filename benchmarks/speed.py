@@ -1,7 +1,7 @@
 """What a training step costs, in the Trainer: LoRA on all layers, the released IST, RST and ours, with and without each lever
 of `ist_nb.speed`, importance loop included. `python benchmarks/speed.py` finds the GPU by itself; the variants take turns,
 several times, and every number is a median with its spread."""
-import gc,json,os,platform,statistics,sys,time
+import gc,json,os,platform,statistics,sys,tempfile,time
 from importlib.metadata import version
 from pathlib import Path
 import torch
@@ -212,7 +212,7 @@ def bench(shape, batch, length, steps, reps, only, seconds, save):
                 config = config | dict(activation_budget=f"{int(config['activation_budget']*dense/2**20)}MiB")
             first = rep<0
             if first and config and 'score_interval' in config: config = config | dict(score_interval=2)
-            try: r = run(lev, data, batch, 4 if first else steps, config, levers.split(), ckpt, max(rep, 0), '/tmp/ist_speed')
+            try: r = run(lev, data, batch, 4 if first else steps, config, levers.split(), ckpt, max(rep, 0), tempfile.gettempdir()+'/ist_speed')
             except Exception as e: failed[k] = f'{type(e).__name__}: {e}'[:300]
             else:
                 if not first: runs[k].append(r)

@@ -92,6 +92,7 @@ def depth_plan(
     p = torch.ones_like(q) if depth is None else thin(solve(lambda x: float(1+above@thin(x)), mean, hi=200.))
     return dense,q,p
 
+# %% ../nbs/03_samplers.ipynb #ff1e5c23
 @samplers.register('depth', 'Draws where the backward pass stops, by importance and cost, and trains from there up', varies=True, uses_depth=True)
 def depth_sampler(importance, n, config, generator):
     N = len(importance)
@@ -103,6 +104,7 @@ def depth_sampler(importance, n, config, generator):
     on[:a],on[a] = False,True
     return on.nonzero().flatten()
 
+# %% ../nbs/03_samplers.ipynb #1333abed
 def inclusion_by_depth(
     importance:Tensor, # Float [N], any N
     n:int, # Mean number of layers to train

@@ -99,6 +99,9 @@ def worth_folding(
     return tokens*(n_in+2*n_out) > 2*n_in*n_out
 
 # %% ../nbs/06_speed.ipynb #ba6af464
+_foldable = 'Linear','Linear4bit'   # the base layers whose weight can be had as a matrix: torch's own and bitsandbytes' with 4 bits
+def _is_matrix(base): return type(base).__name__ in _foldable and not getattr(getattr(base.weight, 'quant_state', None), 'packing_format_for_cpu', False)   # evaluated on a CPU, bitsandbytes orders 4-bit weights in a way that dequantizing does not know
+
 class Folded:
     "Mixed into a layer of LoRA by `fold`"
     def forward(self, x, *args, **kwargs):
@@ -138,8 +141,7 @@ class Folded:
         plain = nn.functional.linear(x, base.weight.to(x.dtype)) if drops else y if base.bias is None else y-base.bias
         return (y + (scale-1)*plain + scale*lora_B(lora_A(x))*s).to(y.dtype)
 
-_foldable = 'Linear','Linear4bit'   # the base layers whose weight can be had as a matrix: torch's own and bitsandbytes' with 4 bits
-def _is_matrix(base): return type(base).__name__ in _foldable and not getattr(getattr(base.weight, 'quant_state', None), 'packing_format_for_cpu', False)   # evaluated on a CPU, bitsandbytes orders 4-bit weights in a way that dequantizing does not know
+# %% ../nbs/06_speed.ipynb #b2454e81
 _classes = {}                       # from a class of PEFT's to the same with `Folded` mixed in
 
 def fold(
