@@ -45,6 +45,7 @@ class Registry:
         "Add a function under `name`, replacing one that was there"
         def _add(f):
             self.entries[name],self.about[name] = f,about
+            f.__doc__ = f.__doc__ or about
             for k,v in traits.items(): setattr(f, k, v)
             return f
         return _add

@@ -1,0 +1,96 @@
+"The built site in a real browser, and what the build makes of special cases"
+import json,re,subprocess,sys,pytest
+from filelock import FileLock
+from pathlib import Path
+import build_docs,check_site
+
+root = Path(__file__).parent.parent
+docs = root/'_docs'
+
+def newest(*folders): return max(p.stat().st_mtime for f in folders for p in (root/f).rglob('*') if p.is_file() and not {'__pycache__', '.ipynb_checkpoints'} & set(p.parts))
+
+@pytest.fixture(scope='session')
+def site():
+    "The site; it is built if it is not there, or older than what it is made of"
+    done = docs/'build.json'
+    with FileLock(root/'.site.lock'):     # one worker builds
+        if not done.exists() or done.stat().st_mtime<newest('nbs', 'tools', 'ist_nb'):
+            subprocess.run([sys.executable, 'tools/build_docs.py', '--check'], cwd=root, check=True, stdout=subprocess.DEVNULL)
+    return docs
+
+needs_browser = pytest.mark.skipif(not check_site.chromium(), reason='no Chromium or Chrome on the path: apt-get install chromium, or set CHROMIUM')
+
+@needs_browser
+@pytest.mark.parametrize('part', range(3))
+def test_pages(site, part):
+    "A third of the pages each, and of the terms of the search"
+    pages = sorted(check_site.pages_of(site), key=lambda o: (site/o).stat().st_size)[part::3]
+    small = {o for o in pages if (site/o).stat().st_size<100_000}     # axe-core takes its time; tools/check_site.py lets it see every page
+    found,answers = check_site.check(site, pages, list(check_site.terms)[part::3], full=small.__contains__)
+    assert len(found)==len(pages)>=5 and small
+    assert sum(r['pictures'] for r in found.values())>0 and all(r['pairs']>10 for r in found.values())
+    problems = list(check_site.report(found, answers))
+    assert not problems, '\n'.join(problems)
+
+@needs_browser
+def test_the_check_sees(tmp_path):
+    "Each fault that is looked for, planted in a page, is found"
+    assets = tmp_path/'a.css'
+    assets.write_text('')
+    (tmp_path/'bad.html').write_text('''<!doctype html><html><head><title>x</title><meta name="viewport" content="width=device-width"></head><body data-md-color-scheme="default">
+        <form data-md-component="palette"><label onclick="document.body.dataset.mdColorScheme='slate'">x</label></form>
+        <article><p style="color:#999;background:#fff">pale words of $\\\\alpha$ and \\\\(\\\\frac12\\\\)</p><img src="none.png"><div style="width:900px">wide</div></article>
+        <script>console.error('oh'); fetch('http://127.0.0.1:9/elsewhere').catch(e => 0)</script></body></html>''')
+    found,_ = check_site.check(tmp_path, ['bad.html'], [])
+    r = found['bad.html']
+    assert all(r[k] for k in 'console outside failed raw no_alt not_loaded wcag light too_wide'.split()), r
+    assert len(r['raw'])==2 and r['toggled'] and not r['broken_formulas']
+
+def test_llms_and_cards(site):
+    "Every page is in llms.txt and in the sitemap's place, with a card of the size that others ask for"
+    from PIL import Image
+    txt = (site/'llms.txt').read_text()
+    base = re.search(r'\((https?://[^)]*)index\.html\.md\)', txt)[1]
+    full = (site/'llms-full.txt').read_text()
+    for o in check_site.pages_of(site):
+        assert f'({base}{o}.md)' in txt and (site/f'{o}.md').exists(), o
+        html = (site/o).read_text()
+        card = re.search(r'property="?og:image"? content="?([^"> ]+)', html)[1]
+        assert card.startswith(base) and Image.open(site/card.removeprefix(base)).size==(1200, 630), o
+        for k in ('og:title', 'og:description', 'og:url', 'twitter:card'): assert k in html, (o, k)
+        assert re.search(r'^# .+', full, re.M)
+    assert full.count('\n---\n')>=len(check_site.pages_of(site))-1
+
+def test_navigation(site):
+    "Home, tutorials, modules in reading order, theory, results, reference; and every page has its neighbours"
+    html = (site/'layers.html').read_text()
+    tabs = [re.sub(r'\s+', ' ', o).strip() for o in re.findall(r'class="?md-tabs__link"?>(.*?)</a>', html, re.S)]
+    assert tabs==['Home', 'Tutorials', 'Modules', 'Theory', 'Results', 'Reference']
+    order,seen = ['index.html'],set()
+    while order[-1] not in seen:
+        seen.add(order[-1])
+        m = re.search(r'<link rel="?next"? href="?([^"> ]+)', (site/order[-1]).read_text())
+        if m: order.append((Path(order[-1]).parent/m[1]).as_posix() if not m[1].startswith('..') else m[1].removeprefix('../'))
+    assert set(order)==set(check_site.pages_of(site))
+    modules = [o.removesuffix('.html') for o in order if '/' not in o]
+    at = [modules.index(o) for o in 'config layers suppression scorers samplers ist callback speed memory adapters data evaluate plot finetune api'.split()]
+    assert at==sorted(at)
+
+def test_names_inside_links():
+    "nbdev links a name that is inside a link already: the link of the author stays"
+    one = lambda s: build_docs._nested.sub(r'[\1](', s)
+    assert one('of [[`ISTConfig`](config.html#istconfig)](config.html) do')=='of [`ISTConfig`](config.html) do'
+    assert one('[`IST`](ist.html#ist) and [x](y)')=='[`IST`](ist.html#ist) and [x](y)'
+
+def test_alt_text():
+    "A cell's own words come first, then the last sentence above it, without its marks"
+    assert build_docs.alt_text({'fig-alt':'Bars of $x$'}, 'Some text.')=='Bars of x'
+    assert build_docs.alt_text({}, 'First.\n\nHere it is. What the [floor](a.html) does to `x`:')=='What the floor does to x'
+    assert build_docs.alt_text({}, '')==''
+
+def test_registered_names_have_a_line(site):
+    "A scorer is described by what it is registered with"
+    api = (site/'api.html.md').read_text()
+    rows = re.findall(r'^\| \[`([\w.]+)`\]\([^)]*\)(?: ★)? \| (.*) \|$', api, re.M)
+    assert len(rows)>150
+    assert 'Response suppression with standardised rewards' in dict(rows)['suppression_scorer']
