@@ -1,0 +1,129 @@
+"What every page owes its reader: an opening, one meaning for a symbol, an example for a name, correct spelling; and no code that nobody calls"
+import ast,json,re,subprocess,sys,pytest
+from pathlib import Path
+
+root = Path(__file__).parent.parent
+nbs = {p.relative_to(root/'nbs').with_suffix('').as_posix():json.loads(p.read_text())['cells'] for p in sorted((root/'nbs').rglob('*.ipynb')) if '.ipynb_checkpoints' not in p.parts}
+def src(c): return ''.join(c['source'])
+def kind(cells, t): return [src(c) for c in cells if c['cell_type']==t]
+def page(f): return pytest.mark.parametrize('name', [o for o in nbs if f(nbs[o])])
+def module(cells): return next((m[1] for s in kind(cells, 'code') if (m := re.search(r'^#\| *default_exp (\S+)', s, re.M))), None)
+def directive(s, what): return re.search(rf'^#\| *(?:{what})\b', s, re.M)
+
+def test_opening():
+    "Each page begins with its name, one line about it, and what you will be able to do after it"
+    bad = []
+    for name,cells in nbs.items():
+        first,second = (kind(cells, 'markdown')+['', ''])[:2]
+        if not re.match(r'# .+\n\n> .+$', first): bad.append(f'{name}: the first cell is a title, an empty line and one line behind >')
+        elif name!='index' and not second.startswith('After this page you '): bad.append(f'{name}: the second text does not open with "After this page you ..."')
+    assert not bad, '\n'.join(bad)
+
+greek = re.compile(r'\\(' + '|'.join('alpha beta gamma delta epsilon varepsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau phi varphi chi psi omega Gamma Delta Theta Lambda Sigma Phi Psi Omega ell'.split()) + r')(?![A-Za-z])')
+
+def test_symbols():
+    "Every Greek letter in a formula is in the table of symbols, and links to the page that introduces it, which has it"
+    table = '\n'.join(kind(nbs['reference/notation'], 'markdown'))
+    known = set(greek.findall(table))
+    bad = [f'{name}: \\{o} is not on the page of symbols (nbs/reference/notation.ipynb)' for name,cells in nbs.items() for o in sorted(set(greek.findall('\n'.join(map(src, cells))))-known)]
+    rows = [r.strip('| ').split(' | ') for r in table.splitlines() if r.startswith('| $')]
+    assert len(rows)>25
+    for r in rows:
+        pages = re.findall(r'\(\.\./([\w/]+)\.ipynb\)', r[-1])
+        assert pages, r
+        for p in pages:
+            text = '\n'.join(map(src, nbs[p]))
+            used = greek.findall(r[0])
+            if used and not set(used)&set(greek.findall(text)): bad.append(f'the page of symbols says that {r[0]} is introduced on {p}, which does not have it')
+    assert not bad, '\n'.join(bad)
+
+@page(module)
+def test_every_name_has_an_example(name):
+    "Each public name is called in a cell of its page that readers see, and that is not the one that defines it"
+    cells = nbs[name]
+    shown = '\n'.join(s for s in kind(cells, 'code') if not directive(s, 'export|exports|exporti|hide') and 'show_doc(' not in s)
+    code = (root/'ist_nb'/f'{module(cells)}.py').read_text()
+    public = ast.literal_eval(re.search(r'^__all__ = (\[.*?\])', code, re.M|re.S)[1])
+    lacks = [o for o in public if not re.search(rf'\b{o}\b', shown)]
+    assert not lacks, f'{name} has no example of {", ".join(lacks)}: call each in a cell of the page, or give it a name with an underscore'
+
+@page(lambda cells: any(s.startswith('#| hide\n# In Colab') for s in kind(cells, 'code')))
+def test_colab(name):
+    "A tutorial that opens in Colab fetches the repository from the address in settings.ini"
+    import build_docs
+    from nbdev.config import get_config
+    cell = next(s for s in kind(nbs[name], 'code') if s.startswith('#| hide\n# In Colab'))
+    assert re.findall(r'git clone -q --depth 1 (\S+) ist_nb-src', cell)==[get_config(path=root).git_url], 'run tools/build_docs.py, which writes the address from settings.ini into the tutorials'
+    assert build_docs.colab_cell(cell, 'https://example.org/other')!=cell
+
+def test_every_tutorial_opens_in_colab():
+    assert not [o for o in nbs if o.startswith('tutorials/') and not any('# In Colab' in s for s in kind(nbs[o], 'code'))]
+
+def run_colab(folder, path, installed):
+    "What the first cell of a tutorial does in `folder`: the commands it runs, with stand-ins for git and pip"
+    cell = next(s for s in kind(nbs['tutorials/quickstart'], 'code') if '# In Colab' in s)
+    path.mkdir()
+    for o in ('git', 'pip'):
+        (path/o).write_text(f'#!/bin/sh\necho {o} "$@" >> {path}/log\n[ {o} = pip ] || mkdir -p ist_nb-src/nbs/tutorials\n')
+        (path/o).chmod(0o755)
+    hide = '' if installed else 'import importlib.util; importlib.util.find_spec = lambda name: None\n'
+    subprocess.run([sys.executable, '-c', f'import os\nos.environ["PATH"] = {str(path)!r}+":"+os.environ["PATH"]\n{hide}{cell}\nopen({str(path/"cwd")!r}, "w").write(os.getcwd())'], cwd=folder, check=True)
+    return (path/'log').read_text() if (path/'log').exists() else '',(path/'cwd').read_text()
+
+def test_colab_cell_runs(tmp_path):
+    "In a checkout and with the package installed the cell does nothing; elsewhere it fetches the repository and goes to the tutorials"
+    assert run_colab(root/'nbs'/'tutorials', tmp_path/'a', False)[0]==''
+    (tmp_path/'empty').mkdir()
+    assert run_colab(tmp_path/'empty', tmp_path/'b', True)[0]==''
+    log,cwd = run_colab(tmp_path/'empty', tmp_path/'c', False)
+    assert log.startswith('git clone') and 'pip install -q ./ist_nb-src' in log and cwd.endswith('ist_nb-src/nbs/tutorials')
+
+# --- spelling: British, as most pages have it
+def prose():
+    "The words of a page and of the comments in its code, by place; no code, no links, no formulas"
+    cut = re.compile(r'```.*?```|`[^`\n]*`|\$\$.*?\$\$|\$[^$\n]+\$|\]\([^)]*\)|https?://\S+|<[^>]+>', re.S)
+    for name,cells in nbs.items():
+        for i,c in enumerate(cells):
+            s = src(c) if c['cell_type']=='markdown' else '\n'.join(re.findall(r'(?:^|\s)# (.*)$', src(c), re.M))
+            yield f'nbs/{name}.ipynb, cell {i}',cut.sub(' ', s)
+    for f in ('README.md', 'CONTRIBUTING.md', 'CHANGELOG.md'): yield f,cut.sub(' ', (root/f).read_text())
+
+# torch's word, words that British has in another sense, and what the list has wrong
+american = set('optimizer optimizers program programs disk dialog analog check meter meters license practice story draft tire curb catalog biased'.split())
+
+def test_british():
+    import codespell_lib
+    pairs = (Path(codespell_lib.__file__).parent/'data'/'dictionary_en-GB_to_en-US.txt').read_text().split('\n')
+    british = {us:gb for gb,_,us in (o.strip().partition('->') for o in pairs if '->' in o) if us not in american and ',' not in us}
+    assert british['color']=='colour' and len(british)>400
+    bad = [f'{where}: {w} (here: {british[w.lower()]})' for where,s in prose() for w in re.findall(r'[A-Za-z]+', s) if w.lower() in british and not w.isupper()]
+    assert not bad, '\n'.join(bad)
+
+def test_spelling():
+    "No common misspelling, in prose and in code"
+    files = [str(p) for d in ('nbs', 'tools', 'tests', 'benchmarks', 'ist_nb') for p in sorted((root/d).rglob('*')) if p.suffix in ('.py', '.md') and 'assets' not in p.parts]
+    text = '\n'.join(f'{where}: {o}' for where,s in prose() for o in s.split('\n') if o.strip())
+    ignore = 'ist,ists,te,docments'
+    for args,given in ((['-'], text), (files, None)):
+        res = subprocess.run([sys.executable, '-m', 'codespell_lib', '-L', ignore, *args], input=given, capture_output=True, text=True)
+        assert not res.stdout and res.returncode==0, res.stdout or res.stderr
+
+def test_dead_code(tmp_path):
+    "Every function, class, method, import and variable of the package and its tools is used: in it, on a page, or in a test"
+    pages = tmp_path/'pages.py'
+    drop = re.compile(r'^\s*[%!].*$', re.M)
+    code = [drop.sub('pass', s) for cells in nbs.values() for s in kind(cells, 'code') if not directive(s, 'export|exports|exporti')]
+    pages.write_text('\n'.join(s for s in code if _parses(s)))
+    res = subprocess.run([sys.executable, '-m', 'vulture', '--min-confidence', '60', '--ignore-names', ','.join(called_by_others), 'ist_nb', 'tools', 'benchmarks', 'tests', str(pages)], cwd=root, capture_output=True, text=True)
+    found = [o for o in res.stdout.splitlines() if not o.startswith((str(pages), 'tests/'))]
+    assert res.returncode in (0, 3), res.stderr
+    assert not found, '\n'.join(found)
+
+# what nothing of ours calls by its name: it is called, or read, by torch, transformers, PEFT, mkdocs and nbdev
+called_by_others = '''on_* __* _*_lever begin cell base_procs log_message control types merge packing packing_strategy decoder pre_tokenizer generation_config create_causal_mask _cell_idx
+    Any Union TaskType exclude_modules modules_to_save layers_to_transform layers_pattern other_param_names merged_adapters tuner_layer_cls target_module_mapping _create_and_replace current_key
+    use_recursive_dict_tags_for_guards'''.split()
+
+def _parses(s):
+    try: ast.parse(s); return True
+    except SyntaxError: return False
