@@ -178,6 +178,14 @@ def report(pages, found):
     for t,o in found.items():
         if terms[t] not in o: yield f'search for {t!r}: {terms[t]} is not among {o}'
 
+def write(res, seconds, site):
+    "Keep the counts, with what made them"
+    from importlib.metadata import version
+    built = site/'build.json'
+    out = dict(command='python tools/check_site.py', hardware=f'{os.cpu_count()} CPU cores, {platform.machine()}', versions={o:version(o) for o in ('mkdocs-material', 'playwright', 'axe-playwright-python', 'nbdev')},
+               counts=res, seconds=round(seconds, 1), search={t:terms[t] for t in terms}) | (json.loads(built.read_text()) if built.exists() else {})
+    (root/'benchmarks'/'results'/'site.json').write_text(json.dumps(out, indent=1)+'\n')
+
 @call_parse
 def main(
     site:str='_docs',   # The built site
@@ -194,11 +202,3 @@ def main(
     print(json.dumps(res, indent=1), f'{seconds:.0f} s')
     if only is None and not shots: write(res, seconds, Path(site))
     sys.exit(bool(lines))
-
-def write(res, seconds, site):
-    "Keep the counts, with what made them"
-    from importlib.metadata import version
-    built = site/'build.json'
-    out = dict(command='python tools/check_site.py', hardware=f'{os.cpu_count()} CPU cores, {platform.machine()}', versions={o:version(o) for o in ('mkdocs-material', 'playwright', 'axe-playwright-python', 'nbdev')},
-               counts=res, seconds=round(seconds, 1), search={t:terms[t] for t in terms}) | (json.loads(built.read_text()) if built.exists() else {})
-    (root/'benchmarks'/'results'/'site.json').write_text(json.dumps(out, indent=1)+'\n')
