@@ -199,7 +199,7 @@ def extract_number(
     found = _number.findall(text)
     return _value(found[-1]) if found else None
 
-# %% ../nbs/08_evaluate.ipynb #8ccc4a0d
+# %% ../nbs/08_evaluate.ipynb #f5ca8ec0
 @patch
 def extract(self:Task,
     text:str, # What the model wrote
@@ -207,7 +207,7 @@ def extract(self:Task,
     released:bool=False, # By the rule of the released code
 ): # As `Task.gold`, or None if there is none
     "The answer in a text"
-    if released: return extract_released(text, names)
+    if released: return extract_released(text, [f'answer{i}' for i in range(1, 6)] if 'answer1' in names else names)     # five in every row, as released
     return extract_number(text) if self.kind=='number' else (extract_letter if self.kind=='letter' else extract_choice)(text, names)
 
 @patch
@@ -248,7 +248,7 @@ def by_length(
             yield b
             bar.update(len(b))
 
-# %% ../nbs/08_evaluate.ipynb #44f7ecd6
+# %% ../nbs/08_evaluate.ipynb #6198e386
 def _room(model, need):
     "Tokens of a prompt that fit before `need` more"
     limit = getattr(model.config.get_text_config(), 'max_position_embeddings', None)
@@ -260,6 +260,7 @@ def encode(
     texts:list, # Prompts
 ) -> list: # Lists of token ids, without an end-of-text mark
     "Texts as token ids that can be continued"
+    if not texts: return []
     eos = tokenizer.eos_token_id
     return [o[:-1] if len(o)>1 and o[-1]==eos else o for o in tokenizer(list(texts))['input_ids']]
 
@@ -459,7 +460,7 @@ def score_likelihood(
                         names=names, lengths=[len(o) for o in text.values()], cut=cut[i]))
     return res
 
-# %% ../nbs/08_evaluate.ipynb #620fabb4
+# %% ../nbs/08_evaluate.ipynb #0c59030c
 def confidence_interval(
     correct:int, # How many are right
     n:int, # Out of how many, at least 1
@@ -474,14 +475,12 @@ def confidence_interval(
 def mean_interval(
     counts:list, # Pairs for each task: how many are right, out of how many
     level:float=0.95, # Its probability
-    n_draws:int=10_000, # Of the bootstrap
-    seed:int=0, # Of the draws, which leave the global random state alone
 ) -> tuple: # Lower and upper end of the mean accuracy
-    "Bootstrap interval for the mean of the tasks' accuracies"
-    import numpy as np
-    rng = np.random.default_rng(seed)
-    means = np.mean([rng.binomial(n, k/n, n_draws)/n for k,n in counts], axis=0)
-    return tuple(float(o) for o in np.quantile(means, [(1-level)/2, (1+level)/2]))
+    "Interval for the mean of the tasks' accuracies, each task with the same weight"
+    if not counts: raise ISTError('mean_interval([]): give the counts of at least one task.')
+    ps,(lo,hi) = [k/n for k,n in counts],zip(*(confidence_interval(k, n, level) for k,n in counts))
+    mid,m = sum(ps)/len(ps),len(ps)
+    return mid-math.dist(ps, lo)/m,mid+math.dist(ps, hi)/m
 
 # %% ../nbs/08_evaluate.ipynb #36e2ea26
 def summarise(

@@ -35,12 +35,12 @@ said = {
               ('It is not false, the answer is true', 'true', 'false'), ('', None, None), ('yes', None, None), ('the answer is: "False"', 'false', None), ('true/false', 'true', 'true')],
     'piqa': [('the correct answer is solution2', 'solution2', 'solution2'), ('Solution1', 'solution1', None), ('solution3', None, None), ('solution12', None, 'solution1'),
              ('SOLUTION2 is better than solution1', 'solution2', 'solution1'), ('solution1 or solution2', 'solution1', 'solution1'), ('', None, None)],
-    'social_i_qa': [('the correct answer is answer1', 'answer1', 'answer1'), ('Answer 1', None, None), ('answer4', None, None), ('the correct answer is Answer3.', 'answer3', None),
+    'social_i_qa': [('the correct answer is answer1', 'answer1', 'answer1'), ('Answer 1', None, None), ('answer4', None, 'answer4'), ('the correct answer is Answer3.', 'answer3', None),
                     ('answer1 is wrong, the correct answer is answer2', 'answer2', 'answer1')],
     'hellaswag': [('the correct answer is ending4', 'ending4', 'ending4'), ('Ending2: takes it out', 'ending2', None), ('ending5', None, None), ('pending1', None, 'ending1'), ('', None, None)],
     'winogrande': [('the correct answer is option2', 'option2', 'option2'), ('Option1: Sarah', 'option1', None), ('Sarah', None, None), ('the answer is option1, the answer is option2', 'option2', 'option1'), ('option1\n\n### Instruction:\noption2', 'option1', 'option1')],
-    'ARC-Easy': [('the correct answer is answer1', 'answer1', 'answer1'), ('the correct answer is answer4', None, None), ('ANSWER3', 'answer3', None), ('**answer2**', 'answer2', 'answer2'), ('', None, None)],
-    'ARC-Challenge': [('the correct answer is answer5', 'answer5', 'answer5'), ('answer: answer4', 'answer4', 'answer4'), ('answer6', None, None), ('5', None, None)],
+    'ARC-Easy': [('the correct answer is answer1', 'answer1', 'answer1'), ('the correct answer is answer4', None, 'answer4'), ('ANSWER3', 'answer3', None), ('**answer2**', 'answer2', 'answer2'), ('', None, None)],
+    'ARC-Challenge': [('the correct answer is answer5', 'answer5', 'answer5'), ('answer: answer4', 'answer4', 'answer4'), ('answer6', None, None), ('5', None, None), ('answer12', None, 'answer1')],
     'openbookqa': [('the correct answer is answer4', 'answer4', 'answer4'), ('the correct answer is\nanswer3', 'answer3', 'answer3'), ('_answer2_', None, 'answer2'), ('wilting', None, None)],
     'AQuA': [('The answer is (D).', 'D', 'D'), ('The answer is D', 'D', 'D'), ('Answer: B', 'B', 'A'), ('A train runs, hence C', 'C', 'A'), ('(b)', 'B', None), ('The answer is a train', None, None), ('B', 'B', 'B'), ('C) 2', 'C', 'C'),
              ('First (A), no: the answer is option (E)', 'E', 'A'), ('Because x = 4', None, 'B'), ('', None, None), ('the answer is A.', 'A', 'A'), ("A's share", None, 'A')],
@@ -201,12 +201,16 @@ def test_interval_against_scipy():
             assert confidence_interval(k, n, level)==pytest.approx((ref.low, ref.high), abs=1e-12)
 
 def test_mean_interval_covers():
-    "Of 200 simulated evaluations of three tasks, the interval holds the true mean about 95 times in 100; the draws leave numpy's state alone"
+    "Of 2000 simulated evaluations of three tasks, the interval holds the true mean about 95 times in 100; near 0 and 1, where a bootstrap claims too much, it does better"
     import numpy as np
-    p,n = np.array([.3, .6, .9]),np.array([200, 400, 100])
-    rng,state = np.random.default_rng(1),np.random.get_state()[1].copy()
-    hit = [lo<=p.mean()<=hi for k in rng.binomial(n, p, (200, 3)) for lo,hi in [mean_interval(list(zip(k.tolist(), n.tolist())), n_draws=500)]]
-    assert 0.9<=np.mean(hit)<=0.99 and (np.random.get_state()[1]==state).all()
+    rng = np.random.default_rng(1)
+    def boot(k, n): return np.quantile((rng.binomial(n, k/n, (500, 3))/n).mean(1), [.025, .975])
+    for p,n,least in (([.3, .6, .9], [200, 400, 100], .94), ([.01, .02, .01], [60, 90, 50], .91), ([.02, .03, .97], [100]*3, .94)):
+        p,n = np.array(p),np.array(n)
+        draws = rng.binomial(n, p, (2000, 3))
+        ours,theirs = (np.mean([lo<=p.mean()<=hi for lo,hi in ends]) for ends in ([mean_interval(list(zip(k.tolist(), n.tolist()))) for k in draws], [boot(k, n) for k in draws]))
+        assert least<=ours<=.985 and ours>=theirs-.01, (ours, theirs)
+        if p.max()<.05: assert ours>theirs+.04
 
 # --- files, and the command line
 
