@@ -363,7 +363,7 @@ def log_likelihood(
     with quietly(model): logp = model(input_ids=ids).logits[0].float().log_softmax(-1)
     return sum(logp[len(prefix)-1+t, o].item() for t,o in enumerate(rest))
 
-# %% ../nbs/08_evaluate.ipynb #9fef5526
+# %% ../nbs/08_evaluate.ipynb #141f349c
 def _forward(model, ids, mask, cache=None, last=False):
     "Logits and cache of `ids` [rows, tokens], the last tokens under `mask`"
     import inspect
@@ -375,6 +375,8 @@ def _forward(model, ids, mask, cache=None, last=False):
     out = model(input_ids=ids, attention_mask=mask, use_cache=True, **{k:v for k,v in kwargs.items() if k in known})
     return out.logits,getattr(out, 'cache', None) or getattr(out, 'past_key_values', None)
 
+def _repeats(cache): return bool(getattr(cache, 'layers', None)) and all(hasattr(o, 'batch_select_indices') for o in cache.layers)
+
 def _batch_log_likelihoods(model, prefixes, rests, token):
     "One number for each of `rests` of each of `prefixes`; None if the model has no cache that can be repeated"
     import torch
@@ -384,7 +386,7 @@ def _batch_log_likelihoods(model, prefixes, rests, token):
     which = torch.tensor([i for i,r in enumerate(rests) for _ in r], device=device)               # the prompt of each choice
     logits,cache = _forward(model, x, mask, last=True)
     logp = logits[:, -1].float().log_softmax(-1)[which].gather(1, y[:, :1])                       # [choices, 1]
-    if not hasattr(cache, 'batch_select_indices'): return None
+    if not _repeats(cache): return None
     if y.shape[1]>1:
         cache.batch_select_indices(which)
         logits = _forward(model, y[:, :-1], torch.cat([mask[which], seen[:, :-1]], 1), cache)[0].float()

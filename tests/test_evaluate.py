@@ -145,6 +145,32 @@ def test_likelihood_with_an_adapter_and_without_a_cache(pico, monkeypatch):
     plain,_ = log_likelihoods(model, pico[1], texts, after)
     for a,b in zip(fast, plain): assert a==pytest.approx(b, rel=1e-5)
 
+class Ids:
+    "A tokenizer whose texts are lists of ids already"
+    pad_token_id,eos_token_id = 0,2
+    def __call__(self, texts): return dict(input_ids=[list(o) for o in texts])
+    def batch_decode(self, ids, skip_special_tokens): return [' '.join(str(o) for o in r.tolist() if o not in (0, 2)) for r in ids]
+
+@pytest.mark.parametrize('name,kwargs', [('gpt2', {}), ('bloom', {}), ('opt', {}), ('mistral', dict(sliding_window=4)), ('deepseek_v3', {}), ('mamba', {}), ('lfm2', dict(layer_types=['conv', 'full_attention', 'conv']))],
+                         ids=lambda o: o if isinstance(o, str) else '')
+def test_architectures(name, kwargs, monkeypatch):
+    "Learned, rotary and no positions, a sliding window, states in place of a cache: padded and batched is one at a time"
+    import models_matrix as m
+    monkeypatch.setitem(m.models, name, m.lm(**kwargs) if kwargs else m.models[name])
+    model = m.make(name).eval()
+    with torch.no_grad():
+        for p in model.parameters(): p.mul_(3 if p.dim()>1 else 1)
+    g = torch.Generator().manual_seed(1)
+    ids = lambda n: torch.randint(5, 64, (n,), generator=g).tolist()
+    pairs = [(ids(n), [ids(k) for k in ks]) for n,ks in ((9, [3, 1]), (3, [5]), (6, [2, 2, 4]), (1, [3, 2]))]
+    import ist_nb.evaluate as e
+    monkeypatch.setattr(e, 'split_answer', lambda tok, prompt, answers: (prompt, answers))
+    got,_ = log_likelihoods(model, Ids(), *zip(*pairs))
+    want = [[log_likelihood(model, p, o) for o in r] for p,r in pairs]
+    assert [o for r in got for o in r]==pytest.approx([o for r in want for o in r], abs=2e-5) and max(map(max, want))-min(map(min, want))>5
+    many = generate(model, Ids(), [p for p,_ in pairs], max_new_tokens=5)[0]
+    assert many==[generate(model, Ids(), [p], max_new_tokens=5)[0][0] for p,_ in pairs]
+
 def test_likelihood_by_hand():
     "A model without layers that matter: the next token's probabilities are a table, and products of them are the answer"
     from scipy.linalg import hadamard
