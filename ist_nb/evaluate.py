@@ -169,17 +169,17 @@ def extract_choice(
     found = re.findall(_says+one, text, re.I)[-1:] or re.findall(one, text, re.I)[:1]
     return next((o for o in names if o.lower()==found[0].lower()), None) if found else None
 
-# %% ../nbs/08_evaluate.ipynb #416ebfa8
+# %% ../nbs/08_evaluate.ipynb #34ecad93
 def extract_letter(
     text:str, # What the model wrote
     names='ABCDE', # The letters there are
 ) -> str|None: # One of `names`, or None if there is none
     "The choice that a text names by its letter"
     one = ''.join(names)
-    low = one.lower()
-    found = (re.findall(rf'[Aa]nswer\s*(?:is|:)?[\s:*]*(?:option |choice )?[(\[]?(?:([{one}])(?![\w\'])(?! [a-z])|(?<=[(\[])([{low}])(?=[)\]]))', text)[-1:]
-             or re.findall(rf'[(\[](?:([{one}])|([{low}]))[)\]]', text)[-1:]
-             or re.findall(rf'(?<![\w\'])([{one}])()(?![\w\'])(?! [a-z])', text)[-1:])
+    low,alone = one.lower(),r"(?![\w'])(?! [a-z])"       # no letter of a word, no article
+    says = rf'[Aa]nswer\s*(?:is|:)?[\s:*]*(?:option |choice )?[(\[]?(?:([{one}]){alone}|(?<=[(\[])([{low}])(?=[)\]]))'
+    forms = says,rf'[(\[](?:([{one}])|([{low}]))[)\]]',rf"(?<![\w'])([{one}])(){alone}"
+    found = next((o[-1:] for o in (re.findall(f, text) for f in forms) if o), None)
     return (found[0][0] or found[0][1]).upper() if found else None
 
 # %% ../nbs/08_evaluate.ipynb #e067c602
