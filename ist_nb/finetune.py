@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['recipe', 'recipe_pico', 'recipe_demo', 'assets', 'FinetuneArguments', 'number', 'ist_arguments', 'defaults_for',
            'fresh_folder', 'make_parser', 'read_config', 'parse', 'ist_config', 'help_page', 'load_model',
-           'adapter_config', 'peft_options', 'check_folder', 'clear_folder', 'check_space', 'write_json',
-           'progress_bar', 'make_trainer', 'finetune', 'describe', 'peak_memory', 'versions', 'save_run', 'main']
+           'adapter_config', 'peft_options', 'check_folder', 'clear_folder', 'check_space', 'progress_bar',
+           'make_trainer', 'finetune', 'describe', 'peak_memory', 'save_run', 'main']
 
 # %% ../nbs/10_finetune.ipynb #b4355096
 import errno,json,os,re,shutil,sys,time
@@ -16,6 +16,7 @@ from itertools import count
 from pathlib import Path
 from fastcore.docments import docments
 from .config import ISTConfig, ISTError, scorers, suggest
+from .evaluate import versions, write_json
 
 # %% ../nbs/10_finetune.ipynb #46dd7a81
 @dataclass
@@ -258,15 +259,6 @@ def check_space(
     free = shutil.disk_usage(there).free
     if free<need: raise ISTError(f"The disk of --output_dir {folder} has {free/2**20:.0f} MiB free, and this run may need {need/2**20:.0f} MiB. Free some space, or give a folder on another disk.")
 
-def write_json(
-    path:Path, # Where
-    what, # Anything that JSON can hold
-):
-    "Write all of the file or nothing of it"
-    part = path.with_name(path.name+'.part')
-    part.write_text(json.dumps(what, indent=1)+'\n', encoding='utf-8')
-    part.replace(path)
-
 # %% ../nbs/10_finetune.ipynb #79a1734e
 def progress_bar():
     "The Trainer's progress bar, with the loss on it"
@@ -352,12 +344,6 @@ def peak_memory() -> int: # Bytes: of the GPU where there is one, else of this p
     if torch.cuda.is_available(): return torch.cuda.max_memory_allocated()
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform=='darwin' else 1024)
-
-def versions() -> dict: # Of Python and of the packages that decide the numbers
-    "What this run was made with"
-    from importlib.metadata import version
-    from ist_nb import __version__
-    return {'python':sys.version.split()[0], 'ist_nb':__version__} | {o:version(o) for o in 'torch transformers peft trl accelerate datasets'.split()}
 
 # %% ../nbs/10_finetune.ipynb #30b92f8c
 def save_run(
