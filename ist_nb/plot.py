@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['palette', 'quiet', 'faint', 'heat', 'memory_heat', 'marks', 'dashes', 'layer_table', 'sparkline', 'importance_rows',
-           'style', 'styled', 'save_picture', 'name_layers', 'sentence', 'finding', 'chance_band', 'by_chance',
-           'plot_times_active', 'wrap', 'times_rows', 'plot_importance', 'animate_run', 'save_animation', 'live_line',
-           'Live', 'ranks', 'rank_correlation', 'plot_fidelity', 'spread_out', 'plot_suppression', 'plot_depth',
-           'plot_memory', 'memory_rows', 'mean_curve', 'seconds_to', 'plot_losses', 'loss_rows']
+           'style', 'save_picture', 'name_layers', 'finding', 'chance_band', 'by_chance', 'plot_times_active',
+           'times_rows', 'plot_importance', 'animate_run', 'save_animation', 'live_line', 'Live', 'ranks',
+           'rank_correlation', 'plot_fidelity', 'plot_suppression', 'plot_depth', 'plot_memory', 'memory_rows',
+           'mean_curve', 'seconds_to', 'plot_losses', 'loss_rows']
 
-# %% ../nbs/09_plot.ipynb #246d149e
-import time
+# %% ../nbs/09_plot.ipynb #b534b106
+import time,warnings
 import numpy as np
 from contextlib import contextmanager
 from fastcore.basics import patch
@@ -33,7 +33,7 @@ def layer_table(
     rows = [f'{i:>{w}}  {t:7}  {o:10.2f}  {b}' for i,t,o,b in zip(state['layers'], n, I, bars)]
     return '\n'.join([f"{'layer':>{w}}  {'trained':>7}  {'importance':>10}", *rows])
 
-# %% ../nbs/09_plot.ipynb #12ee6080
+# %% ../nbs/09_plot.ipynb #e715b625
 def sparkline(
     values, # Numbers, [T]; a gap where one is not finite
     low:float|None=None, # The value of the lowest block; the least of `values` if not given
@@ -49,7 +49,7 @@ def sparkline(
     at = np.clip(np.where(ok, v-low, 0)/max(high-low, 1e-12)*8, 0, 7).astype(int)
     return ''.join('▁▂▃▄▅▆▇█'[k] if o else ' ' for k,o in zip(at, ok))
 
-# %% ../nbs/09_plot.ipynb #e5de0253
+# %% ../nbs/09_plot.ipynb #d0c04446
 def importance_rows(
     state:dict, # From `IST.state_dict`
     width:int=60, # Longest line, in characters
@@ -61,7 +61,7 @@ def importance_rows(
     rows = [f'{i:>{w}} {sparkline(o, I.min(), I.max(), width)} {o[-1]:6.2f}' for i,o in zip(state['layers'], I)]
     return '\n'.join([f"{'layer':>{w}} importance from step {state['history'][0]['step']} to {state['history'][-1]['step']}", *rows[::-1]])
 
-# %% ../nbs/09_plot.ipynb #7e460bc7
+# %% ../nbs/09_plot.ipynb #af114924
 palette = dict(blue='#004488', red='#CC3311', teal='#3EA392', black='#000000', sand='#DDCC77')
 quiet,faint = '#BBBBBB','#E4E4E4'      # what is not the finding; bands and grids
 heat,memory_heat = 'cividis','Blues'   # colour maps: lightness changes in one direction only
@@ -77,14 +77,14 @@ def style():
     files = {'svg.fonttype':'none', 'svg.hashsalt':'ist_nb', 'pdf.fonttype':42, 'figure.dpi':100, 'savefig.dpi':200}
     with mpl.rc_context(size | look | files): yield
 
-def styled(f):
+def _styled(f):
     "Make `f` draw in `style`"
     @wraps(f)
     def inner(*args, **kwargs):
         with style(): return f(*args, **kwargs)
     return inner
 
-# %% ../nbs/09_plot.ipynb #5920ad48
+# %% ../nbs/09_plot.ipynb #37085dc1
 def save_picture(
     fig, # A matplotlib figure
     path:str|Path, # Where to, ending in .svg, .pdf or .png
@@ -98,7 +98,7 @@ def save_picture(
     with style(): fig.savefig(path, metadata=no_date[kind] | {'Description' if kind=='png' else 'Title':alt})
     return path
 
-# %% ../nbs/09_plot.ipynb #5666cc27
+# %% ../nbs/09_plot.ipynb #a2824a11
 def name_layers(
     which, # Positions of layers
     layers:list, # Labels of all layers, as in a state
@@ -113,7 +113,7 @@ def name_layers(
     parts = [str(layers[g[0]])+(f'{"–" if len(g)>2 else ", "}{layers[g[-1]]}' if len(g)>1 else '') for g in groups]
     return ('layer ' if len(which)==1 else 'layers ') + (', '.join(parts[:-1]) + ' and ' if len(parts)>1 else '') + parts[-1]
 
-def sentence(s:str) -> str: return s[:1].upper()+s[1:]
+def _sentence(s:str) -> str: return s[:1].upper()+s[1:]
 
 def finding(
     importance, # [N]
@@ -123,9 +123,9 @@ def finding(
     I = np.array(importance, float)
     if not I.any() or I.max()-I.min()<1e-9: return 'No layer matters more than another so far'
     top,low = I>=I.max()-0.15*np.ptp(I),I<=I.min()+0.15*np.ptp(I)   # within 15% of the range from either end
-    return sentence(f"{name_layers(np.flatnonzero(top), layers)} {'matters' if top.sum()==1 else 'matter'} most, {name_layers(np.flatnonzero(low), layers)} least")
+    return _sentence(f"{name_layers(np.flatnonzero(top), layers)} {'matters' if top.sum()==1 else 'matter'} most, {name_layers(np.flatnonzero(low), layers)} least")
 
-# %% ../nbs/09_plot.ipynb #e2790705
+# %% ../nbs/09_plot.ipynb #04af53c3
 def chance_band(
     t:int, # Steps
     p:float, # Probability that a step trains a layer
@@ -150,7 +150,7 @@ def by_chance(
     means = {s:n[stack==s].mean() for s in set(stack)}
     return np.array([(means[s], *chance_band(t, means[s]/max(t, 1), len(n))) for s in stack])
 
-# %% ../nbs/09_plot.ipynb #109f2d48
+# %% ../nbs/09_plot.ipynb #756c8588
 def _layer_axis(ax, layers):
     at = np.arange(0, len(layers), 1+len(layers)//17)
     ax.set_yticks(at, [layers[i] for i in at]); ax.set(ylabel='layer', ylim=(-0.5, len(layers)-0.5))
@@ -166,9 +166,9 @@ def _times(ax, state):
     ax.set(xlabel='steps that trained it', xlim=(0, max(n.max(), high.max())*1.04 or 1)); _layer_axis(ax, layers)
     if not (more | less).any(): return 'Every layer was trained about as often as by chance'
     parts = [f'{name_layers(np.flatnonzero(o), layers)} {word}' for o,word in ((more, 'more often'), (less, 'less often')) if o.any()]
-    return sentence(f"{', '.join(parts)} than by chance")
+    return _sentence(f"{', '.join(parts)} than by chance")
 
-@styled
+@_styled
 def plot_times_active(
     state:dict, # From `IST.state_dict`
     title:str='', # Above the picture, instead of the finding
@@ -179,15 +179,15 @@ def plot_times_active(
     fig,ax = plt.subplots(figsize=(width, 1.+0.15*max(8, len(state['layers']))))
     words = _times(ax, state)
     fig.legend(loc='outside lower right', ncols=2)
-    fig.suptitle(wrap(title or words, width), x=0.01, ha='left')
+    fig.suptitle(_wrap(title or words, width), x=0.01, ha='left')
     return fig
 
-def wrap(text:str, inches:float) -> str:
+def _wrap(text:str, inches:float) -> str:
     "A title broken into lines that fit"
     from textwrap import fill
     return fill(text, max(20, int(inches*11)))
 
-# %% ../nbs/09_plot.ipynb #a0b3226f
+# %% ../nbs/09_plot.ipynb #bd524fcb
 def times_rows(
     state:dict, # From `IST.state_dict`
     width:int=40, # Longest bar, in characters
@@ -201,8 +201,8 @@ def times_rows(
         rows.append(f"{i:>{w}} {k:7} {'+' if k>high else '-' if k<low else ' '} {bar}")
     return '\n'.join([f"{'layer':>{w}} {'trained':>7}", *rows[::-1]])
 
-# %% ../nbs/09_plot.ipynb #d722bdc8
-@styled
+# %% ../nbs/09_plot.ipynb #d077918f
+@_styled
 def plot_importance(
     state:dict, # From `IST.state_dict`
     title:str='', # A line below the finding, such as the name of the run
@@ -218,10 +218,10 @@ def plot_importance(
     b.set(xlabel='steps trained', ylabel='', yticklabels=[])
     fig.legend(loc='outside lower right', ncols=2)
     a.set_title(title, color='0.35')
-    fig.suptitle(wrap(finding(state['importance'], layers) if history else words, width), x=0.01, ha='left')
+    fig.suptitle(_wrap(finding(state['importance'], layers) if history else words, width), x=0.01, ha='left')
     return fig
 
-# %% ../nbs/09_plot.ipynb #684c9ba2
+# %% ../nbs/09_plot.ipynb #0ec00450
 def _heat(fig, ax, history, layers):
     "Importance [N, updates] as a heat map with step numbers below"
     I = np.array([h['importance'] for h in history]).T    # [N, updates]
@@ -233,8 +233,8 @@ def _heat(fig, ax, history, layers):
     ax.set(xlabel='step'); _layer_axis(ax, layers)
     fig.colorbar(im, ax=ax, pad=0.01, aspect=30, label='importance $I$')
 
-# %% ../nbs/09_plot.ipynb #e1f8974f
-@styled
+# %% ../nbs/09_plot.ipynb #92ac0500
+@_styled
 def animate_run(
     state:dict, # From `IST.state_dict`
     title:str='', # Above the picture
@@ -281,7 +281,7 @@ def save_animation(
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=[every]*(len(pictures)-1)+[every+round(1000*hold)], loop=0, optimize=True)
     return Path(path)
 
-# %% ../nbs/09_plot.ipynb #51a07d22
+# %% ../nbs/09_plot.ipynb #7123d4fa
 def live_line(
     state:dict, # From `IST.state_dict`
 ) -> str:
@@ -307,7 +307,7 @@ class Live:
         from fastcore.imports import ipython_shell
         return getattr(ipython_shell(), 'kernel', None) is not None
 
-# %% ../nbs/09_plot.ipynb #79623fd0
+# %% ../nbs/09_plot.ipynb #3d11dc1a
 @patch
 def update(self:Live,
     state, # From `IST.state_dict`, or a function that returns it and is only called if something is to be shown
@@ -315,11 +315,15 @@ def update(self:Live,
 ) -> bool: # Whether it was shown
     "Show the run as it is now, if it is time"
     start = time.perf_counter()
-    if not final and start<self.due: return False
+    if start<self.due and not (final and isfinite(self.due)): return False
     state = state() if callable(state) else state
     if state['t']==self.shown: return False
     self.shown = state['t']
-    self._picture(state) if self.notebook else self._line(state)
+    try: self._picture(state) if self.notebook else self._line(state)
+    except Exception as e:      # a run of days must not end for a picture
+        warnings.warn(f'IST: the run cannot be shown ({type(e).__name__}: {e}), so it goes on unseen. live=False switches this off.')
+        self.due = float('inf')
+        return False
     took = time.perf_counter()-start
     self.seconds += took
     self.due = start+took+max(self.every, took/self.share)
@@ -341,7 +345,7 @@ def _picture(self:Live, state):
     if self.handle is None: self.handle = display(picture, display_id=True)
     else: self.handle.update(picture)
 
-# %% ../nbs/09_plot.ipynb #68aa5203
+# %% ../nbs/09_plot.ipynb #976176df
 def ranks(
     x, # Numbers [N]
 ) -> np.ndarray: # [N], from 1; equal numbers share the mean of their ranks
@@ -361,8 +365,8 @@ def rank_correlation(
     by_luck = np.array([a@rng.permutation(b) for _ in range(tries)])/len(a)
     return rho,float((1+(by_luck>=rho-1e-12).sum())/(1+tries))
 
-# %% ../nbs/09_plot.ipynb #cb5b8e54
-@styled
+# %% ../nbs/09_plot.ipynb #ee1b4660
+@_styled
 def plot_fidelity(
     importance, # [N]
     left_out, # [N] nats that the loss rises by when a layer's adapter is left out
@@ -379,11 +383,11 @@ def plot_fidelity(
     ax.axhline(0, color=quiet, lw=0.7, zorder=0)
     ax.set(xlabel='rise of the loss without the layer, nats', ylabel='importance $I$'); ax.margins(0.08)
     how = 'does not rank' if not p<0.05 else 'ranks' if rho>0.7 else 'roughly ranks'
-    fig.suptitle(wrap(f"Importance {how} the layers as leaving them out does ($\\rho={rho:.2f}$, {'$p<0.001$' if p<0.001 else f'$p={p:.3f}$'})", width), x=0.01, ha='left')
+    fig.suptitle(_wrap(f"Importance {how} the layers as leaving them out does ($\\rho={rho:.2f}$, {'$p<0.001$' if p<0.001 else f'$p={p:.3f}$'})", width), x=0.01, ha='left')
     return fig
 
-# %% ../nbs/09_plot.ipynb #3f66b558
-def spread_out(
+# %% ../nbs/09_plot.ipynb #c4dd2d65
+def _spread_out(
     y, # [n] where labels should be
     gap:float, # Least distance between two
 ) -> np.ndarray: # [n] where they fit, in the same order
@@ -399,11 +403,11 @@ def _name_ends(ax, x, ys, names, colors):
     "Names to the right of where lines end"
     low,high = ax.get_ylim()
     gap = 0.19/ax.figure.get_figheight()      # the height of a line, as a share of the axes
-    for y,at,name,c in zip(ys, spread_out(ys, gap*(high-low)), names, colors):
+    for y,at,name,c in zip(ys, _spread_out(ys, gap*(high-low)), names, colors):
         ax.annotate(name, (x, y), xytext=(1.02, (at-low)/(high-low)), textcoords='axes fraction', va='center', fontsize=7.5, color='k', annotation_clip=False,
                     arrowprops=dict(arrowstyle='-', lw=0.7, color=c, shrinkA=1, shrinkB=2))
 
-@styled
+@_styled
 def plot_suppression(
     factors, # [F] in [0, 1]
     losses, # [N, F] loss with one layer damped by a factor
@@ -426,11 +430,11 @@ def plot_suppression(
     share = L[order[:named], 0].clip(0).sum()/max(L[:, 0].clip(0).sum(), 1e-12)
     same = float(np.mean([rank_correlation(L[:, k], L[:, 0], tries=1)[0] for k in range(1, len(x)-1)])) if len(x)>2 else np.nan
     tail = f'; other factors rank them alike ($\\rho={same:.2f}$)' if same>0.9 else f'; the order depends on the factor ($\\rho={same:.2f}$)' if isfinite(same) else ''
-    fig.suptitle(wrap(f'{sentence(name_layers(order[:named], layers))} make up {share:.0%} of the rise{tail}', width), x=0.01, ha='left')
+    fig.suptitle(_wrap(f'{_sentence(name_layers(order[:named], layers))} make up {share:.0%} of the rise{tail}', width), x=0.01, ha='left')
     return fig
 
-# %% ../nbs/09_plot.ipynb #ccd5cc5c
-@styled
+# %% ../nbs/09_plot.ipynb #89ebd42a
+@_styled
 def plot_depth(
     profiles:dict, # By name: a dictionary of `inclusion` [N] and `depth`, as from `sampler_profile`
     layers:list|None=None, # Labels; 0 .. N-1 if not given
@@ -452,13 +456,13 @@ def plot_depth(
     for k,s in enumerate(skipped): b.annotate(f'{s:.0%}', (s, k), xytext=(3, 0), textcoords='offset points', va='center')
     b.set(xlabel='backward pass skipped', xlim=(0, 1.2), yticks=range(len(names)), ylim=(len(names)-0.5, -0.5)); b.set_yticklabels(names); b.set_xticks([0, 0.5, 1], ['0', '50%', '100%'])
     best,worst = int(np.argmax(skipped)),int(np.argmin(skipped))
-    fig.suptitle(wrap(f'{names[best]} skips {skipped[best]:.0%} of the backward pass' + (f', {names[worst]} {skipped[worst]:.0%}' if best!=worst else ''), width), x=0.01, ha='left')
+    fig.suptitle(_wrap(f'{names[best]} skips {skipped[best]:.0%} of the backward pass' + (f', {names[worst]} {skipped[worst]:.0%}' if best!=worst else ''), width), x=0.01, ha='left')
     return fig
 
-# %% ../nbs/09_plot.ipynb #b2343bcc
+# %% ../nbs/09_plot.ipynb #603d3641
 def _unit(most): return next((u,f) for u,f in (('GiB', 2**30), ('MiB', 2**20), ('KiB', 2**10), ('B', 1)) if most>=f or f==1)
 
-@styled
+@_styled
 def plot_memory(
     kept, # [steps, blocks] bytes, from `ActivationBudget.kept`
     budget:int|None=None, # Bytes
@@ -483,7 +487,7 @@ def plot_memory(
     b.set(xlabel='step (white: nothing kept' + ('; ×: computed twice)' if len(at) else ')'), ylabel='block')
     fig.colorbar(im, ax=[a, b], pad=0.01, aspect=35, label=f'kept by a block, {small}')
     often = f'; {len(at)/len(x):.1f} of {len(K)} blocks are computed twice in a mean step' if len(at) else ''
-    fig.suptitle(wrap(f'A step keeps at most {total.max()/f:.3g} {unit}, half of the steps less than {np.median(total)/f:.3g} {unit}{often}', width), x=0.01, ha='left')
+    fig.suptitle(_wrap(f'A step keeps at most {total.max()/f:.3g} {unit}, half of the steps less than {np.median(total)/f:.3g} {unit}{often}', width), x=0.01, ha='left')
     return fig
 
 def memory_rows(
@@ -496,7 +500,7 @@ def memory_rows(
     rows = [f'{i:>5} {sparkline(np.where(o>0, o, np.nan) if K.shape[1]<=width else o, 0, K.max(), width)}' for i,o in enumerate(K)]
     return '\n'.join([f"  sum {sparkline(total, 0, None, width)} at most {total.max()/f:.3g} {unit}", *rows[::-1]])
 
-# %% ../nbs/09_plot.ipynb #9bc4644b
+# %% ../nbs/09_plot.ipynb #3eb9f5ec
 def mean_curve(
     runs, # Pairs of seconds [T] and losses [T], one a seed; lengths may differ
     points:int=200, # Where the mean is taken
@@ -534,7 +538,7 @@ def _race(curves):
     if made[best]>end: return f'{names[0]} is the first to reach {goal:.3f}; {best} takes {made[best]/end:.2f} times as long'
     return f'{best} reaches the final loss of {names[0]} in {made[best]/end:.0%} of its time'
 
-@styled
+@_styled
 def plot_losses(
     runs:dict, # By method: a list of pairs, seconds [T] and losses [T], one a seed
     ylabel:str='held-out loss, nats per token', # Of the losses
@@ -551,7 +555,7 @@ def plot_losses(
     n = {len(v) for v in runs.values()}
     words = dict(title=f"mean and range of {'–'.join(map(str, sorted(n)))} seeds" if max(n)>1 else None, alignment='left')
     ax.legend(**words) if width>=5 else fig.legend(loc='outside lower left', ncols=2, **words)
-    fig.suptitle(wrap(_race(curves), width), x=0.01, ha='left')
+    fig.suptitle(_wrap(_race(curves), width), x=0.01, ha='left')
     return fig
 
 def loss_rows(

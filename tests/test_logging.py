@@ -199,11 +199,32 @@ def test_live_keeps_to_its_share(monkeypatch):
     spent = clock[0]-start
     assert live.seconds==pytest.approx(0.3*round(live.seconds/0.3)) and 5<=live.seconds/0.3 and live.seconds<=0.02*spent+0.3
 
+def test_showing_changes_nothing(tmp_path, monkeypatch):
+    import IPython.display as D
+    monkeypatch.setattr(Live, 'in_notebook', staticmethod(lambda: True))
+    shown = []
+    monkeypatch.setattr(D, 'display', lambda o, display_id: shown.append(o) or type('Handle', (), dict(update=lambda self, o: shown.append(o)))())
+    def weights(live):
+        t = make(tmp_path, ISTCallback(few, live=live), steps=6); t.train()
+        return [p.detach().clone() for p in t.model.parameters() if p.requires_grad],torch.get_rng_state()
+    (a,rng_a),(b,rng_b) = weights(True),weights(False)
+    assert shown and all(torch.equal(x, y) for x,y in zip(a, b)) and torch.equal(rng_a, rng_b)
+
+def test_a_picture_that_fails_does_not_end_the_run(tmp_path, monkeypatch):
+    import warnings
+    def broken(self, state): raise OSError('no fonts')
+    monkeypatch.setattr(Live, '_line', broken)
+    cb = ISTCallback(few, live=True)
+    with warnings.catch_warnings(record=True) as w:
+        warnings.simplefilter('always')
+        assert make(tmp_path, cb, steps=4).train().global_step==4
+    assert sum('OSError: no fonts' in str(o.message) for o in w)==1
+
 in_kernel = """
 import sys; sys.path.insert(0, {tests!r})
 from test_logging import *
-t = make({folder!r}, ISTCallback(few), steps=40)
-import ist_nb.plot; ist_nb.plot.Live.__init__.__defaults__ = (0.5, 0., None)   # so that a short run is shown often
+t = make({folder!r}, ISTCallback(few), steps=12)
+import ist_nb.plot; ist_nb.plot.Live.__init__.__defaults__ = (1000., 0., None)   # so that a short run is shown often
 t.train()
 """
 
