@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['reward_spread', 'memory', 'linear_in', 'move_importance', 'centred_likelihood', 'update_importance', 'standardize',
            'sample_layers', 'draw_candidates', 'Probe', 'suppression_update', 'suppression_scorer', 'paper_scorer',
-           'frozen', 'follow', 'gate_scorer', 'linear_params', 'check_linear', 'products', 'Witness',
-           'first_order_scorer', 'fisher_scorer']
+           'frozen', 'follow', 'gate_scorer', 'suppression_curves', 'linear_params', 'check_linear', 'products',
+           'Witness', 'first_order_scorer', 'fisher_scorer']
 
 # %% ../nbs/02_scorers.ipynb #95f6b0bf
 import torch,weakref
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from fastcore.basics import patch
 from math import comb, isfinite
 from peft.tuners.lora import LoraLayer
@@ -177,6 +178,16 @@ def gate_scorer(importance, probe, config, generator):
     loss,gradient = probe.gates((1+probe.factor)/2)
     record = dict(losses=[loss], gradient=gradient.tolist(), dropped=not (isfinite(loss) and gradient.isfinite().all().item()))
     return importance if record['dropped'] else follow(importance, -gradient), record
+
+# %% ../nbs/02_scorers.ipynb #d4437a57
+def suppression_curves(
+    probe:Probe, # The evidence; its own factor is not used
+    factors=(0., 0.25, 0.5, 0.75, 1.), # Suppression factors in [0, 1], F of them; 1 leaves the model alone
+) -> Tensor: # Float64 [N, F]
+    "Loss of the probe's batch with one layer damped at a time, for each factor (ours)"
+    alone,rows = copy(probe),[]
+    for alone.factor in factors: rows.append([probe.loss()]*len(probe.layers) if alone.factor==1 else [alone.loss([i]) for i in range(len(probe.layers))])
+    return torch.tensor(rows, dtype=torch.float64).T
 
 # %% ../nbs/02_scorers.ipynb #68640df4
 linear_in = dict(lora_E=0., lora_B=0., ia3_l=1., bottleneck_up=0., vera_lambda_b=0., hada_w1_a=0., lokr_w1=0., lokr_w1_a=0., hira_B=0., gralora_B=0., miss_block=0.,
