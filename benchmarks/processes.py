@@ -392,7 +392,7 @@ def all_cases(size, slow=True):
     "Pairs of a kind and a name"
     fast = [('works', n) for n,(*_,k) in works.items() if not k.get('slow')] + [('refused', n) for n in refused]
     fast += [('diverging', n) for n in diverging]*(size>1) + [('trainer', n) for n in trainers if cuda or 'FSDP1' not in n]   # accelerate has no FSDP1 on a CPU
-    fast += [('trainer refused', n) for n in trainer_refused] + [('resume', 'Trainer, DDP')]
+    fast += [('trainer refused', n) for n in trainer_refused] + [('resume', 'Trainer, DDP')] + [('resume', 'Trainer, FSDP2')]*cuda   # on a CPU PEFT does not save what FSDP2 has sharded
     if find_spec('deepspeed'): fast += [('deepspeed', n) for n in deepspeeds]
     return fast + [('works', n) for n,(*_,k) in works.items() if k.get('slow')]*slow
 
@@ -503,7 +503,7 @@ def main():
     for size in a.sizes:
         cases = [(k, n) for k,n in all_cases(size, slow=cuda or a.slow) if not a.only or any(o in n for o in a.only)]
         for o in launch(cases, size, a.seconds):
-            print(size, o['kind'], '-', o['name'], 'ok' if o['ok'] else o['error'], flush=True)
+            print(size, o['kind'], '-', o['name'], 'ok' if o['ok'] else o.get('error', 'the ranks do not say the same'), flush=True)
             found.append(dict(processes=size) | o)
     res = dict(command=' '.join(['python benchmarks/processes.py', *map(str, sys.argv[1:])]), versions=versions(), hardware=hardware(), backend='nccl' if cuda else 'gloo', seconds=round(time.perf_counter()-start), 
                run=dict(layers=N, rows=rows, tokens=tokens, steps=steps, dtype='float64 (DeepSpeed: float32)') | dials, cases=found)

@@ -56,7 +56,7 @@ def agree(self:Ranks,
     text = json.dumps(dict(step=step) | said, sort_keys=True, default=str).encode()
     mark = int.from_bytes(blake2b(text, digest_size=8).digest(), 'little', signed=True)
     if len(self._gather(torch.tensor([mark])).unique())==1: return
-    raise ISTError(disagreement(step, self._texts(text)))
+    raise ISTError(disagreement(self._texts(text)))
 
 @patch
 def _texts(self:Ranks, text:bytes) -> list:
@@ -68,11 +68,10 @@ def _texts(self:Ranks, text:bytes) -> list:
 
 # %% ../nbs/06_processes.ipynb #c0883cc5
 def disagreement(
-    step:int|str, # Where the run is
-    said:list, # A dictionary from each rank
+    said:list, # A dictionary from each rank, with its `step`
 ) -> str:
     "Which ranks differ from the others, and in what"
-    lines = []
+    lines,step = [],said[0]['step']
     for k in said[0]:
         by = {}
         for rank,o in enumerate(said): by.setdefault(json.dumps(o[k]), []).append(rank)
