@@ -81,6 +81,13 @@ def compare(got, want):
     if got['grads']: res['gradients'] = max(largest(a, b) for a,b in zip(got['grads'], want['grads']))
     return res
 
+def judged(res, weights=1e-9, importance=1e-6, gradients=1e-12, sparse=True):
+    "The same numbers, if they are those of a run that is equal to the one on one process"
+    assert res['same_layers'] and res['updates'] and res['same_on_all_ranks'], res
+    assert res['weights']<weights and res['importance']<importance and res.get('gradients', 0)<gradients, res
+    assert not sparse or res.get('gradients_skipped', 1)>0.5, res
+    return res
+
 def same_on_all(tensors, size):
     "Whether the ranks have the same, to the bit"
     if size==1: return True
@@ -144,7 +151,9 @@ works = {   # name: engine, what is done, and the arguments of `run`
     'DDP, offload': ('DDP', "optimizer_state='offload'", dict(config=dict(optimizer_state='offload'))),
     'DDP, reset': ('DDP', "optimizer_state='reset'", dict(config=dict(optimizer_state='reset'))),
     'DDP, activation_budget': ('DDP', "activation_budget='1GiB'", dict(config=dict(activation_budget='1GiB'))),
+    'DDP, one row in a probe': ('DDP', 'more processes than rows', dict(config=dict(score_batch_size=1))),
     'FSDP2': ('FSDP2', 'probes', {}),
+    'FSDP2, one row in a probe': ('FSDP2', 'more processes than rows', dict(config=dict(score_batch_size=1))),
     'FSDP2, one unit': ('FSDP2', 'only the root is sharded', dict(wrap=partial(fsdp2, per_block=False))),
     'FSDP2, gate': ('FSDP2', 'gradients in probes', dict(config=dict(scorer='gate'))),
     'FSDP2, first_order': ('FSDP2', 'no probes', dict(config=dict(scorer='first_order'))),
@@ -188,11 +197,28 @@ def references(names, path):
 
 def work(name, rank, size, refs):
     "One case of those that work"
-    kwargs,plain = arguments(name)
+    engine,(kwargs,plain) = works[name][0],arguments(name)
     got,ist,outer = run(rank, size, **kwargs)
     res = compare(got, refs[key(plain)]) | dict(same_on_all_ranks=same_on_all([ist.importance, *got['weights'].values()], size), gradients_skipped=got['skipped'], engine_found=ist.engine.name)
+    assert res['engine_found']==engine, res
     if name in engines: res['bytes_kept'] = bytes_kept(outer, ist, batch(0, rank, size))
-    return res
+    return judged(res)
+
+def uneven(rank, size, wrap=ddp):
+    "A probe of rows with different numbers of labels, and of a rank without any: the loss of all, not the mean of means"
+    from ist_nb.processes import Ranks,SharedProbe,weight
+    model = make()
+    wrap(model)
+    whole = batch(0)
+    for i in range(rows): whole['labels'][i, 1:1+i] = -100
+    whole['labels'][0::size] = -100 if size>2 else whole['labels'][0::size]      # the first rank has nothing to predict
+    own = {k:v[rank::size] for k,v in whole.items()}
+    with torch.no_grad():
+        want = loss_of(model, whole).item()
+        got = SharedProbe(Ranks(), weight(model, own, rows//size), model.eval(), find_layers(model), own, loss_of, 0.25).loss()
+        mean = loss_of(model, own).item()
+    assert abs(got-want)<1e-12 and (size==1 or not abs(mean-want)<=1e-3), (got, want, mean)
+    return dict(one_process=want, several=got)
 
 # -- what is refused, before the first step
 def frozen_at_wrap(model):
@@ -324,7 +350,9 @@ def trainer_plain(name): return {k:v for k,v in trainers[name].items() if k=='co
 def train(name, rank, size, refs, folder):
     "One case with a Trainer"
     with fresh_accelerate('FSDP' in name): got,ist,t = trainer_run(folder, size, **trainers[name])
-    return compare(got, refs['trainer'+key(trainer_plain(name))]) | dict(same_on_all_ranks=same_on_all([ist.importance, *got['weights'].values()], size), engine_found=ist.engine.name, only_rank_0_writes=True)
+    res = compare(got, refs['trainer'+key(trainer_plain(name))]) | dict(same_on_all_ranks=same_on_all([ist.importance, *got['weights'].values()], size), engine_found=ist.engine.name)
+    assert ist.engine.name in name, res
+    return judged(res)
 
 trainer_refused = {
     'Trainer, ddp_find_unused_parameters=False': (dict(ddp_find_unused_parameters=False), 'ddp_find_unused_parameters=True'),
@@ -385,12 +413,15 @@ def ds(name, rank, size, refs):
         after = now()
         moved = max([moved, *((after[k]-before[k]).abs().max().item() for k in resting)])
     got = dict(weights=now(), grads=[], importance=ist.importance.double(), history=ist.history, times_active=ist.times_active)
-    return compare(got, refs['ds'+key(ds_plain(name))]) | dict(same_on_all_ranks=same_on_all([ist.importance, *got['weights'].values()], size), gradients_skipped=skipped, frozen_layers_moved=moved, engine_found=ist.engine.name)
+    res = compare(got, refs['ds'+key(ds_plain(name))]) | dict(same_on_all_ranks=same_on_all([ist.importance, *got['weights'].values()], size), gradients_skipped=skipped, frozen_layers_moved=moved, engine_found=ist.engine.name)
+    assert moved==0, res
+    return judged(res, weights=1e-3, importance=1e-3, sparse='n_active' not in config)   # float32
 
 # -- many cases
 def all_cases(size, slow=True):
     "Pairs of a kind and a name"
     fast = [('works', n) for n,(*_,k) in works.items() if not k.get('slow')] + [('refused', n) for n in refused]
+    fast += [('probe', 'uneven labels')]
     fast += [('diverging', n) for n in diverging]*(size>1) + [('trainer', n) for n in trainers if cuda or 'FSDP1' not in n]   # accelerate has no FSDP1 on a CPU
     fast += [('trainer refused', n) for n in trainer_refused] + [('resume', 'Trainer, DDP')] + [('resume', 'Trainer, FSDP2')]*cuda   # on a CPU PEFT does not save what FSDP2 has sharded
     if find_spec('deepspeed'): fast += [('deepspeed', n) for n in deepspeeds]
@@ -399,6 +430,7 @@ def all_cases(size, slow=True):
 def one(kind, name, rank, size, refs, folder):
     if kind=='works': return work(name, rank, size, refs)
     if kind=='refused': return refuse(name, rank, size)
+    if kind=='probe': return uneven(rank, size)
     if kind=='diverging': return diverge(name, rank, size)
     if kind=='trainer': return train(name, rank, size, refs, folder)
     if kind=='trainer refused': return trainer_refuse(name, rank, size, folder)
