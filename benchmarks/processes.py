@@ -165,7 +165,6 @@ works = {   # name: engine, what is done, and the arguments of `run`
     'FSDP2, reset': ('FSDP2', "optimizer_state='reset'", dict(config=dict(optimizer_state='reset'))),
     'FSDP1': ('FSDP1', 'probes, use_orig_params=True', {}),
     'FSDP1, the model inside given': ('FSDP1', 'the model in place of the wrapper', dict(give=None)),
-    'FSDP1, gate': ('FSDP1', 'gradients in probes', dict(config=dict(scorer='gate'))),
     'DDP, compiled blocks': ('DDP', "fast='compile'", dict(config=dict(fast='compile'), slow=True)),
     'FSDP2, compiled blocks': ('FSDP2', "fast='compile'", dict(config=dict(fast='compile'), slow=True)),
 }
@@ -247,6 +246,7 @@ refused = {   # name: engine, the setting, the arguments of `run`, a part of the
     'FSDP1, use_orig_params=False': ('FSDP1', dict(wrap=partial(fsdp1, use_orig_params=False), uniform=True), 'use_orig_params=True'),
     'FSDP1, compiled blocks': ('FSDP1', dict(config=dict(fast='fold, compile')), "Use fast='fold', or FSDP2"),
     'FSDP1, first_order': ('FSDP1', dict(config=dict(scorer='first_order')), "or FSDP2"),
+    'FSDP1, gate': ('FSDP1', dict(config=dict(scorer='gate')), "or FSDP2"),
 }
 
 def refuse(name, rank, size):
@@ -418,6 +418,9 @@ def ds(name, rank, size, refs):
     return judged(res, weights=1e-3, importance=1e-3, sparse='n_active' not in config)   # float32
 
 # -- many cases
+main_cases = ['DDP', 'DDP, first_order', 'DDP, one row in a probe', 'FSDP2', 'FSDP2, gate', 'FSDP2, first_order', 'FSDP2, one row in a probe', 'FSDP1', 'uneven labels', 'seed', 'importance', 'Trainer, DDP', 'Trainer, FSDP2',
+              'DDP, find_unused_parameters=False', 'DeepSpeed ZeRO-2, AdamW', 'DeepSpeed ZeRO-2, SGD without momentum', 'DeepSpeed ZeRO-3, SGD without momentum']   # on more than two processes
+
 def all_cases(size, slow=True):
     "Pairs of a kind and a name"
     fast = [('works', n) for n,(*_,k) in works.items() if not k.get('slow')] + [('refused', n) for n in refused]
@@ -425,7 +428,8 @@ def all_cases(size, slow=True):
     fast += [('diverging', n) for n in diverging]*(size>1) + [('trainer', n) for n in trainers if cuda or 'FSDP1' not in n]   # accelerate has no FSDP1 on a CPU
     fast += [('trainer refused', n) for n in trainer_refused] + [('resume', 'Trainer, DDP')] + [('resume', 'Trainer, FSDP2')]*cuda   # on a CPU PEFT does not save what FSDP2 has sharded
     if find_spec('deepspeed'): fast += [('deepspeed', n) for n in deepspeeds]
-    return fast + [('works', n) for n,(*_,k) in works.items() if k.get('slow')]*slow
+    every = fast + [('works', n) for n,(*_,k) in works.items() if k.get('slow')]*slow
+    return every if size<=2 else [o for o in every if o[1] in main_cases]
 
 def one(kind, name, rank, size, refs, folder):
     if kind=='works': return work(name, rank, size, refs)
@@ -454,7 +458,7 @@ def worker(folder, rank, size):
     todo = json.loads((folder/'cases.json').read_text())
     torch.set_num_threads(1); warnings.simplefilter('ignore')
     if cuda: torch.cuda.set_device(rank)
-    dist.init_process_group('nccl' if cuda else 'gloo', timeout=timedelta(seconds=60), **(dict(device_id=device()) if cuda else {}))
+    dist.init_process_group('nccl' if cuda else 'gloo', timeout=timedelta(seconds=40 if cuda else 180), **(dict(device_id=device()) if cuda else {}))
     refs = torch.load(folder/'references.pt')
     with open(folder/f'{rank}.jsonl', 'a') as out:
         for kind,name in todo:
@@ -523,7 +527,7 @@ def main():
     here = Path(__file__).parent/'results'
     p.add_argument('--out', default=here/('processes_gpu.json' if cuda else 'processes.json'), type=Path)
     p.add_argument('--sizes', type=int, nargs='*', default=[o for o in (1, 2) if o<=torch.cuda.device_count()] if cuda else [1, 2, 4], help='how many processes')
-    p.add_argument('--only', nargs='*', help='cases whose name contains one of these')
+    p.add_argument('--only', nargs='*', help='cases whose name contains one of these; the others stay in the file as they are')
     p.add_argument('--seconds', type=float, default=55 if cuda else 900, help='for each number of processes')
     p.add_argument('--slow', action='store_true', help='on a CPU too, compile')
     p.add_argument('--worker', nargs=3, help=argparse.SUPPRESS)
@@ -537,7 +541,10 @@ def main():
         for o in launch(cases, size, a.seconds):
             print(size, o['kind'], '-', o['name'], 'ok' if o['ok'] else o.get('error', 'the ranks do not say the same'), flush=True)
             found.append(dict(processes=size) | o)
-    res = dict(command=' '.join(['python benchmarks/processes.py', *map(str, sys.argv[1:])]), versions=versions(), hardware=hardware(), backend='nccl' if cuda else 'gloo', seconds=round(time.perf_counter()-start), 
+    if a.only and a.out.exists():   # what was not run again is kept
+        ran = {(o['processes'], o['name']) for o in found}
+        found += [o for o in json.loads(a.out.read_text())['cases'] if (o['processes'], o['name']) not in ran]
+    res = dict(command='python benchmarks/processes.py', versions=versions(), hardware=hardware(), backend='nccl' if cuda else 'gloo', seconds=round(time.perf_counter()-start), 
                run=dict(layers=N, rows=rows, tokens=tokens, steps=steps, dtype='float64 (DeepSpeed: float32)') | dials, cases=found)
     a.out.write_text(json.dumps(res, indent=1)+'\n')
     print(f"{sum(o['ok'] is True for o in found)} of {len(found)} as expected, in {res['seconds']} s -> {a.out}")

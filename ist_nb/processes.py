@@ -275,7 +275,8 @@ def _pulled(fast, *levers): return not isinstance(fast, bool) and bool(set(lever
 limits += [
     Limit('FSDP1', 'use_orig_params=False', 'the layers of a unit are one parameter, which cannot be frozen in parts', "Set use_orig_params=True (Trainer: fsdp_config={'use_orig_params': True}), or use FSDP2 (fsdp_version=2)",
           lambda c: not all(o._use_orig_params for o in c.engine.wrapper.modules() if isinstance(o, FullyShardedDataParallel))),
-    Limit('FSDP1', "scorer='first_order' or 'fisher'", 'each process holds an arbitrary piece of the gradients', "Use scorer='suppression' or 'gate', or FSDP2 (fsdp_version=2)", lambda c: c.observes),
+    Limit('FSDP1', "scorer='gate', 'first_order' or 'fisher'", 'each process holds an arbitrary piece of the gradients, and a backward that trains nothing leaves parameters unsharded', "Use scorer='suppression', or FSDP2 (fsdp_version=2)",
+          lambda c: c.observes or getattr(c.scorer, 'gradients', False)),
     Limit('FSDP', 'parameters that several layers share', 'IST puts views in their place, of which FSDP does not know', 'Use DDP, or an adapter with parameters in each layer, such as LoRA', lambda c: bool(c.layers.shared)),
     Limit('FSDP', 'activation_budget', 'it measures a block by running it alone, outside of the hooks that gather its shards', 'Leave activation_budget out, and use activation checkpointing', lambda c: c.config.activation_budget is not None),
     Limit('FSDP', "fast='fp8' or 'loss'", 'these replace modules and functions whose parameters FSDP has sharded already', "Use the levers 'fold' and, with FSDP2, 'compile'", lambda c: _pulled(c.config.fast, 'fp8', 'loss')),
