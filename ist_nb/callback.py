@@ -50,7 +50,7 @@ def on_train_begin(self:ISTCallback, args, state, control, model=None, optimizer
                                  "Leave that flag off: ISTCallback restores itself.")
     probe = train_dataloader if self.probe is None else self.probe
     self.ist = IST(model, self.config, probe=probe, loss_fn=self.loss_fn, stack=self.stack, optimizer=optimizer)
-    check_optimizer(optimizer, self.ist.layers)
+    if not self.ist.engine.name.startswith('DeepSpeed'): check_optimizer(optimizer, self.ist.layers)   # that one holds flat tensors; what it may do is checked by IST
     if self.config.fast: run_ahead(args, train_dataloader)
     if state.global_step: self._restore(state)
     self._begin_show(state)

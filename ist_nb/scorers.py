@@ -236,8 +236,9 @@ class Witness:
     memory = 0.05   # weight of the newest step in a layer's running mean and variance
     def __init__(self,
         layers:Layers, # From `find_layers`
+        spread=lambda scores: scores, # `spread(scores [steps, N])` -> their mean over the processes of the run
     ): # Raises `ISTError` for adapters that are not linear in any parameter
-        self.linear,N = [check_linear(o) for o in layers],len(layers)
+        self.linear,self.spread,N = [check_linear(o) for o in layers],spread,len(layers)
         self.mean,self.var = torch.zeros(2, N, dtype=torch.float64)   # [N] of the scores of each layer, over its steps
         self.count = torch.zeros(N, dtype=torch.long)                 # [N] how many went in
         self.pending,self.now,self.missed,self.hook = [],[],0,None
@@ -279,9 +280,10 @@ def end(self:Witness,
 def collect(self:Witness) -> bool: # Whether there was anything finite to take in
     "Take the steps since the last time into the running means and variances"
     took,pending,self.pending = False,self.pending,[]
-    for step in pending:
-        s = torch.zeros_like(self.mean)                                      # [N]
+    scores = torch.zeros(len(pending), len(self.mean), dtype=torch.float64)  # [steps, N]
+    for s,step in zip(scores, pending):
         for owners,values in step: s.index_add_(0, torch.tensor(owners), torch.as_tensor(values).double().cpu())
+    for s,step in zip(self.spread(scores), pending):
         seen = sorted({i for owners,_ in step for i in owners})
         if not s.isfinite().all(): continue
         self.count[seen] += 1
@@ -321,5 +323,5 @@ def fisher_scorer(importance, witness, config, generator):
     if not took: return importance,record
     n,z,many = witness.count.clamp_max(int(1/witness.memory)),torch.zeros_like(witness.mean),witness.count>1   # [N]
     z[seen] = standardize(-witness.mean[seen], 1.)
-    z[many] += standardize(-(witness.var*n/(n-1))[many], 1.)   # n-1: or a layer that was seen seldom would look flat
+    if many.any(): z[many] += standardize(-(witness.var*n/(n-1))[many], 1.)   # n-1: or a layer that was seen seldom would look flat
     return follow(importance, z, seen),record
