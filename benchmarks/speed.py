@@ -11,7 +11,9 @@ from transformers import AutoModelForCausalLM,LlamaConfig,LlamaForCausalLM,Train
 from transformers.trainer_callback import PrinterCallback,ProgressCallback
 from ist_nb import ISTCallback,ISTConfig,find_layers
 from ist_nb.finetune import assets
-from ist_nb.speed import kept_bytes,blocks_of,fold,unfold,compile_blocks,fuse_loss,to_fp8,_liger
+from ist_nb.config import layer_count,samplers
+from ist_nb.ist import generator_for
+from ist_nb.speed import block_shape,blocks_of,compile_blocks,estimate,fold,fuse_loss,kept_bytes,machine_rates,step_cost,to_fp8,unfold,_liger
 
 os.environ.setdefault('PYTORCH_CUDA_ALLOC_CONF', 'expandable_segments:True')   # selections differ in what they keep; without it the allocator asks the driver again and again
 gpu = torch.cuda.is_available()
@@ -19,25 +21,29 @@ shapes = {   # vocabulary, width, width of the MLP, blocks, heads, key and value
     '1b':(32000, 2048, 5632, 22, 32, 4), '7b':(32000, 4096, 11008, 32, 32, 32), '13b':(32000, 5120, 13824, 40, 40, 40)}
 where = ['q_proj','k_proj','v_proj','up_proj','down_proj']
 
+def config_of(shape):
+    if shape=='pico': return LlamaConfig.from_pretrained(str(assets/'pico'))
+    v,h,f,n,a,kv = shapes[shape]
+    return LlamaConfig(vocab_size=v, hidden_size=h, intermediate_size=f, num_hidden_layers=n, num_attention_heads=a, num_key_value_heads=kv)
+
 def make(shape):
     "A model of the true shape with random weights, and LoRA with r=32 as in the released recipe"
     torch.manual_seed(0)
     if shape=='pico': model = AutoModelForCausalLM.from_pretrained(str(assets/'pico'), dtype=torch.float32)
     else:
-        v,h,f,n,a,kv = shapes[shape]
-        cfg = LlamaConfig(vocab_size=v, hidden_size=h, intermediate_size=f, num_hidden_layers=n, num_attention_heads=a, num_key_value_heads=kv)
+        cfg = config_of(shape)
         old = torch.get_default_dtype()
         torch.set_default_dtype(torch.bfloat16 if gpu else torch.float32)
         with torch.device('cuda' if gpu else 'cpu'): model = LlamaForCausalLM(cfg)
         torch.set_default_dtype(old)
     model.config.use_cache = False
-    model = get_peft_model(model.to('cuda' if gpu else 'cpu'), LoraConfig(r=32, lora_alpha=64, lora_dropout=0.05, target_modules=where, task_type='CAUSAL_LM'))
+    model = get_peft_model(model.to('cuda' if gpu else 'cpu'), lora)
     for name,p in model.named_parameters():
         if 'lora_B' in name: torch.nn.init.normal_(p, std=0.01)
     return model
 
 class Levers:
-    "Each lever of a model on or off: what the package only ever switches on is switched back here by putting the old parts back"
+    "Each lever of a model on or off ('ahead' belongs to the Trainer): what the package only ever switches on is switched back here by putting the old parts back"
     def __init__(self, model):
         self.model,self.layers = model,find_layers(model)
         self.blocks,self.base,self.compiled,self.swaps = blocks_of(model, self.layers),model.get_base_model(),None,None
@@ -89,14 +95,15 @@ def run(lev, data, batch, steps, config, levers, checkpointing, seed, folder, wa
         cb = ISTCallback(ISTConfig(**(config | dict(seed=seed))))
         callbacks += [cb, Depth(cb)]
     args = TrainingArguments(folder, max_steps=steps+warm+1, per_device_train_batch_size=batch, learning_rate=1e-5, bf16=gpu, gradient_checkpointing=checkpointing, report_to='none',
-                             logging_steps=10, disable_tqdm=True, save_strategy='no', seed=seed, use_cpu=not gpu)
+                             logging_steps=10, disable_tqdm=True, logging_nan_inf_filter='ahead' not in levers, accelerator_config=dict(non_blocking='ahead' in levers), save_strategy='no', seed=seed, use_cpu=not gpu)
     model = lev.model
     trainer = Trainer(model, args, train_dataset=data, data_collator=default_data_collator, callbacks=callbacks)
     for o in (PrinterCallback, ProgressCallback): trainer.pop_callback(o)
     trainer.train()
+    assert not gpu or '_original_forward' in model.__dict__, 'this run had no autocast'
     if checkpointing: model.gradient_checkpointing_disable()
     model.disable_input_require_grads() if hasattr(model, 'disable_input_require_grads') else None
-    for k in ('forward', '_original_forward'): model.__dict__.pop(k, None)   # accelerate's autocast around the model
+    for k in ('forward', '_original_forward', '_is_accelerate_prepared'): model.__dict__.pop(k, None)   # accelerate's autocast, which it puts around a model once
     t = clock.times
     res = dict(seconds=(t[-1]-t[warm])/(len(t)-1-warm), peak=max(clock.peaks[warm:], default=None), depth=1., active=len(lev.layers), share=0.)
     if config is not None:
@@ -106,20 +113,6 @@ def run(lev, data, batch, steps, config, levers, checkpointing, seed, folder, wa
     del trainer
     gc.collect()
     return res
-
-def rates(dtype, device, n):
-    "Rate of a large product, and of a large copy, both measured: FLOP/s, bytes/s"
-    a,b = torch.randn(n, n, device=device, dtype=dtype),torch.randn(n, n, device=device, dtype=dtype)
-    def clock(f, reps):
-        f(); f()
-        if gpu: torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(reps): f()
-        if gpu: torch.cuda.synchronize()
-        return (time.perf_counter()-start)/reps
-    flops = 2*n**3/clock(lambda: a@b, 20)
-    c = torch.empty_like(a)
-    return flops,2*a.numel()*a.element_size()/clock(lambda: c.copy_(a), 20)
 
 def floors(model, tokens, flops):
     "Seconds for the products of a forward pass, and bytes that a block must keep for its backward pass, at the measured rate"
@@ -131,15 +124,35 @@ def floors(model, tokens, flops):
 
 ours = dict(sampler='depth', scorer='fisher', score_interval=20)
 budget = ours | dict(activation_budget=0.28)   # of what LoRA takes
+lora = LoraConfig(r=32, lora_alpha=64, lora_dropout=0.05, target_modules=where, task_type='CAUSAL_LM')
 variants = {   # name: settings of IST (None: all layers), levers, checkpointing
-    'LoRA':(None, '', False), 'LoRA, compile+loss':(None, 'compile loss', False),
-    'released IST':(dict(scorer='paper', explore=0., sampler='importance'), '', False), 'RST':(dict(sampler='uniform'), '', False),
-    'RST, compile+loss':(dict(sampler='uniform'), 'compile loss', False),
-    'ours':(ours, '', False), 'ours, fold':(ours, 'fold', False), 'ours, compile':(ours, 'compile', False), 'ours, fold+compile':(ours, 'fold compile', False),
-    'ours, fold+compile+loss':(ours, 'fold compile loss', False), 'ours, fold+compile+loss, budget':(budget, 'fold compile loss', False),
-    'ours, fold+compile+loss+fp8':(ours, 'fold compile loss fp8', False), 'ours, fold+compile+loss+fp8, budget':(budget, 'fold compile loss fp8', False),
-    'LoRA, checkpointing':(None, '', True), 'ours, fold+compile+loss, checkpointing':(ours, 'fold compile loss', True),
+    'LoRA':(None, '', False), 'LoRA, compile+ahead':(None, 'compile ahead', False), 'LoRA, compile+loss+ahead':(None, 'compile loss ahead', False),
+    'released IST':(dict(scorer='paper', explore=0., sampler='importance'), '', False),
+    'RST':(dict(sampler='uniform'), '', False), 'RST, compile+ahead':(dict(sampler='uniform'), 'compile ahead', False),
+    'ours':(ours, '', False), 'ours, fold':(ours, 'fold', False), 'ours, fold+compile':(ours, 'fold compile', False), 'ours, fold+compile+ahead':(ours, 'fold compile ahead', False),
+    'ours, fold+compile+ahead, budget':(budget, 'fold compile ahead', False), 'ours, fold+compile+ahead+loss':(ours, 'fold compile ahead loss', False),
+    'ours, fold+compile+ahead+fp8':(ours, 'fold compile ahead fp8', False),
+    'LoRA, checkpointing':(None, '', True), 'ours, fold+compile+ahead, checkpointing':(ours, 'fold compile ahead', True),
 }
+
+def estimated(found, steps=24):
+    "For each variant of a shape in the committed JSON: seconds and peak memory as shares of LoRA's that `estimate` foresees for the very steps that were drawn (no importance yet)"
+    c,res = config_of(found['shape']),{}
+    s,dtype = block_shape(c, lora),torch.float32 if found['shape']=='pico' else torch.bfloat16
+    args = dict(rates=(found['matrix_flops'], found['copy_bytes']), dtype=dtype)
+    dense = estimate(c, ISTConfig.rst(n_active=1.), found['batch'], found['length'], lora, **args)
+    for k,v in found['variants'].items():
+        if k not in variants: continue
+        config,levers,ckpt = variants[k]
+        config = dict(config or dict(sampler='uniform', n_active=1.))
+        if 'activation_budget' in config: config['activation_budget'] = f"{int(config['activation_budget']*dense['dense_bytes']/2**20)}MiB"
+        rows = []
+        for seed in range(v['reps']):
+            o = ISTConfig(**(config | dict(seed=seed, fast=','.join(l for l in levers.split() if l!='ahead') or False)))
+            drawn = [samplers[o.sampler](torch.zeros(s.n), layer_count(o.n_active, s.n), o, generator_for(seed, 'layers', t)).tolist() for t in range(steps)]
+            rows.append(estimate(c, o, found['batch'], found['length'], lora, draws=drawn[3:], checkpointing=ckpt, ahead='ahead' in levers, **args))
+        res[k] = [statistics.median(r[f] for r in rows)/dense[f] for f in ('seconds', 'bytes')]
+    return res
 
 def kept(lev, batch, length):
     "Bytes that one block keeps for its backward pass, trained and frozen, plain and with levers"
@@ -199,11 +212,12 @@ def bench(shape, batch, length, steps, reps, only, seconds, save):
     vocab = lev.model.config.vocab_size
     data = [dict(input_ids=o, labels=o) for o in torch.randint(5, vocab, (256, length), generator=torch.Generator().manual_seed(0)).tolist()]
     dtype,n = (torch.bfloat16, 8192) if gpu else (torch.float32, 1024)
-    speeds = rates(dtype, 'cuda' if gpu else 'cpu', n)
+    speeds = machine_rates('cuda' if gpu else 'cpu', dtype, n)
     chosen = [k for k in variants if (not only or k in only) and (gpu or 'fp8' not in k) and ('loss' not in variants[k][1] or _liger(lev.model))]
-    runs,failed,dense = {k:[] for k in chosen},{},None
+    runs,failed,dense,took,more = {k:[] for k in chosen},{},None,0,{}
     for rep in range(-1, reps):   # round -1 compiles and warms up, and is not counted
-        if rep>0 and time.perf_counter()-start>seconds: break
+        begun = time.perf_counter()
+        if rep>0 and begun-start+took>seconds: break
         for k in chosen:
             config,levers,ckpt = variants[k]
             if k in failed: continue
@@ -212,15 +226,17 @@ def bench(shape, batch, length, steps, reps, only, seconds, save):
                 config = config | dict(activation_budget=f"{int(config['activation_budget']*dense/2**20)}MiB")
             first = rep<0
             if first and config and 'score_interval' in config: config = config | dict(score_interval=2)
-            try: r = run(lev, data, batch, 4 if first else steps, config, levers.split(), ckpt, max(rep, 0), tempfile.gettempdir()+'/ist_speed')
+            try: r = run(lev, data, batch, 3 if first else steps, config, levers.split(), ckpt, max(rep, 0), tempfile.gettempdir()+'/ist_speed')
             except Exception as e: failed[k] = f'{type(e).__name__}: {e}'[:300]
             else:
                 if not first: runs[k].append(r)
                 elif k=='LoRA': dense = r['peak']
             print(f'[{time.perf_counter()-start:.0f} s]', shape, rep, k, failed.get(k) or {a:round(b, 4) for a,b in r.items() if b is not None}, flush=True)
-        save(result(shape, batch, length, steps, lev, runs, failed, speeds))
-    more = dict(kept=kept(lev, batch, length))
-    if gpu: more |= dict(profile={o:profile(lev, batch, length, o) for o in dict.fromkeys(variants[k][1] for k in chosen if k not in failed and runs[k])})
+        took = time.perf_counter()-begun
+        if rep==0:
+            more = dict(kept=kept(lev, batch, length))
+            if gpu: more |= dict(profile={o:profile(lev, batch, length, o) for o in dict.fromkeys(variants[k][1].replace(' ahead', '') for k in chosen if k not in failed and 'loss' not in variants[k][1])})
+        save(result(shape, batch, length, steps, lev, runs, failed, speeds) | more)
     return result(shape, batch, length, steps, lev, runs, failed, speeds) | more
 
 def typed(name):
@@ -236,7 +252,7 @@ def main(
     steps:int=20,    # Steps in a run
     reps:int=5,      # Runs of each variant
     only:str='',     # Variants separated by semicolons; all if empty
-    seconds:float=1e9, # Start no further round after so many seconds
+    seconds:float=1e9, # Start no further round that would end after so many seconds, for each shape
     threads:int=2,   # On a CPU
     out:Path=None,   # Where the numbers go
 ):

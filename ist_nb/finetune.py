@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['recipe', 'recipe_pico', 'recipe_demo', 'assets', 'FinetuneArguments', 'number', 'ist_arguments', 'defaults_for',
            'fresh_folder', 'make_parser', 'read_config', 'parse', 'ist_config', 'help_page', 'load_model',
-           'adapter_config', 'peft_options', 'check_folder', 'clear_folder', 'check_space', 'write_json',
-           'progress_bar', 'make_trainer', 'finetune', 'describe', 'peak_memory', 'versions', 'save_run', 'main']
+           'adapter_config', 'peft_options', 'check_folder', 'clear_folder', 'check_space', 'progress_bar',
+           'make_trainer', 'say', 'one_folder', 'whole_loader', 'finetune', 'describe', 'peak_memory', 'save_run',
+           'main']
 
 # %% ../nbs/10_finetune.ipynb #b4355096
 import errno,json,os,re,shutil,sys,time
@@ -16,6 +17,7 @@ from itertools import count
 from pathlib import Path
 from fastcore.docments import docments
 from .config import ISTConfig, ISTError, scorers, suggest
+from .evaluate import versions, write_json
 
 # %% ../nbs/10_finetune.ipynb #46dd7a81
 @dataclass
@@ -67,7 +69,8 @@ def defaults_for(
     import torch
     bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     pico,demo = args.model=='pico',args.data is None
-    return recipe | (recipe_pico if pico else {}) | (recipe_demo if pico and demo else {}) | dict(bf16=bf16, output_dir=str(fresh_folder(args)))
+    alone = torch.accelerator.is_available() or os.environ.get('WORLD_SIZE', '1')=='1'
+    return recipe | ({} if alone else dict(use_cpu=True)) | (recipe_pico if pico else {}) | (recipe_demo if pico and demo else {}) | dict(bf16=bf16, output_dir=str(fresh_folder(args)))
 
 # %% ../nbs/10_finetune.ipynb #840cc427
 def fresh_folder(
@@ -258,15 +261,6 @@ def check_space(
     free = shutil.disk_usage(there).free
     if free<need: raise ISTError(f"The disk of --output_dir {folder} has {free/2**20:.0f} MiB free, and this run may need {need/2**20:.0f} MiB. Free some space, or give a folder on another disk.")
 
-def write_json(
-    path:Path, # Where
-    what, # Anything that JSON can hold
-):
-    "Write all of the file or nothing of it"
-    part = path.with_name(path.name+'.part')
-    part.write_text(json.dumps(what, indent=1)+'\n', encoding='utf-8')
-    part.replace(path)
-
 # %% ../nbs/10_finetune.ipynb #79a1734e
 def progress_bar():
     "The Trainer's progress bar, with the loss on it"
@@ -303,6 +297,31 @@ def make_trainer(
     if trainer.pop_callback(ProgressCallback): trainer.add_callback(progress_bar())
     return trainer
 
+# %% ../nbs/10_finetune.ipynb #5f7a4165
+def say(what):
+    "Print on the first of several processes"
+    if os.environ.get('RANK', '0')=='0': print(what)
+
+def one_folder(
+    sft, # An `SFTConfig`; its `output_dir` becomes that of the first process
+): # `Ranks`
+    "One folder for all processes of a run: each may have chosen a new name of its own"
+    from ist_nb.processes import Ranks, launched
+    sft.device          # joins the other processes, if there are any
+    ranks = Ranks()
+    if ranks.size!=launched(): raise ISTError(f"{launched()} processes were launched, but they are not in one group, so each would train a model of its own. On a CPU give --use_cpu; on GPUs, start as many processes as there are.")
+    sft.output_dir = ranks.texts(sft.output_dir)[0]
+    return ranks
+
+def whole_loader(
+    trainer, # A `Trainer`
+): # A `DataLoader`
+    "All of the held-out rows, on every process"
+    from torch.utils.data import DataLoader
+    from ist_nb.processes import Ranks
+    loader = trainer.get_eval_dataloader()
+    return loader if Ranks().size==1 else DataLoader(loader.dataset, trainer.args.per_device_eval_batch_size, collate_fn=loader.collate_fn)
+
 # %% ../nbs/10_finetune.ipynb #ffa9c63d
 def finetune(
     args:FinetuneArguments, # The three groups of arguments, from `parse`
@@ -312,18 +331,20 @@ def finetune(
     "Fine-tune, save, and say what happened"
     from ist_nb.data import load_data, physics
     from ist_nb.evaluate import held_out_loss
+    ranks = one_folder(sft)
     folder = Path(sft.output_dir)
     checkpoint = check_folder(folder, args)
+    ranks.agree('the first step', checkpoint=checkpoint)   # and nobody goes on before all have looked
     data = load_data(args.data, test=args.test_data, test_fraction=args.test_fraction, max_rows=args.max_rows, seed=sft.seed) if args.data else physics()
-    print(f'Data: {data.report}')
+    say(f'Data: {data.report}')
     with _no_empty_folders(folder):
         trainer = make_trainer(args, cfg, sft, data)
         check_space(folder, sum(p.numel() for p in trainer.model.parameters() if p.requires_grad))
-    print(f'Model: {describe(trainer.model, args)}')
-    if args.overwrite: clear_folder(folder)
-    batches = trainer.get_eval_dataloader()
+    say(f'Model: {describe(trainer.model, args)}')
+    if args.overwrite and not ranks.rank: clear_folder(folder)
+    batches = whole_loader(trainer)
     before = held_out_loss(trainer.model, batches)
-    print(f'Held-out loss before: {before:.4f}')
+    say(f'Held-out loss before: {before:.4f}')
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter()-start
@@ -352,12 +373,6 @@ def peak_memory() -> int: # Bytes: of the GPU where there is one, else of this p
     if torch.cuda.is_available(): return torch.cuda.max_memory_allocated()
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform=='darwin' else 1024)
-
-def versions() -> dict: # Of Python and of the packages that decide the numbers
-    "What this run was made with"
-    from importlib.metadata import version
-    from ist_nb import __version__
-    return {'python':sys.version.split()[0], 'ist_nb':__version__} | {o:version(o) for o in 'torch transformers peft trl accelerate datasets'.split()}
 
 # %% ../nbs/10_finetune.ipynb #30b92f8c
 def save_run(
@@ -407,7 +422,7 @@ def main(
 
 # %% ../nbs/10_finetune.ipynb #451290be
 def _fail(e, status=2):
-    print(f'ist_finetune: {e}', file=sys.stderr)
+    if os.environ.get('RANK', '0')=='0': print(f'ist_finetune: {e}', file=sys.stderr)
     return status
 
 def _help_all():

@@ -17,8 +17,9 @@ from torch.utils.data import DataLoader, IterableDataset
 from .config import ISTConfig, ISTError, layer_count, samplers, scorers
 from .layers import find_layers, find_stack
 from .memory import ActivationBudget, OptimizerState, lift_all
+from .processes import Case, Ranks, SharedProbe, check_engine, device_of, reshard, share, unwrap, weight
 from .scorers import Probe, Witness
-from .speed import check_compiled, pull, shorten_backward
+from .speed import check_compiled, is_reentrant, pull, shorten_backward
 from .suppression import suppress
 
 # %% ../nbs/04_ist.ipynb #ec0e38ef
@@ -43,11 +44,19 @@ class ProbeBatches:
             raise ISTError(f"The data has {len(self.rows)} rows, fewer than a probe batch of score_batch_size={size}. "
                            f"Set score_batch_size to at most {len(self.rows)}, or give more data.")
 
-    def __getitem__(self, m):
-        if self.rows is None: return self._from_stream(m)
+    def __getitem__(self, m): return self.part(m, 0, 1)[0]
+
+    def part(self,
+        m:int, # Number of the batch
+        rank:int, # Of this process
+        size:int, # Processes
+    ) -> tuple: # A batch, and how many rows of it count
+        "What one of several processes computes of batch `m`; of a source that can only be read in order, whatever it gives this process"
+        if self.rows is None: return self._from_stream(m),1
         epoch,pos = divmod(m, len(self.rows)//self.size)
         order = torch.randperm(len(self.rows), generator=generator_for(self.seed, 'probe', epoch))
-        return self.source.collate_fn([self.rows[i] for i in order[pos*self.size:][:self.size].tolist()])
+        own,counts = share(order[pos*self.size:][:self.size].tolist(), rank, size)
+        return self.source.collate_fn([self.rows[i] for i in own]),len(own)*counts
 
 # %% ../nbs/04_ist.ipynb #f4e2e450
 @patch
@@ -143,18 +152,21 @@ class IST:
         stack:str|list|None=None, # Which stacks of blocks, where the model has several (see `find_layers`); those of `config.n_active` if it is a dictionary
         optimizer=None, # The optimizer, where `config.optimizer_state` is not 'keep'
     ): # Raises `ISTError`
-        self.model,self.config,self.loss_fn = model,config or ISTConfig(),loss_fn
-        lift_all(model)      # a step that died half-way may have left its switches,
+        self.model,self.config,self.loss_fn,self.ranks = unwrap(model),config or ISTConfig(),loss_fn,Ranks()
+        model = self.model
+        reshard(model)       # an evaluation may have left parameters whole,
+        lift_all(model)      # and a step that died half-way its switches,
         check_compiled(model)
         self.layers = layers_of(model, self.config, stack)
         self.layers.thaw()   # and some layers frozen
-        shorten_backward(model)
-        if self.config.fast: pull(model, self.layers, self.config.fast)
         N = len(self.layers)
         self.budgets = budgets(self.config.n_active, self.layers)
         self.sampler,self.scorer = samplers[self.config.sampler],scorers[self.config.scorer]
         self.scores = getattr(self.sampler, 'needs_importance', True)
-        self.witness = None
+        self.witness,self.started,self.engine = None,False,None
+        self._check_engine()
+        shorten_backward(model)
+        if self.config.fast: pull(model, self.layers, 'fold' if self.config.fast is True and self.engine.sharded else self.config.fast)
         if self.scores: self._set_probe(probe)
         self._set_memory(optimizer)
         self.importance,self.active = torch.zeros(N),torch.arange(N)   # [N], [n]
@@ -166,7 +178,7 @@ class IST:
 def _set_probe(self:IST, probe):
     "Check that importance can be scored"
     if getattr(self.scorer, 'observes', None)=='backward':
-        self.witness = Witness(self.layers)
+        self.witness = Witness(self.layers, self.ranks.spread)
         return
     layer_count(self.config.n_suppressed, len(self.layers), 'n_suppressed')
     if probe is None: raise ISTError(f"sampler={self.config.sampler!r} needs importance, and importance needs data to probe with. "
@@ -174,6 +186,23 @@ def _set_probe(self:IST, probe):
     self.batches = ProbeBatches(probe, self.config.score_batch_size, self.config.seed)
     if getattr(self.scorer, 'suppresses', True):
         with suppress(self.layers, range(len(self.layers)), self.config.suppression_factor): pass   # refuses merged adapters
+
+# %% ../nbs/04_ist.ipynb #6eb5d1ac
+@patch
+def _check_engine(self:IST):
+    "Refuse what the engine of the model does not allow; raises `ISTError`"
+    sparse = sum(k for _,k in self.budgets)<len(self.layers) or getattr(self.sampler, 'varies', False)
+    case = Case(self.model, self.layers, self.config, self.scorer if self.scores else None, sparse, is_reentrant(self.model))
+    self.engine = check_engine(case)
+    reshard(self.model)
+    known = {id(p) for p in self.model.parameters()}
+    if any(id(p) not in known for o in self.layers for p in o.params):
+        raise ISTError("The model's parameters have been replaced since IST was made, as FSDP does when it shards them. Make IST after the model is wrapped: IST(model, ...) comes last.")
+
+@patch
+def _agree(self:IST, **said):
+    "All processes must be in the same state; raises `ISTError` on all of them if one is not"
+    self.ranks.agree(self.t, **asdict(self.config), layers=[o.label for o in self.layers], importance=self.importance.tolist(), **said)
 
 # %% ../nbs/04_ist.ipynb #34cafeb6
 @patch
@@ -189,8 +218,14 @@ def _set_memory(self:IST, optimizer):
 def begin_step(self:IST):
     "Update the importance if it is time, draw the layers of this step, freeze the others"
     if self.in_step: raise ISTError("A step has begun and not ended. Call end_step() after the optimizer's step, or use `with ist.step():`.")
-    if self.scores and self.t>0 and self.t%self.config.score_interval==0: self.score()
+    if not self.started: self._check_engine()   # the model may have been wrapped after IST was made
+    due = self.t%self.config.score_interval==0
+    if due or not self.started: self._agree()
+    if self.scores and self.t>0 and due: self.score()
     self.active = self.draw()
+    if due or not self.started: self._agree(drawn=self.active.tolist())
+    self.started = True
+    reshard(self.model)
     if self.activations: self.activations.plan(self.active.tolist())
     if self.moments: self.moments.begin(self.active.tolist())
     self.layers.switch(self.active.tolist())
@@ -252,9 +287,10 @@ def score(self:IST):
     "One importance update, now; `begin_step` calls it every `score_interval` steps"
     start = time.perf_counter()
     importance,record = self.scorer(self.importance, self.witness, self.config, self.rng('scores')) if self.witness else self._probe()
+    if importance.shape==self.importance.shape: importance = self.ranks.same(self.t, importance.detach().float())
     if importance.shape!=self.importance.shape or not importance.isfinite().all():
         raise ISTError(f"The scorer {self.config.scorer!r} returned {importance}; it must return {len(self.layers)} finite numbers.")
-    self.importance = importance.detach().float()
+    self.importance = importance
     self.history.append(dict(step=self.t, importance=self.importance.tolist(), times_active=self.times_active.tolist()) | record)
     if record.get('dropped'): self._dropped()
     self.score_seconds += time.perf_counter()-start
@@ -262,9 +298,11 @@ def score(self:IST):
 @patch
 def _probe(self:IST):
     "What the scorer makes of a probe"
+    ranks = self.ranks
     with quietly(self.model, getattr(self.scorer, 'gradients', False)):
-        batch = to_device(self.batches[self.t//self.config.score_interval-1], next(self.model.parameters()).device)
-        probe = Probe(self.model, self.layers, batch, self.loss_fn, self.config.suppression_factor, getattr(self.scorer, 'form', 'response'))
+        batch,rows = self.batches.part(self.t//self.config.score_interval-1, ranks.rank, ranks.size)
+        args = self.model, self.layers, to_device(batch, device_of(self.model)), self.loss_fn, self.config.suppression_factor, getattr(self.scorer, 'form', 'response')
+        probe = Probe(*args) if ranks.size==1 else SharedProbe(ranks, weight(self.model, batch, rows), *args)
         return self.scorer(self.importance, probe, self.config, self.rng('scores'))
 
 @patch

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['uniform_sampler', 'importance_sampler', 'inclusion_probabilities', 'solve', 'stop_probabilities', 'depth_plan',
-           'depth_sampler', 'inclusion_by_depth']
+           'depth_sampler', 'inclusion_by_depth', 'sampler_profile']
 
 # %% ../nbs/03_samplers.ipynb #5a77c2e6
 import torch
@@ -113,3 +113,19 @@ def inclusion_by_depth(
     "Exact probability that `depth_sampler` trains each layer (ours)"
     dense,q,p = depth_plan(tuple(importance.tolist()), n, config.explore, config.depth)
     return dense + (1-dense)*(q+p*(q.cumsum(0)-q))
+
+# %% ../nbs/03_samplers.ipynb #697a3af5
+def sampler_profile(
+    importance:Tensor, # Float [N]
+    n:int, # Layers to train, or their mean number
+    config, # An `ISTConfig`, for `sampler`, `explore`, `depth` and `seed`
+    draws:int=2000, # Steps to draw
+) -> dict: # `inclusion` [N] probability of each layer, `depth` mean share of the blocks that the backward pass goes through
+    "What a sampler does, by drawing (ours)"
+    N,g,sampler = len(importance),torch.Generator().manual_seed(config.seed),samplers[config.sampler]
+    count,deep = torch.zeros(N),0
+    for _ in range(draws):
+        drawn = torch.as_tensor(sampler(importance, n, config, g))
+        count[drawn] += 1
+        deep += N-int(drawn.min())
+    return dict(inclusion=(count/draws).tolist(), depth=deep/draws/N)

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['reward_spread', 'memory', 'linear_in', 'move_importance', 'centred_likelihood', 'update_importance', 'standardize',
            'sample_layers', 'draw_candidates', 'Probe', 'suppression_update', 'suppression_scorer', 'paper_scorer',
-           'frozen', 'follow', 'gate_scorer', 'linear_params', 'check_linear', 'products', 'Witness',
-           'first_order_scorer', 'fisher_scorer']
+           'frozen', 'follow', 'gate_scorer', 'suppression_curves', 'linear_params', 'check_linear', 'products',
+           'Witness', 'first_order_scorer', 'fisher_scorer']
 
 # %% ../nbs/02_scorers.ipynb #95f6b0bf
 import torch,weakref
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from fastcore.basics import patch
 from math import comb, isfinite
 from peft.tuners.lora import LoraLayer
@@ -178,6 +179,16 @@ def gate_scorer(importance, probe, config, generator):
     record = dict(losses=[loss], gradient=gradient.tolist(), dropped=not (isfinite(loss) and gradient.isfinite().all().item()))
     return importance if record['dropped'] else follow(importance, -gradient), record
 
+# %% ../nbs/02_scorers.ipynb #d4437a57
+def suppression_curves(
+    probe:Probe, # The evidence; its own factor is not used
+    factors=(0., 0.25, 0.5, 0.75, 1.), # Suppression factors in [0, 1], F of them; 1 leaves the model alone
+) -> Tensor: # Float64 [N, F]
+    "Loss of the probe's batch with one layer damped at a time, for each factor (ours)"
+    alone,rows = copy(probe),[]
+    for alone.factor in factors: rows.append([probe.loss()]*len(probe.layers) if alone.factor==1 else [alone.loss([i]) for i in range(len(probe.layers))])
+    return torch.tensor(rows, dtype=torch.float64).T
+
 # %% ../nbs/02_scorers.ipynb #68640df4
 linear_in = dict(lora_E=0., lora_B=0., ia3_l=1., bottleneck_up=0., vera_lambda_b=0., hada_w1_a=0., lokr_w1=0., lokr_w1_a=0., hira_B=0., gralora_B=0., miss_block=0.,
                  randlora_gamma=0., delora_lambda=0., fourierft_spectrum=0., waveft_spectrum=0., c3a_kernel=0., shira_weight=0., beft_bias=0.)
@@ -225,8 +236,9 @@ class Witness:
     memory = 0.05   # weight of the newest step in a layer's running mean and variance
     def __init__(self,
         layers:Layers, # From `find_layers`
+        spread=lambda scores: scores, # `spread(scores [steps, N])` -> their mean over the processes of the run
     ): # Raises `ISTError` for adapters that are not linear in any parameter
-        self.linear,N = [check_linear(o) for o in layers],len(layers)
+        self.linear,self.spread,N = [check_linear(o) for o in layers],spread,len(layers)
         self.mean,self.var = torch.zeros(2, N, dtype=torch.float64)   # [N] of the scores of each layer, over its steps
         self.count = torch.zeros(N, dtype=torch.long)                 # [N] how many went in
         self.pending,self.now,self.missed,self.hook = [],[],0,None
@@ -268,9 +280,10 @@ def end(self:Witness,
 def collect(self:Witness) -> bool: # Whether there was anything finite to take in
     "Take the steps since the last time into the running means and variances"
     took,pending,self.pending = False,self.pending,[]
-    for step in pending:
-        s = torch.zeros_like(self.mean)                                      # [N]
+    scores = torch.zeros(len(pending), len(self.mean), dtype=torch.float64)  # [steps, N]
+    for s,step in zip(scores, pending):
         for owners,values in step: s.index_add_(0, torch.tensor(owners), torch.as_tensor(values).double().cpu())
+    for s,step in zip(self.spread(scores), pending):
         seen = sorted({i for owners,_ in step for i in owners})
         if not s.isfinite().all(): continue
         self.count[seen] += 1
@@ -310,5 +323,5 @@ def fisher_scorer(importance, witness, config, generator):
     if not took: return importance,record
     n,z,many = witness.count.clamp_max(int(1/witness.memory)),torch.zeros_like(witness.mean),witness.count>1   # [N]
     z[seen] = standardize(-witness.mean[seen], 1.)
-    z[many] += standardize(-(witness.var*n/(n-1))[many], 1.)   # n-1: or a layer that was seen seldom would look flat
+    if many.any(): z[many] += standardize(-(witness.var*n/(n-1))[many], 1.)   # n-1: or a layer that was seen seldom would look flat
     return follow(importance, z, seen),record

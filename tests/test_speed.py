@@ -1,6 +1,7 @@
 "Fast steps give the same results: in a Trainer, compiled by the real compiler, on 4-bit weights; and the sampler by depth keeps its promises"
 import json,math,random,re,shutil,warnings
 import pytest,torch
+from pathlib import Path
 from datasets import Dataset
 from hypothesis import given,settings,strategies as st
 from peft import IA3Config,LoraConfig,PeftModel,get_peft_model,prepare_model_for_kbit_training
@@ -356,3 +357,27 @@ def test_depth_with_a_budget_for_each_stack():
         assert torch.equal(S, again.draw()) and ist.budgets==[(list(range(8)), 2), (list(range(8, 14)), 3)]
         sizes[:, t] = torch.tensor([int((S<8).sum()), int((S>=8).sum())])
     assert sizes.min()>=1 and ((sizes.mean(1)-torch.tensor([2., 3.])).abs() <= 5*sizes.std(1)/20).all()
+
+results = Path(__file__).parent.parent/'benchmarks'/'results'
+@pytest.mark.parametrize('name,n', [('speed_gpu', 15), ('speed_cpu', 6)])
+def test_estimate_is_within_15_percent(name, n):
+    "Seconds and bytes, as shares of LoRA's, of every variant that was measured"
+    from speed import estimated
+    found,seen = json.loads((results/f'{name}.json').read_text())['shapes'][0],0
+    lora = found['variants']['LoRA']
+    for k,ratios in estimated(found).items():
+        if name=='speed_cpu' and 'checkpointing' in k: continue   # costs more than what it repeats there: the results page says by how much
+        for r,what in zip(ratios, ('seconds', 'peak')):
+            if found['variants'][k][what]: assert abs(r*lora[what]['median']/found['variants'][k][what]['median']-1)<0.15, (k, what)
+        seen += 1
+    assert seen==n
+
+def test_estimate_refuses_what_it_does_not_know():
+    from ist_nb.speed import estimate
+    c,lora = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=2, vocab_size=64), LoraConfig(r=2, target_modules=['q_proj'], task_type='CAUSAL_LM')
+    with pytest.raises(ISTError, match='activation_budget=0.5'): estimate(c, ISTConfig.rst(activation_budget=0.5), 2, 8, lora)
+    with pytest.raises(ISTError, match='several'): estimate(c, ISTConfig.rst(n_active={'a':1}), 2, 8, lora)
+    few,many = (estimate(c, ISTConfig.rst(n_active=k), 2, 8, lora) for k in (1, 4))
+    assert few['ratio_bytes']<=1 and few['ratio_seconds']<1 and many['ratio_seconds']==pytest.approx(1) and many['ratio_bytes']==1
+    probed = estimate(c, ISTConfig(n_active=1, sampler='importance', score_interval=1, score_batch_size=16), 2, 8, lora)
+    assert probed['ratio_seconds']>few['ratio_seconds']

@@ -1,0 +1,258 @@
+"""Does importance pay? Dense LoRA and its relatives, layers fixed once, LISA's schedule, RST, the released IST and ours, each with its own learning rate,
+on adapting to a held-out book, to a second domain, and on multiple choice; in an under-trained, a matched and an over-trained regime.
+`python benchmarks/quality.py DATA` runs on pico and the CPU; with a GPU it first pretrains a base of 55 million parameters. DATA holds `textbooks`,
+`textbooks_research` and `commonsense`. Runs go side by side in processes, results are saved as they come, and a run that is known is not run again"""
+import gzip,json,math,os,platform,statistics,sys,time
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+import torch, torch.multiprocessing as mp
+from fastcore.script import call_parse
+from peft import AdaLoraConfig,LoraConfig,get_peft_model
+from transformers import AutoModelForCausalLM,AutoTokenizer
+from ist_nb import IST,ISTConfig
+from ist_nb.config import samplers,scorers
+from ist_nb.evaluate import confidence_interval,held_out_loss,read_task,score_likelihood,tasks as known_tasks
+from ist_nb.finetune import assets
+from ist_nb.scorers import follow
+from speed import typed
+
+here = Path(__file__).parent
+scales = dict(   # rows in a step, tokens in a row, rows to choose and to judge by, how often; steps and training rows (None: all) of the regimes
+    pico=dict(batch=4, length=128, held=96, evals=4, under=(50, None), matched=(200, None), over=(400, 64)),
+    base=dict(batch=16, length=256, held=384, evals=10, under=(150, None), matched=(600, None), over=(600, 256)))
+books = dict(pico=dict(book='textbooks/physics', domain='textbooks_research/us-history'), base=dict(book='textbooks_research/us-history', domain='textbooks_research/anatomy-physiology'))
+kinds = ['book', 'domain', 'choice']
+choice_sets = dict(train=['ARC-Easy', 'ARC-Challenge', 'openbookqa', 'boolq'], test=['arc_easy', 'arc_challenge', 'openbookqa', 'boolq'])
+
+# contenders: settings of IST (None: all layers at every step), of the adapter, and more of this file
+fixed = lambda which: dict(sampler=f'static {which}')
+contenders = {
+    'LoRA':(None, {}), 'rsLoRA':(None, dict(use_rslora=True)), 'DoRA':(None, dict(use_dora=True)), 'AdaLoRA':(None, dict(ada=True)),
+    'static top':(fixed('top'), {}), 'static bottom':(fixed('bottom'), {}), 'static spread':(fixed('spread'), {}),
+    'LISA schedule':(dict(sampler='uniform', hold=10), {}), 'RST':(dict(sampler='uniform'), {}), 'released IST':(dict(scorer='paper', explore=0., sampler='importance'), {}),
+    **{f'importance, {o}':(dict(sampler='importance', scorer=o, score_interval=20, score_batch_size=4), {}) for o in ('suppression', 'gate', 'fisher', 'gradient norm', 'weight change')},
+    **{f'depth, {o}':(dict(sampler='depth', scorer=o, score_interval=20, score_batch_size=4), {}) for o in ('suppression', 'gate', 'fisher')},
+    'depth, blind':(dict(sampler='depth, blind'), {}), 'depth 3/8, fisher':(dict(sampler='depth', scorer='fisher', score_interval=20, n_active=0.375), {}),
+    'depth 1/2, fisher':(dict(sampler='depth', scorer='fisher', score_interval=20, n_active=0.5), {}),
+    'RST 3/8':(dict(sampler='uniform', n_active=0.375), {}), 'RST 1/2':(dict(sampler='uniform', n_active=0.5), {}),
+    'anneal to depth':(dict(sampler='depth', scorer='fisher', score_interval=20, dense_first=0.2), {}),
+}
+
+for which,pick in dict(top=lambda N,n: range(N-n, N), bottom=lambda N,n: range(n), spread=lambda N,n: sorted({round(i*(N-1)/max(1, n-1)) for i in range(n)})).items():
+    @samplers.register(f'static {which}', 'The same layers at every step', needs_importance=False)
+    def _(importance, n, config, generator, pick=pick): return torch.tensor(list(pick(len(importance), n)))
+@samplers.register('depth, blind', 'Depth without importance', varies=True, uses_depth=True, needs_importance=False)
+def _(importance, n, config, generator): return samplers['depth'](torch.zeros_like(importance), n, config, generator)
+@scorers.register('gradient norm', 'Norm of the gradient of the adapters of a layer, on the probe', suppresses=False, gradients=True)
+def _(importance, probe, config, generator):
+    for o in probe.layers: o.thaw()
+    loss = probe.loss_fn(probe.model, probe.batch)
+    g = torch.autograd.grad(loss, [p for o in probe.layers for p in o.params])
+    sizes = iter(x.double().square().sum() for x in g)
+    return follow(importance, torch.stack([sum(next(sizes) for _ in o.params).sqrt() for o in probe.layers]).cpu().log()),dict(losses=[loss.item()])
+@scorers.register('weight change', 'How far the adapters of a layer have moved', suppresses=False)
+def _(importance, probe, config, generator):
+    moved = [sum((o.weight if hasattr(o, 'weight') else o).double().square().sum() for m in l.tuners for o in m.lora_B.values()).sqrt() for l in probe.layers]
+    moved = torch.stack(moved).detach().cpu()
+    return (follow(importance, moved),dict(losses=[])) if moved.std()>0 else (importance, dict(dropped=True))
+
+def lm_rows(path, tokenizer, length):
+    "Rows of a book for training, choosing and judging: modules 5 and 9 of each 12 are held out"
+    texts = [json.loads(o)['text'] for o in gzip.open(path, 'rt', encoding='utf-8')]
+    def cut(texts):
+        ids = torch.tensor([t for o in texts for t in tokenizer(o+'\n', verbose=False).input_ids])
+        return [dict(input_ids=o, labels=o) for o in ids[:len(ids)//length*length].view(-1, length)]
+    return [cut([t for i,t in enumerate(texts) if i%12 in where]) for where in (set(range(12))-{5, 9}, {5}, {9})]
+
+def choice_prompt(row): return f"{row['instruction']}\n"
+
+def choice_rows(folder, tokenizer, length, valid=400):
+    "Rows of the four sets with training data; those of more than `length` tokens are left out"
+    def rows(row):
+        a,b = tokenizer(choice_prompt(row), verbose=False).input_ids,tokenizer(row['output'], verbose=False).input_ids
+        ids = torch.tensor(a+b)
+        return dict(input_ids=ids, labels=torch.cat([torch.full((len(a),), -100), ids[len(a):]]))
+    train = [rows(o) for n in choice_sets['train'] for o in json.loads((folder/n/'train.json').read_text())]
+    train = [train[i] for i in torch.randperm(len(train), generator=torch.Generator().manual_seed(0)) if len(train[i]['input_ids'])<=length]
+    return train[valid:],train[:valid],None
+
+def collate(rows):
+    n = max(len(o['input_ids']) for o in rows)
+    pad = lambda k, v: torch.stack([torch.nn.functional.pad(o[k], (0, n-len(o[k])), value=v) for o in rows])
+    return dict(input_ids=pad('input_ids', 0), labels=pad('labels', -100), attention_mask=torch.stack([torch.arange(n)<len(o['input_ids']) for o in rows]).long())
+
+def load_task(kind, scale, data, tokenizer):
+    length = scales[scale]['length']
+    if kind=='choice': return choice_rows(data/'commonsense', tokenizer, length)
+    return lm_rows(data/f'{books[scale][kind]}.jsonl.gz', tokenizer, length)
+
+def spread(rows, n): return [rows[i*len(rows)//n] for i in range(n)] if len(rows)>n else rows
+
+def load_base(scale, base):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(str(assets/'pico') if scale=='pico' else str(base), dtype=torch.float32)
+    model.config.use_cache = False
+    return model
+
+def pretrain(data, base, minutes):
+    "A base of 55 million parameters, from all the books that no task uses, in bfloat16; for so many minutes of a fast GPU"
+    sys.path.insert(0, str(here.parent/'tools'))
+    from pretrain_pico import loss_fn,make_model,optimizers,stream,windows
+    tok = AutoTokenizer.from_pretrained(str(assets/'pico'))
+    out = {v for o in books.values() for v in o.values()}
+    paths = [p for f in ('textbooks', 'textbooks_research') for p in sorted((data/f).glob('*.jsonl.gz')) if f'{f}/{p.name.split(".")[0]}' not in out]
+    ids = stream(tok, [json.loads(l)['text'] for p in paths for l in gzip.open(p, 'rt', encoding='utf-8')]).cuda()
+    torch.manual_seed(0); torch.set_float32_matmul_precision('high')
+    model = make_model(tok, 16, 512, 8, 1408).cuda().train()
+    opts,step_fn,T,bs = optimizers(model, 'muon', 2e-3, 0.1),torch.compile(loss_fn),512,64
+    start,i,limit = time.perf_counter(),0,60*minutes
+    done = 0.
+    while done<1:
+        ws = windows(ids, T, i%T)
+        for x in ws[torch.randperm(len(ws), device=ids.device)].split(bs):
+            if len(x)<bs or (done := (time.perf_counter()-start)/limit)>=1: continue
+            for o in opts:
+                for g in o.param_groups: g['lr'] = 2e-3*min(1, (i+1)/100, 3*(1-done))   # warm-up, then a last third that falls to 0
+            with torch.autocast('cuda', torch.bfloat16): loss = step_fn(model, x)
+            loss.backward()
+            for o in opts: o.step(); o.zero_grad()
+            i += 1
+            if i%200==0: print(f'[{time.perf_counter()-start:.0f} s] pretraining step {i} loss {loss.item():.3f}', flush=True)
+    model.half().save_pretrained(base); tok.save_pretrained(base)
+    return dict(steps=i, tokens_a_step=bs*T, tokens=len(ids), parameters=model.num_parameters(), seconds=round(time.perf_counter()-start), last_loss=round(loss.item(), 3))
+
+def adapter(more, steps):
+    kw = dict(r=16, lora_alpha=32, lora_dropout=0.05, target_modules='all-linear', task_type='CAUSAL_LM') | {k:v for k,v in more.items() if k!='ada'}
+    return AdaLoraConfig(**{k:v for k,v in kw.items() if k!='r'}, init_r=24, target_r=16, tinit=steps//10, tfinal=steps//2, deltaT=5, total_step=steps) if 'ada' in more else LoraConfig(**kw)
+
+def run(job, scale, data, base, device):
+    "One fine-tuning run: losses on the way, seconds of training alone, how deep the steps went"
+    name,kind,regime,lr,seed = job
+    settings,more = contenders[name]
+    s,(steps,n_rows) = scales[scale],scales[scale][regime]
+    tokenizer = AutoTokenizer.from_pretrained(str(assets/'pico'))
+    train,valid,test = load_task(kind, scale, Path(data), tokenizer)
+    train = train[:n_rows]
+    if test is None: valid,test = valid[::2],valid[1::2]
+    put = lambda b: {k:v.to(device) for k,v in b.items()}
+    batches = lambda rows: [put(collate(rows[i:i+32])) for i in range(0, len(rows), 32)]
+    valid,test,B,evals = batches(spread(valid, s['held'])),batches(spread(test, s['held'])),s['batch'],s['evals']
+    model = load_base(scale, base)
+    torch.manual_seed(seed)
+    model = get_peft_model(model, adapter(more, steps)).to(device).train()
+    opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.)
+    warm = max(1, steps//12)
+    sched = torch.optim.lr_scheduler.LambdaLR(opt, lambda t: min((t+1)/warm, max(0., (steps-t)/(steps-warm))))
+    order = torch.cat([torch.randperm(len(train), generator=torch.Generator().manual_seed(1000*seed+e)) for e in range(steps*B//len(train)+1)]).tolist()
+    dials = dict(settings or dict(n_active=1.0, sampler='uniform'))
+    hold,dense = dials.pop('hold', 1),dials.pop('dense_first', 0.)
+    ist = IST(model, ISTConfig(**dials, seed=seed), probe=torch.utils.data.DataLoader(train, batch_size=B, collate_fn=collate))
+    draw = ist.draw
+    def held_draw():   # LISA keeps a draw for some steps; annealing begins with all layers
+        if ist.t<dense*steps: return torch.arange(len(ist.layers))
+        return draw() if hold==1 or ist.t%hold==0 else ist.active
+    ist.draw = held_draw
+    curve,depth,spent = [],[],0.
+    amp = torch.autocast(device, torch.bfloat16, enabled=device=='cuda')
+    def judge(t):
+        with amp: curve.append(dict(step=t, seconds=spent, valid=held_out_loss(model, valid), test=held_out_loss(model, test)))
+    judge(0)
+    for t in range(steps):
+        start = time.perf_counter() if device=='cuda' else time.process_time()
+        b = put(collate([train[i] for i in order[t*B:(t+1)*B]]))
+        with ist.step():
+            with amp: loss = model(**b).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], 1.)
+            opt.step(); sched.step()
+            if 'ada' in more: model.base_model.update_and_allocate(t)
+            opt.zero_grad()
+        if device=='cuda': torch.cuda.synchronize()
+        spent += (time.perf_counter() if device=='cuda' else time.process_time())-start
+        depth.append(1-int(ist.active[0])/len(ist.layers))
+        if (t+1)*evals//steps>t*evals//steps: judge(t+1)
+    best = min(curve, key=lambda o: o['valid'])
+    res = dict(method=name, task=kind, regime=regime, lr=lr, seed=seed, valid=curve[-1]['valid'], test=curve[-1]['test'], stopped=dict(step=best['step'], seconds=best['seconds'], valid=best['valid'], test=best['test']), seconds=spent,
+               depth=statistics.mean(depth), active=float(ist.times_active.sum()/steps), share=ist.score_seconds/spent, curve=curve, importance=ist.importance.tolist(), times_active=ist.times_active.tolist())
+    if kind=='choice' and scale!='pico':   # a model of pico's size answers by chance
+        res['accuracy'] = {}
+        for o in choice_sets['test']:
+            rows = [r for r in read_task(known_tasks[o], Path(data)/'commonsense') if len(tokenizer(choice_prompt(r), verbose=False).input_ids)<s['length']]
+            with amp: right = sum(r['correct'] for r in score_likelihood(model, tokenizer, known_tasks[o], rows, batch_size=64, prompt=choice_prompt))
+            res['accuracy'][o] = dict(correct=right, n=len(rows), interval=confidence_interval(right, len(rows)))
+    return res
+
+def work(jobs, done, args):
+    torch.set_num_threads(1)
+    while (job := jobs.get()) is not None:
+        try: done.put(run(job, **args))
+        except Exception as e: done.put(dict(job=job, error=f'{type(e).__name__}: {e}'[:300]))
+
+def parallel(jobs, workers, args, deadline, keep):
+    "Results of `jobs` as they come, from processes side by side; none is begun that might not end by `deadline`"
+    todo,done = mp.Queue(2),mp.Queue()
+    procs = [mp.Process(target=work, args=(todo, done, args), daemon=True) for _ in range(workers)]
+    for p in procs: p.start()
+    jobs,out,n = list(jobs),0,0
+    while jobs or n<out:
+        while jobs and out-n<workers+1 and time.time()<deadline: todo.put(jobs.pop(0)); out += 1
+        if time.time()>=deadline: jobs = []
+        if n<out: keep(done.get()); n += 1
+    for _ in procs: todo.put(None)
+    for p in procs: p.join()
+
+def best_rates(runs, what='valid'):
+    "The learning rate of each method, task and regime: the best on validation rows of the first seed"
+    res = {}
+    for r in runs:
+        if r['seed']==0: res.setdefault((r['method'], r['task'], r['regime']), {})[r['lr']] = r[what]
+    return {k:min(v, key=v.get) for k,v in res.items()}
+
+@call_parse
+def main(
+    data:Path,            # Folder with `textbooks`, `textbooks_research` and `commonsense`
+    scale:str='',         # pico or base; base if there is a GPU
+    base:Path=Path('/tmp/ist_quality_base'), # Where the pretrained base is, or goes
+    minutes:float=2.5,    # Of pretraining
+    tasks:str='book domain choice', # Which
+    regimes:str='under matched over', # Which
+    only:str='',          # Contenders separated by semicolons; all if empty
+    rates:str='1e-3 2e-3 4e-3', # Learning rates, each tried with the first seed
+    seeds:int=5,          # Seeds
+    workers:int=2,        # Processes side by side
+    seconds:float=1e9,    # Begin no run after so many seconds
+    out:Path=None,        # Where the numbers go; what is there is kept and not run again
+):
+    mp.set_start_method('spawn')
+    gpu = torch.cuda.is_available()
+    scale,deadline = scale or ('base' if gpu else 'pico'),time.time()+seconds
+    out = out or here/'results'/f'quality_{scale}.json'
+    old = json.loads(out.read_text()) if out.exists() else {}
+    runs,failed = old.get('runs', []),[]
+    made = old.get('base')
+    if scale=='base' and not (base/'config.json').exists(): made = pretrain(data, base, minutes)
+    args = dict(scale=scale, data=str(data), base=str(base), device='cuda' if gpu else 'cpu')
+    names = [o.strip() for o in only.split(';') if o.strip()] or list(contenders)
+    start = time.perf_counter()
+    def save():
+        order = {k:i for i,k in enumerate(contenders)}
+        runs.sort(key=lambda r: (kinds.index(r['task']), r['regime'], order[r['method']], r['lr'], r['seed']))
+        head = dict(command=typed('quality').replace(str(data), 'DATA'), hardware=torch.cuda.get_device_name() if gpu else f'{platform.machine()} CPU, one thread a run, seconds of the processor', settings={k:(list(v) if isinstance(v, tuple) else v) for k,v in scales[scale].items()},
+                    versions={'python':platform.python_version()} | {o:version(o) for o in ('torch', 'transformers', 'peft')}, base=made, books=books[scale])
+        out.write_text(json.dumps(head | dict(runs=runs), indent=None, separators=(',', ':')).replace('{"method"', '\n{"method"')+'\n')
+    def keep(r):
+        if 'error' in r: failed.append(r); print('FAILED', r, flush=True); return
+        runs.append(r); save()
+        print(f"[{time.perf_counter()-start:.0f} s] {r['task']} {r['regime']} {r['method']} lr {r['lr']:g} seed {r['seed']}: {r['test']:.4f} (best {r['stopped']['test']:.4f} at {r['stopped']['step']}) in {r['seconds']:.1f} s, depth {r['depth']:.2f}, scores {r['share']:.1%}", flush=True)
+    known = lambda: {(r['method'], r['task'], r['regime'], r['lr'], r['seed']) for r in runs}
+    for kind in tasks.split():
+        for regime in regimes.split():
+            todo = [(m, kind, regime, float(lr), 0) for m in names for lr in rates.split()]
+            parallel([j for j in todo if (*j[:3], j[3], 0) not in known()], workers, args, deadline, keep)
+            best = best_rates(runs)
+            rest = [(m, kind, regime, best[m, kind, regime], i) for i in range(1, seeds) for m in names if (m, kind, regime) in best]
+            parallel([j for j in rest if j not in known()], workers, args, deadline, keep)
+    save()
+    print(f'{len(runs)} runs, {len(failed)} failed -> {out}')
+    if failed: sys.exit(1)

@@ -1,0 +1,364 @@
+"Answers by pattern and by likelihood: hand-worked cases for each of the fifteen tasks, the real files, references of other libraries"
+import json,math,subprocess,sys,pytest,torch
+from pathlib import Path
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from ist_nb.config import ISTError
+from ist_nb.evaluate import *
+from ist_nb.evaluate import EvaluateArguments, answers_of, base_of, load, main, parse, table
+from ist_nb.finetune import assets, main as finetune_main
+
+def ask(q, marks, texts, head='Please choose the correct answer to the question:', form='Answer format: '):
+    named = ' '.join(f'{m.capitalize()}: {t}' for m,t in zip(marks, texts))
+    return f"{head} {q}\n\n{named}\n\n{form}{'/'.join(marks)}"
+def marks(o, n): return [f'{o}{i}' for i in range(1, n+1)]
+
+# what is asked in the form of each set, the gold answer, and its choices read back; HellaSwag's file is not here, its form is
+rows = {
+    'boolq': ('Please answer the following question with true or false, question: is the sky up?\n\nAnswer format: true/false', 'true', dict(true='true', false='false')),
+    'piqa': ('Please choose the correct solution to the question: dresser\n\nSolution1: replace drawer with bobby pin \n\nSolution2: finish, woodgrain with  bobby pin \n\nAnswer format: solution1/solution2',
+             'solution2', dict(solution1='replace drawer with bobby pin', solution2='finish, woodgrain with  bobby pin')),
+    'social_i_qa': (ask('How is she?', marks('answer', 3), ['sad', 'like a person: glad', 'Answer1']), 'answer3', dict(answer1='sad', answer2='like a person: glad', answer3='Answer1')),
+    'hellaswag': (ask('Baking: A man opens the oven. He', marks('ending', 4), ['sings.', 'takes [title] out', 'is 2: late', 'x'], 'Please choose the correct ending to complete the given sentence:'),
+                  'ending2', dict(ending1='sings.', ending2='takes [title] out', ending3='is 2: late', ending4='x')),
+    'winogrande': ('Please choose the correct answer to fill in the blank to complete the given sentence: Sarah was better than Maria so _ won.\n\nOption1: Sarah Option2: Maria Answer format: option1/option2',
+                   'option1', dict(option1='Sarah', option2='Maria')),
+    'ARC-Easy': (ask('Which Answer1: is it?', marks('answer', 3), ['a', 'b', 'c']), 'answer2', dict(answer1='a', answer2='b', answer3='c')),
+    'ARC-Challenge': (ask('What?', marks('answer', 5), 'abcde'), 'answer5', dict(zip(marks('answer', 5), 'abcde'))),
+    'openbookqa': (ask('The sun is responsible for', marks('answer', 4), ['puppies', 'age', 'wilting', 'plants']), 'answer4', dict(zip(marks('answer', 4), ['puppies', 'age', 'wilting', 'plants']))),
+    'AQuA': ('Find P(A) if (A) is even. Answer Choices: (A) 0.5 (B) 10% (C) 2 (D) 1,000 (E) none of (these)', 'D', dict(A='0.5', B='10%', C='2', D='1,000', E='none of (these)')),
+    'MultiArith': ('Sam bought 13 and 17. How many?', '30.0', {}), 'gsm8k': ('How much is it in dollars?', '1234.5', {}), 'AddSub': ('7 crayons less 3?', '4', {}),
+    'SingleEq': ('0.2 and 0.4 of a loaf?', '0.6', {}), 'SVAMP': ('How many crackers?', '8.0', {}), 'mawps': ('1.1666666666666667 from 3?', '1.8333333333333335', {})}
+
+# what a model might write -> the answer, by us and by the released rule; None where there is none
+said = {
+    'boolq': [('the correct answer is true', 'true', 'true'), ('the correct answer is false', 'false', 'false'), ('True', 'true', None), ('FALSE.', 'false', None), ('untrue', None, 'true'),
+              ('It is not false, the answer is true', 'true', 'false'), ('', None, None), ('yes', None, None), ('the answer is: "False"', 'false', None), ('true/false', 'true', 'true')],
+    'piqa': [('the correct answer is solution2', 'solution2', 'solution2'), ('Solution1', 'solution1', None), ('solution3', None, None), ('solution12', None, 'solution1'),
+             ('SOLUTION2 is better than solution1', 'solution2', 'solution1'), ('solution1 or solution2', 'solution1', 'solution1'), ('', None, None)],
+    'social_i_qa': [('the correct answer is answer1', 'answer1', 'answer1'), ('Answer 1', None, None), ('answer4', None, 'answer4'), ('the correct answer is Answer3.', 'answer3', None),
+                    ('answer1 is wrong, the correct answer is answer2', 'answer2', 'answer1')],
+    'hellaswag': [('the correct answer is ending4', 'ending4', 'ending4'), ('Ending2: takes it out', 'ending2', None), ('ending5', None, None), ('pending1', None, 'ending1'), ('', None, None)],
+    'winogrande': [('the correct answer is option2', 'option2', 'option2'), ('Option1: Sarah', 'option1', None), ('Sarah', None, None), ('the answer is option1, the answer is option2', 'option2', 'option1'), ('option1\n\n### Instruction:\noption2', 'option1', 'option1')],
+    'ARC-Easy': [('the correct answer is answer1', 'answer1', 'answer1'), ('the correct answer is answer4', None, 'answer4'), ('ANSWER3', 'answer3', None), ('**answer2**', 'answer2', 'answer2'), ('', None, None)],
+    'ARC-Challenge': [('the correct answer is answer5', 'answer5', 'answer5'), ('answer: answer4', 'answer4', 'answer4'), ('answer6', None, None), ('5', None, None), ('answer12', None, 'answer1')],
+    'openbookqa': [('the correct answer is answer4', 'answer4', 'answer4'), ('the correct answer is\nanswer3', 'answer3', 'answer3'), ('_answer2_', None, 'answer2'), ('wilting', None, None)],
+    'AQuA': [('The answer is (D).', 'D', 'D'), ('The answer is D', 'D', 'D'), ('Answer: B', 'B', 'A'), ('A train runs, hence C', 'C', 'A'), ('(b)', 'B', None), ('The answer is a train', None, None), ('B', 'B', 'B'), ('C) 2', 'C', 'C'),
+             ('First (A), no: the answer is option (E)', 'E', 'A'), ('Because x = 4', None, 'B'), ('', None, None), ('the answer is A.', 'A', 'A'), ("A's share", None, 'A')],
+    'MultiArith': [('\nA: 13 + 17 = 30. The answer is 30.', 30, 30), ('30 - 15 = 15', 15, 15), ('20-5=15 and no more', 15, 15), ('none', None, None), ('', None, None), ('The answer is 30.\n\n### Instruction:\nTom has 7', 30, 7)],
+    'gsm8k': [('It costs $1,234.5', 1234.5, 1234.5), ('$12.', 12, 12), ('1,234,567', 1234567, 1234567), ('1, 2, 3', 3, 3), ('1,2', 2, 12), ('The answer is $1,234.50 in all.', 1234.5, 1234.5), ('The answer is 30 - 15 = 15.', 15, 15),
+              ('#### 72', 72, 72), ('50%', 50, 50), ('The answer is unknown', None, None)],
+    'AddSub': [('The answer is 4.', 4, 4), ('4 crayons', 4, 4), ('.5', .5, 5), ('0.6666666666666666', 2/3, 2/3), ('-.25', -.25, 25), ('2.50.', 2.5, 2.5)],
+    'SingleEq': [('The answer is 3/4', .75, 4), ('9 hours; the answer is 0.6 of a loaf.', .6, .6), ('x=5', 5, 5), ('1/2/3', 3, 3), ('5/0', math.nan, 0)],
+    'SVAMP': [('The answer is -$293.', -293, 293), ('-8', -8, -8), ('−8', -8, 8), ('(-8)', -8, -8), ('10-8', 8, -8), ('The answer is 13 crackers and 15 cakes.', 15, 15), ('- 8', -8, 8)],
+    'mawps': [('-15', -15, -15), ('1.8333', 1.8333, 1.8333), ('The answer is 12.0', 12, 12), ('It is 3.0.', 3, 3), ('answer is: 43 (forty-three)', 43, 43)]}
+
+def test_all_tasks_are_here():
+    assert set(rows)==set(said)==set(tasks) and len(tasks)==15 and all(len(o)>=4 for o in said.values())
+
+@pytest.mark.parametrize('name', rows)
+def test_row(name):
+    ask,gold,choices = rows[name]
+    row = dict(instruction=ask, answer=gold)
+    assert choices_of(row)==choices and list(choices_of(row))==list(choices)
+    assert tasks[name].gold(row)==(gold if choices else float(gold))
+
+@pytest.mark.parametrize('name,text,ours,released', [(k,*o) for k,v in said.items() for o in v])
+def test_extract(name, text, ours, released):
+    t,names = tasks[name],list(rows[name][2])
+    for got,want in ((t.extract(text, names), ours), (t.extract(text, names, released=True), released)):
+        assert got==want or t.kind=='number' and want is not None and (got==pytest.approx(want, nan_ok=True)), (got, want)
+
+def test_tolerance():
+    t = tasks['mawps']
+    assert t.same(1.833, 1.8333333) and not t.same(1.83, 1.8333333) and not t.same(math.nan, 1.) and not t.same(None, 1.) and not tasks['boolq'].same(None, None)
+
+def test_broken_rows():
+    for text in ('x\n\nAnswer1: a\n\nAnswer format: answer1/answer2', 'x Answer Choices: (A) 1 (A) 2'):
+        with pytest.raises(ISTError, match='Mend the row'): choices_of(dict(instruction=text))
+
+# --- the real files
+
+@pytest.mark.parametrize('name', tasks)
+def test_real_file(name, shared):
+    "Every row: its gold answer and its choices are read; a text that gives the answer is scored as right; the reference output's own answer is found"
+    t = tasks[name]
+    if name=='hellaswag': pytest.skip('HellaSwag is too large to lie beside the checkout')
+    rows = read_task(t, shared/'data')
+    assert len(rows)==t.size
+    for row in rows:
+        gold,choices = t.gold(row),choices_of(row)
+        names = list(choices)
+        assert bool(choices)==(t.kind!='number') and all(choices.values())
+        if choices: assert gold in choices and all(o in row['instruction'] for o in choices.values() if o!=names[0])
+        for text in ([answers_of(t, row)[gold], answers_of(t, row)[gold].upper()] if choices else [f'The answer is {row["answer"]}.', f'So ${float(row["answer"]):,.6f} it is']):
+            assert t.same(t.extract(text, names), gold), (text, gold)
+        out = row['output']
+        if t.group=='commonsense': assert t.extract(out, names)==t.extract(out, names, True)==gold
+        elif t.kind=='letter' and 'answer is (' in out: assert t.extract(out, names)==out.rsplit('answer is (')[-1][0]
+        elif t.kind=='number' and 'The answer is ' in out:
+            end = out.rsplit('The answer is ')[-1].strip().rstrip('.').replace(',', '').lstrip('$')
+            try: stated = float(end)
+            except ValueError: continue      # '13 crackers and 15 cakes', '29/3'
+            assert t.extract(out)==stated==t.extract(out, released=True)
+
+def test_choices_are_the_whole_tail(shared):
+    "Names and texts of the choices, put together again, are what the row says"
+    for name in ('ARC-Easy', 'ARC-Challenge', 'openbookqa', 'social_i_qa', 'piqa', 'winogrande'):
+        for row in read_task(tasks[name], shared/'data'):
+            said = ''.join(row['instruction'].rpartition('Answer format:')[0].split()).lower()
+            assert said.endswith(''.join(f"{k}:{''.join(v.split())}" for k,v in choices_of(row).items()).lower())
+
+# --- the two ways
+
+@pytest.fixture(scope='module')
+def pico(): return AutoModelForCausalLM.from_pretrained(assets/'pico', dtype=torch.float32).eval(),AutoTokenizer.from_pretrained(assets/'pico')
+
+texts = ['The unit of force is', 'Energy', 'When a body is at rest, no net force acts on it, and so', 'In the year']
+after = [[' the newton', ' a'], [' is'], [' it stays', ' it moves on at the same speed for ever', ' x', '. y', '\nz'], [' 1900', ' 2000 or so', ' one']]
+
+def logp(model, ids, n):
+    "Log-probability of the last `n` tokens, written out"
+    with torch.no_grad(): p = model(torch.tensor([ids])).logits[0].double().softmax(-1)
+    return sum(math.log(p[t-1, ids[t]]) for t in range(len(ids)-n, len(ids)))
+
+@pytest.mark.parametrize('batch_size', [1, 3, 4])
+def test_likelihood_is_the_naive_one(pico, batch_size):
+    model,tok = pico
+    got,cut = log_likelihoods(model, tok, texts, after, batch_size)
+    for p,a,g in zip(texts, after, got):
+        for s,l in zip(a, g):
+            n = len(tok(p+s)['input_ids'])-len(tok(p)['input_ids'])
+            assert tok(p+s)['input_ids'][:-n]==tok(p)['input_ids']
+            assert l==pytest.approx(logp(model, tok(p+s)['input_ids'], n), abs=1e-5*max(1, abs(l)))
+    assert cut==[0]*4
+
+def test_likelihood_with_an_adapter_and_without_a_cache(pico, monkeypatch):
+    "The adapter counts, and a model whose cache cannot be repeated gets the plain form"
+    import copy,ist_nb.evaluate as e
+    from peft import LoraConfig, get_peft_model
+    torch.manual_seed(0)
+    model = get_peft_model(copy.deepcopy(pico[0]), LoraConfig(target_modules='all-linear', init_lora_weights=False)).eval()
+    fast,_ = log_likelihoods(model, pico[1], texts, after)
+    assert max(abs(a-b) for x,y in zip(fast, log_likelihoods(pico[0], pico[1], texts, after)[0]) for a,b in zip(x, y))>0.1
+    forward = e._forward
+    monkeypatch.setattr(e, '_forward', lambda *a, **k: (forward(*a, **k)[0], None))
+    plain,_ = log_likelihoods(model, pico[1], texts, after)
+    for a,b in zip(fast, plain): assert a==pytest.approx(b, rel=1e-5)
+
+class Ids:
+    "A tokenizer whose texts are lists of ids already"
+    pad_token_id,eos_token_id = 0,2
+    def __call__(self, texts): return dict(input_ids=[list(o) for o in texts])
+    def batch_decode(self, ids, skip_special_tokens): return [' '.join(str(o) for o in r.tolist() if o not in (0, 2)) for r in ids]
+
+@pytest.mark.parametrize('name,kwargs', [('gpt2', {}), ('bloom', {}), ('opt', {}), ('mistral', dict(sliding_window=4)), ('deepseek_v3', {}), ('mamba', {}), ('lfm2', dict(layer_types=['conv', 'full_attention', 'conv']))],
+                         ids=lambda o: o if isinstance(o, str) else '')
+def test_architectures(name, kwargs, monkeypatch):
+    "Learned, rotary and no positions, a sliding window, states in place of a cache: padded and batched is one at a time"
+    import models_matrix as m
+    monkeypatch.setitem(m.models, name, m.lm(**kwargs) if kwargs else m.models[name])
+    model = m.make(name).eval()
+    with torch.no_grad():
+        for p in model.parameters(): p.mul_(3 if p.dim()>1 else 1)
+    g = torch.Generator().manual_seed(1)
+    ids = lambda n: torch.randint(5, 64, (n,), generator=g).tolist()
+    pairs = [(ids(n), [ids(k) for k in ks]) for n,ks in ((9, [3, 1]), (3, [5]), (6, [2, 2, 4]), (1, [3, 2]))]
+    import ist_nb.evaluate as e
+    monkeypatch.setattr(e, 'split_answer', lambda tok, prompt, answers: (prompt, answers))
+    got,_ = log_likelihoods(model, Ids(), *zip(*pairs))
+    want = [[log_likelihood(model, p, o) for o in r] for p,r in pairs]
+    assert [o for r in got for o in r]==pytest.approx([o for r in want for o in r], abs=2e-5) and max(map(max, want))-min(map(min, want))>5
+    many = generate(model, Ids(), [p for p,_ in pairs], max_new_tokens=5)[0]
+    assert many==[generate(model, Ids(), [p], max_new_tokens=5)[0][0] for p,_ in pairs]
+
+def test_likelihood_by_hand():
+    "A model without layers that matter: the next token's probabilities are a table, and products of them are the answer"
+    from scipy.linalg import hadamard
+    from transformers import GPT2Config, GPT2LMHeadModel
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=4, n_positions=16, n_embd=8, n_layer=1, n_head=1, layer_norm_epsilon=0., tie_word_embeddings=False)).eval()
+    p = torch.tensor([[.1, .2, .3, .4], [.4, .3, .2, .1], [.7, .1, .1, .1], [.25, .25, .25, .25]])      # [token, next token]
+    w = torch.tensor(hadamard(8)[1:5], dtype=torch.float32)     # orthogonal, with mean 0 and variance 1: the last norm leaves them as they are
+    with torch.no_grad():
+        for k,v in model.named_parameters():
+            if '.h.' in k or 'wpe' in k: v.zero_()
+        model.transformer.wte.weight.copy_(w)
+        model.lm_head.weight.copy_(p.log().T@w/8)
+    got = log_likelihood(model, [3, 0], [1, 0, 2])
+    assert got==pytest.approx(math.log(.2*.4*.3), abs=1e-5)
+    from ist_nb.evaluate import _batch_log_likelihoods
+    many = _batch_log_likelihoods(model, [[3, 0], [1]], [[[1, 0, 2], [2]], [[3, 3]]], 0)
+    assert many==pytest.approx([got, math.log(.3), math.log(.1*.25)], abs=1e-5)
+
+def test_seam():
+    "A tokenizer that joins letters across the seam: the shared part ends before it"
+    class Pairs:
+        eos_token_id = None
+        def __call__(self, texts): return dict(input_ids=[[tuple(o[i:i+2]) for i in range(0, len(o), 2)] for o in texts])
+    prefix,rest = split_answer(Pairs(), 'abc', ['d', 'xyz'])
+    assert prefix==[('a', 'b')] and rest==[[('c', 'd')], [('c', 'x'), ('y', 'z')]]
+    with pytest.raises(ISTError, match='a choice is empty'): split_answer(Pairs(), 'ab', ['', 'cd'])
+
+def test_generate(pico):
+    "Batched is one at a time, plain beam search of transformers; modes, random states and the generation settings are as before"
+    model,tok = pico
+    model.train()
+    model.generation_config.temperature = 0.3
+    state = torch.get_rng_state()
+    got,cut = generate(model, tok, texts, max_new_tokens=10, batch_size=3)
+    assert model.training and torch.equal(state, torch.get_rng_state()) and model.generation_config.temperature==0.3
+    model.eval()
+    model.generation_config.temperature = None
+    for p,g in zip(texts, got):
+        ids = tok([p], return_tensors='pt')
+        with torch.no_grad(): out = model.generate(**{k:ids[k] for k in ('input_ids', 'attention_mask')}, num_beams=4, do_sample=False, max_new_tokens=10)
+        assert g==tok.decode(out[0, ids['input_ids'].shape[1]:], skip_special_tokens=True).strip()
+    assert got==generate(model, tok, texts, max_new_tokens=10, batch_size=1)[0] and got==generate(model, tok, texts[::-1], max_new_tokens=10)[0][::-1]
+
+def test_cut_is_counted(pico):
+    long = 'a force '*400
+    ll,cut = log_likelihoods(*pico, [long, 'a'], [[' b', ' c d'], [' b']])
+    assert cut[0]==len(pico[1](long)['input_ids'])-512+2 and cut[1]==0 and all(math.isfinite(o) for o in ll[0])
+
+def test_interval_against_scipy():
+    from scipy.stats import binomtest
+    for k,n in ((0, 1), (1, 1), (3, 20), (850, 1000), (0, 50), (50, 50), (1, 3000)):
+        for level in (.9, .95, .99):
+            ref = binomtest(k, n).proportion_ci(level, method='wilson')
+            assert confidence_interval(k, n, level)==pytest.approx((ref.low, ref.high), abs=1e-12)
+
+def test_mean_interval_covers():
+    "Of 2000 simulated evaluations of three tasks, the interval holds the true mean about 95 times in 100; near 0 and 1, where a bootstrap claims too much, it does better"
+    import numpy as np
+    rng = np.random.default_rng(1)
+    def boot(k, n): return np.quantile((rng.binomial(n, k/n, (500, 3))/n).mean(1), [.025, .975])
+    for p,n,least in (([.3, .6, .9], [200, 400, 100], .94), ([.01, .02, .01], [60, 90, 50], .91), ([.02, .03, .97], [100]*3, .94)):
+        p,n = np.array(p),np.array(n)
+        draws = rng.binomial(n, p, (2000, 3))
+        ours,theirs = (np.mean([lo<=p.mean()<=hi for lo,hi in ends]) for ends in ([mean_interval(list(zip(k.tolist(), n.tolist()))) for k in draws], [boot(k, n) for k in draws]))
+        assert least<=ours<=.985 and ours>=theirs-.01, (ours, theirs)
+        if p.max()<.05: assert ours>theirs+.04
+
+# --- files, and the command line
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    d = tmp_path_factory.mktemp('tasks')
+    for k in ('boolq', 'ARC-Easy', 'SVAMP', 'AQuA'):
+        (d/k).mkdir()
+        (d/k/'test.json').write_text(json.dumps([dict(instruction=f'{i}. '*i+rows[k][0], input='', output='', answer=rows[k][1]) for i in range(5)]))
+    return d
+
+def test_order_and_files(pico, folder, tmp_path):
+    "Rows come back in the order of the file, though sorted for speed; the file alone gives the same score again"
+    kw = dict(names='boolq,SVAMP', data=folder, output_dir=tmp_path, max_new_tokens=4, num_beams=2)
+    res = evaluate(*pico, batch_size=2, **kw)
+    made = json.loads((tmp_path/'SVAMP.json').read_text())
+    assert [o['index'] for o in made['rows']]==list(range(5)) and made['summary']==res['tasks']['SVAMP']
+    assert [o['output'] for o in made['rows']]==[generate(*pico, [prompt_of(o)], 2, 4)[0][0] for o in read_task(tasks['SVAMP'], folder)]
+    assert json.loads(json.dumps(rescore(tmp_path/'SVAMP.json')))=={k:v for k,v in res['tasks']['SVAMP'].items() if k!='seconds'}
+    made['rows'][3]['output'] = 'The answer is 8.'
+    (tmp_path/'changed.json').write_text(json.dumps(made))
+    assert rescore(tmp_path/'changed.json')['correct']==res['tasks']['SVAMP']['correct']+1
+
+def test_resume(pico, folder, tmp_path, monkeypatch):
+    "After an interruption only what is missing is made; whatever changes the result is noticed"
+    import ist_nb.evaluate as e
+    kw = dict(data=folder, how='likelihood', output_dir=tmp_path)
+    real,made = e.score_likelihood,[]
+    def score(model, tokenizer, task, *args, **kwargs):
+        if task.name=='AQuA' and not made.count('AQuA'): made.append('AQuA'); raise KeyboardInterrupt
+        made.append(task.name)
+        return real(model, tokenizer, task, *args, **kwargs)
+    monkeypatch.setattr(e, 'score_likelihood', score)
+    with pytest.raises(KeyboardInterrupt): e.evaluate(*pico, 'boolq,AQuA,ARC-Easy', **kw)
+    res = e.evaluate(*pico, 'boolq,AQuA,ARC-Easy', **kw)
+    assert made==['boolq', 'AQuA', 'ARC-Easy', 'AQuA'] or made==['boolq', 'ARC-Easy', 'AQuA', 'AQuA'] or made==['boolq', 'AQuA', 'AQuA', 'ARC-Easy']
+    assert e.evaluate(*pico, 'boolq,AQuA,ARC-Easy', batch_size=1, **kw)==res and len(made)==4
+    for change,says in ((dict(answers='text'), "answers was 'name' and is 'text'"), (dict(limit=3), 'n was 5 and is 3'), (dict(prompt=lambda o: o['instruction']), 'rows was')):
+        with pytest.raises(ISTError, match=says): e.evaluate(*pico, 'boolq', **kw | change)
+    import copy
+    other = copy.deepcopy(pico[0])
+    with torch.no_grad(): next(other.parameters()).mul_(1.01)
+    with pytest.raises(ISTError, match='model was'): e.evaluate(other, pico[1], 'boolq', **kw)
+    assert e.evaluate(other, pico[1], 'boolq', overwrite=True, **kw)['tasks']['boolq']['n']==5
+    (tmp_path/'boolq.json').write_text('{"sett')
+    with pytest.raises(ISTError, match='made differently'): e.evaluate(*pico, 'boolq', **kw)
+
+def test_run_is_evaluated(folder, tmp_path, capsys):
+    "From ist_finetune to ist_evaluate: a run's folder is found with its base model; what it was taught, it says"
+    quiet = '--disable_tqdm true --logging_strategy no --save_strategy no --seed 0'
+    (tmp_path/'d.json').write_text(json.dumps([dict(instruction=f'{i}. '*i+rows['ARC-Easy'][0], input='', output='the correct answer is answer2', answer='answer2') for i in range(5)]*8))
+    assert finetune_main(f'--data {tmp_path}/d.json --output_dir {tmp_path}/run --max_steps 12 --per_device_train_batch_size 4 --learning_rate 1e-2 --score_batch_size 4 {quiet}'.split())==0
+    assert base_of(tmp_path/'run')==str(assets.resolve()/'pico') or Path(base_of(tmp_path/'run')).samefile(assets/'pico')
+    argv = f'--model {tmp_path}/run --tasks arc-e --data {folder} --max_new_tokens 12'.split()
+    assert main(argv)==0
+    out = capsys.readouterr().out
+    made = json.loads((tmp_path/'run'/'eval_generate'/'ARC-Easy.json').read_text())
+    assert made['summary']['accuracy']==made['summary']['accuracy_released']==1 and made['rows'][0]['output']=='the correct answer is answer2' and '100.0%' in out
+    assert {'settings', 'versions', 'rows', 'task', 'summary'}==set(made)
+    summary = json.loads((tmp_path/'run'/'eval_generate'/'summary.json').read_text())
+    assert summary['config']['tasks']=='arc-e' and summary['average']==1
+    assert main([*argv, '--merge', '--output_dir', str(tmp_path/'merged')])==0      # folded, it says the same
+    assert [o['output'] for o in json.loads((tmp_path/'merged'/'ARC-Easy.json').read_text())['rows']]==[o['output'] for o in made['rows']]
+    conf = json.loads((tmp_path/'run'/'adapter_config.json').read_text())
+    (tmp_path/'run'/'adapter_config.json').write_text(json.dumps(conf | dict(base_model_name_or_path='elsewhere/pico')))      # made on another machine
+    assert Path(base_of(tmp_path/'run')).samefile(assets/'pico')
+    assert main(f'--model pico --adapter {tmp_path}/run --tasks arc-e --data {folder} --how likelihood --limit 2 --output_dir {tmp_path}/l'.split())==0
+    assert main(f'--model {tmp_path}/run --adapter {tmp_path}/run --tasks arc-e --data {folder}'.split())==2
+
+mistakes = [
+    ('no data', '--tasks boolq', ['--data is missing', 'boolq/test.json']),
+    ('no such folder', '--data nowhere', ["'nowhere'", 'boolq/test.json']),
+    ('no such task', '--data {d} --tasks bolq', ["'bolq'", "did you mean 'boolq'", 'Allowed']),
+    ('no file of a task', '--data {d} --tasks boolq,piqa', ['piqa/test.json', 'boolq, ARC-Easy, AQuA, SVAMP', 'Leave piqa out']),
+    ('no choices', '--data {d} --tasks SVAMP --how likelihood', ['SVAMP', 'free number', '--how generate']),
+    ('how', '--data {d} --how beams', ["'beams'", 'generate, likelihood or harness']),
+    ('answers', '--data {d} --tasks boolq --how likelihood --answers letter', ["'letter'", "'name' or 'text'"]),
+    ('beams', '--data {d} --tasks boolq --num_beams 0', ['num_beams=0', 'at least 1']),
+    ('limit', '--data {d} --tasks boolq --limit 0', ['limit', '1']),
+    ('not a number', '--data {d} --limit few', ['--limit', "'few'"]),
+    ('argument', '--data {d} --task boolq', ["'--task'", "did you mean '--tasks'"]),
+    ('model', '--data {d} --tasks boolq --model picco', ["'picco'", "did you mean 'pico'", 'folder of a run']),
+    ('adapter', '--data {d} --tasks boolq --adapter nowhere/run', ["'nowhere/run'", 'cannot be loaded']),
+    ('dtype', '--data {d} --tasks boolq --dtype float23', ['float23']),
+    ('room', '--data {d} --tasks boolq --max_new_tokens 600', ['600 tokens', '512 positions', 'max_new_tokens']),
+    ('column', '--data {d}/bad --tasks boolq', ['row 1', "'answer'"]),
+    ('gold', '--data {d}/bad --tasks ARC-Easy', ['row 1', "'answer9'", 'answer1, answer2, answer3']),
+    ('broken', '--data {d}/bad --tasks SVAMP', ['test.json', 'broken JSON']),
+]
+
+@pytest.mark.parametrize('argv,parts', [o[1:] for o in mistakes], ids=[o[0] for o in mistakes])
+def test_mistakes(argv, parts, folder, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    bad = folder/'bad'
+    for k,s in (('boolq', json.dumps([dict(instruction='a')])), ('ARC-Easy', json.dumps([dict(instruction=rows['ARC-Easy'][0], answer='answer9')])), ('SVAMP', '[{"instruction": "a" "answer"')):
+        (bad/k).mkdir(parents=True, exist_ok=True)
+        (bad/k/'test.json').write_text(s)
+    assert main(argv.format(d=folder).split())==2
+    said = capsys.readouterr().err
+    assert said.startswith('ist_evaluate: ') and said.count('\n')==1 and not [o for o in parts if o not in said], said
+    assert not list(tmp_path.iterdir())     # nothing is left behind
+
+def test_help_is_quick_and_whole():
+    out = subprocess.run([sys.executable, '-X', 'importtime', '-m', 'ist_nb.evaluate', '--help'], capture_output=True, text=True, check=True)
+    assert all(f'--{o} ' in out.stdout for o in EvaluateArguments.__dataclass_fields__) and 'torch' not in {l.split('|')[-1].strip() for l in out.stderr.splitlines()}
+
+def test_harness(pico, folder):
+    "The likelihoods of lm-evaluation-harness are ours, up to one number for each row: the line break before the answer"
+    pytest.importorskip('lm_eval', reason='lm-evaluation-harness is not installed: pip install ist_nb[eval]')
+    from peft import LoraConfig, get_peft_model
+    import copy
+    torch.manual_seed(0)
+    model = get_peft_model(copy.deepcopy(pico[0]), LoraConfig(target_modules='all-linear', init_lora_weights=False))
+    state = torch.get_rng_state()
+    for answers in ('name', 'text'):
+        res = harness(model, pico[1], 'boolq,arc-e,AQuA', folder, batch_size=2, answers=answers)
+        for t in find_tasks('boolq,arc-e,AQuA'):
+            ours = score_likelihood(model, pico[1], t, read_task(t, folder), answers)
+            for a,b in zip(ours, res['samples'][f'ist_{t.name}']):
+                theirs = [float(o[0][0]) for o in b['resps']]
+                assert [x-theirs[0] for x in theirs]==pytest.approx([x-a['log_likelihood'][0] for x in a['log_likelihood']], abs=1e-3)
+                assert b['acc']==a['correct']
+            assert res['results'][f'ist_{t.name}']['acc,none']==pytest.approx(summarise(ours)['accuracy'])
+    assert torch.equal(state, torch.get_rng_state()) and model.training
+    with pytest.raises(ISTError, match='cannot evaluate'): harness(model, pico[1], 'no_such_task')
