@@ -25,7 +25,7 @@ class ISTCallback(TrainerCallback, ExportableState):
         loss_fn=model_loss, # `loss_fn(model, batch)` -> scalar tensor
         stack:str|list|None=None, # Which stacks of blocks, where the model has several (see `find_layers`)
     ):
-        self.config = ISTConfig(**config) if isinstance(config, dict) else config or ISTConfig()
+        self.config = ISTConfig.from_dict(config) if isinstance(config, dict) else config or ISTConfig()
         self.probe,self.loss_fn,self.stack,self.ist,self.lost = probe,loss_fn,stack,None,[]
 
     def on_init_end(self, args, state, control, model=None, **kwargs):

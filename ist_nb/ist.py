@@ -352,7 +352,9 @@ migrations = {1:lambda s: s | dict(version=2, probe_rows=None)}   # 2: the rows 
 
 _words = reprlib.Repr()
 _words.maxlist,_words.maxdict,_words.maxstring,_words.maxother = 64,8,80,80
-def _short(v): return _words.repr(v)
+def _short(v):
+    try: return _words.repr(v)
+    except ValueError: return f'an {type(v).__name__} too large to write'
 def _bad_state(field, value, words):
     return ISTError(f"IST state: {field}={_short(value)} is not allowed. It must be {words}. The file is damaged, or of something else: go on from another checkpoint.")
 
