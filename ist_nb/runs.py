@@ -185,7 +185,8 @@ class RunGuard(TrainerCallback):
 def _listen(self:RunGuard):
     "Take over the signals; only the main thread of a process may"
     import threading
-    self._restore()
+    for s in (signal.SIGINT, signal.SIGTERM):   # of a training that failed and so never gave it back, this guard's or another's
+        if isinstance(held := getattr(signal.getsignal(s), '__self__', None), RunGuard): held._restore()
     if threading.current_thread() is threading.main_thread():
         self.was = {s:signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
 

@@ -1,5 +1,5 @@
 "What can go wrong around a run, made to happen: each time the run ends with a sentence or goes on, and nothing that was saved is lost"
-import contextlib,errno,io,json,os,shutil,signal,subprocess,sys,time,warnings,pytest
+import contextlib,errno,json,os,shutil,signal,subprocess,sys,time,warnings,pytest
 from pathlib import Path
 import torch
 from datasets import Dataset
@@ -12,7 +12,14 @@ from ist_nb.runs import RunGuard,checkpoints,date_in_order,last_checkpoint,locke
 
 posix = pytest.mark.skipif(os.name!='posix', reason='needs signals and file modes of Unix')
 data = [dict(prompt=f'What is {i}? ', completion=f'It is number {i}.') for i in range(40)]
-quick = '--data d.jsonl --max_steps 6 --save_steps 2 --save_strategy steps --per_device_train_batch_size 2 --max_length 32 --lora_r 2 --disable_tqdm true --logging_strategy no --score_interval 2 --score_batch_size 4'.split()
+quick = '--model tiny --data d.jsonl --max_steps 6 --save_steps 2 --save_strategy steps --per_device_train_batch_size 2 --max_length 32 --lora_r 2 --disable_tqdm true --logging_strategy no --score_interval 2 --score_batch_size 4'.split()
+
+@pytest.fixture(autouse=True)
+def same_signals():
+    "Each test leaves Ctrl-C as it found it"
+    was = {s:signal.signal(s, f) for s,f in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL))}
+    yield
+    for s,f in was.items(): signal.signal(s, f)
 
 @pytest.fixture
 def fault(record_property):
@@ -20,11 +27,40 @@ def fault(record_property):
     def note(name, answer): record_property('fault', name); record_property('answer', answer)
     return note
 
+@pytest.fixture(scope='module')
+def tiny(tmp_path_factory):
+    "A model of four small layers with pico's tokenizer, in a folder"
+    from transformers import AutoTokenizer,LlamaConfig,LlamaForCausalLM
+    from ist_nb.finetune import assets
+    d,tok = tmp_path_factory.mktemp('model')/'tiny',AutoTokenizer.from_pretrained(assets/'pico')
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tok), hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=2)).save_pretrained(d)
+    tok.save_pretrained(d)
+    return d
+
+@pytest.fixture(scope='module')
+def whole(tiny, tmp_path_factory):
+    "A run of ist_finetune that nothing happened to"
+    d = tmp_path_factory.mktemp('whole')
+    write_data(d)
+    with pytest.MonkeyPatch.context() as m:
+        m.chdir(d); (d/'tiny').symlink_to(tiny)
+        assert main([*quick, '--output_dir', 'out'])==0
+    return d/'out'
+
+def write_data(d): (d/'d.jsonl').write_text(''.join(json.dumps(r)+'\n' for r in data))
+
 @pytest.fixture
-def here(tmp_path, monkeypatch):
+def here(tmp_path, monkeypatch, tiny):
     monkeypatch.chdir(tmp_path)
-    (tmp_path/'d.jsonl').write_text(''.join(json.dumps(r)+'\n' for r in data))
+    (tmp_path/'tiny').symlink_to(tiny)
+    write_data(tmp_path)
     return tmp_path
+
+def same_run(a, b):
+    "Whether two runs of ist_finetune have left the same adapter, bit for bit, and the same state"
+    state = lambda d: json.loads((Path(d)/'ist_state.json').read_text())
+    return (Path(a)/'adapter_model.safetensors').read_bytes()==(Path(b)/'adapter_model.safetensors').read_bytes() and state(a)==state(b)
 
 def trainer(folder, *callbacks, cls=Trainer, rows=None, config=None, **kwargs):
     args = TrainingArguments(str(folder), **(dict(max_steps=8, per_device_train_batch_size=8, learning_rate=0.02, report_to='none', logging_steps=1, save_steps=2, use_cpu=True, disable_tqdm=True) | kwargs))
@@ -37,38 +73,70 @@ def outcome(t):
     logs = [(h['step'], h['loss']) for h in t.state.log_history if 'loss' in h]
     return json.dumps([ist_of(t).state_dict(), {n:p.tolist() for n,p in t.model.named_parameters() if 'lora' in n}, logs], sort_keys=True)
 
-def resumes_exactly(folder, tmp_path, **kwargs):
+uninterrupted = []
+def resumes_exactly(folder, tmp_path):
     "Whether a run that goes on from `folder` ends as one that was never interrupted"
-    whole = trainer(tmp_path/'never', **kwargs); whole.train()
-    again = trainer(folder, **kwargs); again.train(resume_from_checkpoint=last_checkpoint(folder))
-    return outcome(again)==outcome(whole)
+    if not uninterrupted:
+        t = trainer(tmp_path/'never', save_strategy='no'); t.train()
+        uninterrupted.append(outcome(t))
+    again = trainer(folder, save_strategy='no'); again.train(resume_from_checkpoint=last_checkpoint(folder))
+    return outcome(again)==uninterrupted[0]
 
 class At(TrainerCallback):
     "Does something at an event of a step"
     def __init__(self, event, step, f): setattr(self, event, lambda args, state, control, **kw: f() if state.global_step==step else None)
 
 # the disk
+@pytest.fixture
+def small_disk(tmp_path):
+    "A disk of 64 MB, where this process may make one"
+    d = tmp_path/'disk'; d.mkdir()
+    if not shutil.which('mount') or subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=64m', 'tmpfs', str(d)], capture_output=True).returncode: pytest.skip('may not mount a small disk')
+    yield d
+    subprocess.run(['umount', '-l', str(d)], check=True)
+
+def fill(d):
+    "Leave nothing"
+    with contextlib.suppress(OSError), (d/'filler').open('wb') as f:
+        while True: f.write(b'x'*2**16); f.flush()
+    with contextlib.suppress(OSError), (d/'filler').open('ab') as f:
+        while True: f.write(b'x'*512); f.flush()   # the rest, in small pieces
+
 @posix
-@pytest.mark.parametrize('name', ['adapter_model.safetensors', 'optimizer.pt', 'rng_state.pth', 'trainer_state.json'])
-def test_disk_full(here, capsys, name, fault):
-    "A write to this file of the checkpoint of step 4 meets a full disk, as the system itself reports it"
-    fault(f'The disk is full while {name} is saved', 'ends with a sentence; the checkpoint before is whole, and the run goes on from it exactly')
-    from transformers import trainer as module
-    assert main([*quick, '--output_dir', 'whole'])==0
-    plain = os.makedirs
-    def full(self, model, trial):   # /dev/full in place of the file: every write to it fails with ENOSPC
-        if self.state.global_step==4: (p := here/'out'/'checkpoint-4').mkdir(); (p/name).symlink_to('/dev/full')
-        return save(self, model, trial)
-    save = Trainer._save_checkpoint
+@pytest.mark.parametrize('name,method', [('adapter_model.safetensors', 'save_model'), ('optimizer.pt', '_save_optimizer_and_scheduler'), ('trainer_state.json', '_save_rng_state')])
+def test_disk_full(small_disk, tmp_path, name, method, fault):
+    "The disk is full from the moment when this file of the checkpoint of step 4 is about to be written"
+    fault(f'The disk is full when {name} is saved', 'ends with a sentence; the checkpoint before is whole, and the run goes on from it exactly')
+    from ist_nb.runs import storage_trouble
+    plain = getattr(Trainer, method)
+    def full(self, *args, **kwargs):
+        if method=='_save_rng_state': plain(self, *args, **kwargs)   # what comes next is the state
+        if self.state.global_step==4: fill(small_disk)
+        if method!='_save_rng_state': plain(self, *args, **kwargs)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(Trainer, method, full)
+        with pytest.raises(Exception) as e: trainer(small_disk/'run', RunGuard()).train()
+    assert storage_trouble(e.value)=='the disk is full', e.value
+    assert torn(small_disk/'run'/'checkpoint-4') and not torn(small_disk/'run'/'checkpoint-2')
+    (small_disk/'filler').unlink()
+    assert resumes_exactly(small_disk/'run', tmp_path)
+
+@posix
+def test_disk_full_in_finetune(here, small_disk, whole, capsys, fault):
+    fault('The disk is full during ist_finetune', 'ends with a sentence, no traceback; --resume goes on exactly')
+    plain = Trainer._save_checkpoint
+    def full(self, *args):
+        if self.state.global_step==4: fill(small_disk)
+        return plain(self, *args)
     with pytest.MonkeyPatch.context() as m:
         m.setattr(Trainer, '_save_checkpoint', full)
-        assert main([*quick, '--output_dir', 'out'])==2
-    err = capsys.readouterr().err
-    assert 'the disk is full' in err and '--resume' in err and 'Traceback' not in err
-    assert torn(here/'out'/'checkpoint-4') and not torn(here/'out'/'checkpoint-2')
-    shutil.rmtree(here/'out'/'checkpoint-4')   # which made room
-    assert main([*quick, '--output_dir', 'out', '--resume'])==0
-    for o in ('adapter_model.safetensors', 'ist_state.json'): assert (here/'out'/o).read_bytes()==(here/'whole'/o).read_bytes()
+        m.setattr(shutil, 'disk_usage', lambda p: shutil._ntuple_diskusage(10**12, 0, 10**12))   # another process takes the room afterwards
+        assert main([*quick, '--output_dir', str(small_disk/'out')])==2
+        err = capsys.readouterr().err
+        assert 'the disk is full' in err and '--resume' in err and 'Traceback' not in err
+        (small_disk/'filler').unlink()
+        assert main([*quick, '--output_dir', str(small_disk/'out'), '--resume'])==0
+    assert same_run(small_disk/'out', whole)
 
 @posix
 def test_file_size_limit(here, capsys, fault):
@@ -78,11 +146,13 @@ def test_file_size_limit(here, capsys, fault):
     (here/'out').mkdir()
     was = resource.getrlimit(resource.RLIMIT_FSIZE)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, was[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, was[1]))
     try: status = main([*quick, '--output_dir', 'out'])
     finally: resource.setrlimit(resource.RLIMIT_FSIZE, was)
     assert status==2 and ('larger than this system allows' in (err := capsys.readouterr().err) or 'disk is full' in err) and 'Traceback' not in err
-    assert last_checkpoint(here/'out') is None and main([*quick, '--output_dir', 'out', '--auto_resume'])==0
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        assert last_checkpoint(here/'out') is None and main([*quick, '--output_dir', 'out', '--auto_resume'])==0
 
 def as_nobody(f):
     "Run `f` in a child that is no longer root; its exit code"
@@ -184,13 +254,13 @@ def test_training_on_masked_labels(tmp_path, fault):
     assert t.state.global_step==8 and all(p.isfinite().all() for p in t.model.parameters())
 
 def test_training_on_an_empty_batch(tmp_path, fault):
-    fault('A training batch has no rows', 'the run goes on, and every weight stays finite')
+    fault('A training batch has no rows', 'the model refuses it; the checkpoint before is whole, and the run goes on from it exactly')
     class Empties(Trainer):
         def training_step(self, model, inputs, *args, **kwargs):
             if self.state.global_step==3: inputs = {k:v[:0] for k,v in inputs.items()}
             return super().training_step(model, inputs, *args, **kwargs)
-    t = trainer(tmp_path, RunGuard(), cls=Empties, save_strategy='no'); t.train()
-    assert t.state.global_step==8 and all(p.isfinite().all() for p in t.model.parameters())
+    with pytest.raises(RuntimeError): trainer(tmp_path/'run', RunGuard(), cls=Empties).train()
+    assert resumes_exactly(tmp_path/'run', tmp_path)
 
 # memory
 def picky(rows):
@@ -218,8 +288,8 @@ def test_probe_out_of_memory(fault, scorer):
     again,g = make(5); again.load_state_dict(json.loads(json.dumps(ist.state_dict())))
     assert nothing_scored(again, 4)==[] and set(g.seen)=={4}
     none,_ = make(0)
-    said = nothing_scored(none, 9)
-    assert none.n_dropped==4 and none.probe_rows==1 and len(said)==2   # a row does not fit either: that is said too
+    said = nothing_scored(none, 5)
+    assert none.n_dropped==2 and none.probe_rows==1 and len(said)==2   # a row does not fit either: that is said too
 
 def test_other_errors_in_a_probe_pass(fault):
     def loss_fn(model, batch): raise RuntimeError('mat1 and mat2 shapes cannot be multiplied')
@@ -228,13 +298,10 @@ def test_other_errors_in_a_probe_pass(fault):
     with pytest.raises(RuntimeError, match='mat1'): ist.begin_step()
 
 # signals
-command = [sys.executable, '-m', 'ist_nb.finetune']
-
 @posix
 @pytest.mark.parametrize('name,status', [('SIGINT', 130), ('SIGTERM', 143)])
-def test_signal_in_finetune(here, capsys, fault, monkeypatch, name, status):
+def test_signal_in_finetune(here, whole, capsys, fault, monkeypatch, name, status):
     fault(f'{name} in ist_finetune', 'a checkpoint at the end of the step, a sentence on how to go on, its exit status; the run goes on from it exactly')
-    assert main([*quick, '--output_dir', 'whole'])==0
     step = Trainer.training_step
     def sent(self, *args, **kwargs):
         if self.state.global_step==3: signal.raise_signal(getattr(signal, name))
@@ -247,7 +314,7 @@ def test_signal_in_finetune(here, capsys, fault, monkeypatch, name, status):
     assert f'Stopped by {name} after step 4 of 6' in (err := capsys.readouterr().err) and '--resume' in err
     assert last_checkpoint('out')=='out/checkpoint-4' and not (here/'out'/'results.json').exists() and not (here/'out'/'.ist_lock').exists()
     assert main([*quick, '--output_dir', 'out', '--auto_resume'])==0
-    for o in ('adapter_model.safetensors', 'ist_state.json'): assert (here/'out'/o).read_bytes()==(here/'whole'/o).read_bytes()
+    assert same_run('out', whole)
 
 @posix
 @pytest.mark.parametrize('event', ['on_step_begin', 'on_pre_optimizer_step', 'on_optimizer_step', 'on_step_end'])
@@ -256,7 +323,7 @@ def test_signal_in_a_trainer(tmp_path, fault, event):
     t = trainer(tmp_path/'run', RunGuard(), At(event, 3, lambda: signal.raise_signal(signal.SIGINT)), save_strategy='no')
     with pytest.raises(KeyboardInterrupt): t.train()
     assert [p.name for p in checkpoints(tmp_path/'run')]==['checkpoint-3' if event=='on_step_end' and not t.state.global_step==4 else 'checkpoint-4']
-    assert resumes_exactly(tmp_path/'run', tmp_path, save_strategy='no')
+    assert resumes_exactly(tmp_path/'run', tmp_path)
 
 @posix
 def test_second_signal_is_at_once(tmp_path, fault):
@@ -274,7 +341,10 @@ def test_signal_after_a_failure(tmp_path, fault):
     t = trainer(tmp_path, RunGuard(), At('on_pre_optimizer_step', 5, fail))
     with pytest.raises(ZeroDivisionError): t.train()
     with pytest.raises(KeyboardInterrupt): signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with pytest.raises(ZeroDivisionError): t.train()
+    t = trainer(tmp_path/'run', RunGuard(), At('on_pre_optimizer_step', 3, lambda: signal.raise_signal(signal.SIGINT)))
+    with pytest.raises(KeyboardInterrupt): t.train()   # the guard of the run that failed is not in the way either
+    assert last_checkpoint(tmp_path/'run').endswith('checkpoint-4')
 
 @posix
 def test_ctrl_c_during_the_last_evaluation(here, fault, monkeypatch, capsys):
@@ -292,9 +362,8 @@ def test_ctrl_c_during_the_last_evaluation(here, fault, monkeypatch, capsys):
     assert main([*quick, '--output_dir', 'out', '--resume'])==0 and (here/'out'/'adapter_model.safetensors').read_bytes()==saved
 
 # the data, the folder, the clock
-def test_data_change_under_a_run(here, capsys, fault):
+def test_data_change_under_a_run(here, whole, capsys, fault):
     fault('The data file changes under a run', 'the run does not notice; one that goes on with other rows is refused, and goes on when they are back')
-    assert main([*quick, '--output_dir', 'whole'])==0
     text = Path('d.jsonl').read_text()
     with pytest.MonkeyPatch.context() as m:
         step = Trainer.training_step
@@ -309,12 +378,13 @@ def test_data_change_under_a_run(here, capsys, fault):
     assert {p:p.read_bytes() for p in Path('out').rglob('*') if p.is_file()}==before
     Path('d.jsonl').write_text(text)
     assert main([*quick, '--output_dir', 'out', '--resume'])==0
-    assert Path('out/adapter_model.safetensors').read_bytes()==Path('whole/adapter_model.safetensors').read_bytes()
+    assert same_run('out', whole)
 
-def hold(folder): return subprocess.Popen([sys.executable, '-c', f'from ist_nb.runs import locked\nwith locked({str(folder)!r}): print("locked", flush=True); input()'], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+def hold(folder): return subprocess.Popen([sys.executable, '-c', f'import filelock\nwith filelock.FileLock({str(folder/".ist_lock")!r}): print("locked", flush=True); input()'], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 def test_two_runs_in_a_folder(here, capsys, fault):
     fault('A second run in the same folder', 'refused with a sentence; the lock of a dead process locks nothing')
+    (here/'out').mkdir()
     other = hold(here/'out')
     assert other.stdout.readline()=='locked\n'
     assert main([*quick, '--output_dir', 'out'])==2 and 'Another run is writing to out' in capsys.readouterr().err
@@ -339,6 +409,7 @@ def test_clock_is_set_back(tmp_path, fault):
 def test_clock_jumps_do_not_reach_the_numbers(tmp_path, fault, monkeypatch):
     fault('The clock jumps back and forth', 'seconds are counted by another clock; nothing changes')
     t = trainer(tmp_path/'a', save_strategy='no'); t.train(); want = outcome(t)
+    uninterrupted[:] = [want]
     jumps = iter(range(10**9))
     monkeypatch.setattr(time, 'time', lambda: 1e9+(-1)**next(jumps)*1e8)
     t = trainer(tmp_path/'b', RunGuard(), save_strategy='no'); t.train()
