@@ -416,7 +416,7 @@ def save_run(
         print(f"{ist}\n{layer_table(state)}")
     write_json(folder/'results.json', res)
     print(f"Held-out loss: {res['loss_before']:.4f} -> {res['loss_after']:.4f} in {res['steps']} steps and {res['seconds']:.0f} s"
-          f"\nSaved in {folder}: {', '.join(sorted(p.name for p in folder.iterdir() if p.is_file()))}")
+          f"\nSaved in {folder}: {', '.join(sorted(p.name for p in folder.iterdir() if p.is_file() and p.name[0]!='.'))}")
     return res
 
 # %% ../nbs/10_finetune.ipynb #c080cea6

@@ -134,8 +134,8 @@ def test_disk_full_in_finetune(here, small_disk, whole, capsys, fault):
         assert main([*quick, '--output_dir', str(small_disk/'out')])==2
         err = capsys.readouterr().err
         assert 'the disk is full' in err and '--resume' in err and 'Traceback' not in err
-        (small_disk/'filler').unlink()
-        assert main([*quick, '--output_dir', str(small_disk/'out'), '--resume'])==0
+    (small_disk/'filler').unlink()
+    assert main([*quick, '--output_dir', str(small_disk/'out'), '--resume'])==0
     assert same_run(small_disk/'out', whole)
 
 @posix
