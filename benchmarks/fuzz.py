@@ -16,7 +16,7 @@ limit_s,limit_bytes = 10,500*2**20   # for one input; for all of them together
 ints = st.integers()|st.sampled_from([0, 1, -1, 2**31, 2**53, 2**53+1, 2**63, -2**63, 10**30, 10**400])
 scalars = st.none()|st.booleans()|ints|st.floats()|st.text(max_size=20)|st.sampled_from(['nan', '1e999', '../../etc/passwd', '__class__', '\ud800', '\x00'])
 anything = st.recursive(scalars, lambda o: st.lists(o, max_size=6)|st.dictionaries(st.text(max_size=12), o, max_size=6), max_leaves=24)
-python = anything|st.binary(max_size=8)|st.tuples(scalars, scalars)|st.sampled_from([object(), {1:2}, {(1,):2}, 1j, set(), print, Exception, IST, range(3)])
+python = anything|st.binary(max_size=8)|st.tuples(scalars, scalars)|st.sampled_from([object(), 1j, frozenset(), print, Exception, IST, range(3)])|st.builds(lambda: {1:2})|st.builds(lambda: {(1,):2})|st.builds(set)
 
 def paths(v, at=()):
     "Where there is something in a nested value"
