@@ -15,7 +15,7 @@ def environment():
 def faults():
     "Run the tests of faults; what each injects, how the run answers, and whether it did"
     with tempfile.TemporaryDirectory() as d:
-        subprocess.run([sys.executable, '-m', 'pytest', '-q', '-n0', f'--junitxml={d}/r.xml', 'tests/test_faults.py'], cwd=root, env=os.environ | dict(OMP_NUM_THREADS='1'))
+        subprocess.run([sys.executable, '-m', 'pytest', '-q', '-n0', '-m', 'slow or not slow', f'--junitxml={d}/r.xml', 'tests/test_faults.py'], cwd=root, env=os.environ | dict(OMP_NUM_THREADS='1'))
         cases = ET.parse(f'{d}/r.xml').getroot().iter('testcase')
         rows = []
         for c in cases:

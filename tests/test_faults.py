@@ -11,6 +11,7 @@ from ist_nb.finetune import main
 from ist_nb.runs import RunGuard,checkpoints,date_in_order,last_checkpoint,locked,torn
 
 posix = pytest.mark.skipif(os.name!='posix', reason='needs signals and file modes of Unix')
+slow = pytest.mark.slow   # variants of what is tested beside them
 data = [dict(prompt=f'What is {i}? ', completion=f'It is number {i}.') for i in range(40)]
 quick = '--model tiny --data d.jsonl --max_steps 6 --save_steps 2 --save_strategy steps --per_device_train_batch_size 2 --max_length 32 --lora_r 2 --disable_tqdm true --logging_strategy no --score_interval 2 --score_batch_size 4'.split()
 
@@ -103,7 +104,7 @@ def fill(d):
         while True: f.write(b'x'*512); f.flush()   # the rest, in small pieces
 
 @posix
-@pytest.mark.parametrize('name,method', [('adapter_model.safetensors', 'save_model'), ('optimizer.pt', '_save_optimizer_and_scheduler'), ('trainer_state.json', '_save_rng_state')])
+@pytest.mark.parametrize('name,method', [('adapter_model.safetensors', 'save_model'), ('optimizer.pt', '_save_optimizer_and_scheduler'), pytest.param('trainer_state.json', '_save_rng_state', marks=slow)])
 def test_disk_full(small_disk, tmp_path, name, method, fault):
     "The disk is full from the moment when this file of the checkpoint of step 4 is about to be written"
     fault(f'The disk is full when {name} is saved', 'ends with a sentence; the checkpoint before is whole, and the run goes on from it exactly')
@@ -194,7 +195,7 @@ class Explodes(Trainer):
     by = {}
     def compute_loss(self, *args, **kwargs): return super().compute_loss(*args, **kwargs)*self.by.get(self.state.global_step+1, 1)
 
-@pytest.mark.parametrize('value', [float('nan'), float('inf'), -float('inf')], ids=str)
+@pytest.mark.parametrize('value', [float('nan'), pytest.param(float('inf'), marks=slow), pytest.param(-float('inf'), marks=slow)], ids=str)
 def test_loss_is_not_finite(tmp_path, fault, value):
     fault(f'The loss of a step is {value}', 'the step is left out, said once; no weight is touched')
     t,weights = trainer(tmp_path, RunGuard(), cls=Explodes, save_strategy='no'),{}
@@ -299,7 +300,7 @@ def test_other_errors_in_a_probe_pass(fault):
 
 # signals
 @posix
-@pytest.mark.parametrize('name,status', [('SIGINT', 130), ('SIGTERM', 143)])
+@pytest.mark.parametrize('name,status', [pytest.param('SIGINT', 130, marks=slow), ('SIGTERM', 143)])
 def test_signal_in_finetune(here, whole, capsys, fault, monkeypatch, name, status):
     fault(f'{name} in ist_finetune', 'a checkpoint at the end of the step, a sentence on how to go on, its exit status; the run goes on from it exactly')
     step = Trainer.training_step
@@ -317,7 +318,7 @@ def test_signal_in_finetune(here, whole, capsys, fault, monkeypatch, name, statu
     assert same_run('out', whole)
 
 @posix
-@pytest.mark.parametrize('event', ['on_step_begin', 'on_pre_optimizer_step', 'on_optimizer_step', 'on_step_end'])
+@pytest.mark.parametrize('event', [pytest.param('on_step_begin', marks=slow), 'on_pre_optimizer_step', pytest.param('on_optimizer_step', marks=slow), 'on_step_end'])
 def test_signal_in_a_trainer(tmp_path, fault, event):
     fault(f'Ctrl-C at {event} of a Trainer with RunGuard', 'a checkpoint at the end of the step; then KeyboardInterrupt as ever; the run goes on from it exactly')
     t = trainer(tmp_path/'run', RunGuard(), At(event, 3, lambda: signal.raise_signal(signal.SIGINT)), save_strategy='no')
