@@ -8,7 +8,7 @@ __all__ = ['scorers', 'samplers', 'levers', 'allowed', 'ISTError', 'suggest', 'R
 
 # %% ../nbs/00_config.ipynb #c320cf9a
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from fnmatch import fnmatch
 from importlib import import_module
@@ -59,7 +59,7 @@ class Registry:
 
     def __getitem__(self, name):
         names = self.names()
-        if name in self.entries: return self.entries[name]
+        if isinstance(name, str) and name in self.entries: return self.entries[name]
         raise ISTError(f"{self.kind}={name!r} is unknown{suggest(name, names)} Allowed: {', '.join(names)}.")
 
 # %% ../nbs/00_config.ipynb #6e68b66a
@@ -93,13 +93,13 @@ def to_bytes(
     size:str, # Such as '8GiB' or '500 MB'
 ) -> int|None: # Bytes, or None if `size` is not written like that
     "How many bytes `size` means"
-    found = re.fullmatch(r'(\d+(?:\.\d+)?) ?([KMGT]?)(i?)B', size) if isinstance(size, str) else None
+    found = re.fullmatch(r'(\d{1,15}(?:\.\d{1,15})?) ?([KMGT]?)(i?)B', size) if isinstance(size, str) else None
     if not found or found[3] and not found[2]: return None
     return int(float(found[1])*(1024 if found[3] else 1000)**' KMGT'.index(found[2] or ' '))
 
 # %% ../nbs/00_config.ipynb #4cf674ca
 def _is_int(v): return isinstance(v, int) and not isinstance(v, bool)
-def _is_real(v): return (_is_int(v) or isinstance(v, float)) and isfinite(v)
+def _is_real(v): return isfinite(v) if isinstance(v, float) else _is_int(v) and abs(v)<1e300   # of a larger int, isfinite fails
 def _is_number_of_layers(v): return v>=1 if _is_int(v) else isinstance(v, float) and 0<v<=1
 def _is_budget(v): return all(isinstance(k, str) and _is_number_of_layers(o) for k,o in v.items()) and len(v)>0 if isinstance(v, dict) else _is_number_of_layers(v)
 
@@ -160,3 +160,15 @@ def rst(cls:ISTConfig,
 ) -> ISTConfig: # The baseline
     "Random sparse tuning: layers drawn uniformly, nothing scored"
     return cls(**(dict(sampler='uniform') | kwargs))
+
+# %% ../nbs/00_config.ipynb #e94a0296
+@patch(cls_method=True)
+def from_dict(cls:ISTConfig,
+    settings:dict, # Names and values of fields
+) -> ISTConfig: # Raises `ISTError`
+    "A configuration from a dictionary, as JSON holds it"
+    known = [f.name for f in fields(cls)]
+    if not isinstance(settings, dict): raise ISTError(f"The settings of IST are a {type(settings).__name__}, not a dictionary. Give names and values, such as {{'n_active': 0.25}}.")
+    for k in settings:
+        if k not in known: raise ISTError(f"{str(k)[:80]!r} is not a setting of IST{suggest(str(k)[:80], known)} Allowed: {', '.join(known)}.")
+    return cls(**settings)

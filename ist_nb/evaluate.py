@@ -7,9 +7,9 @@ __all__ = ['tasks', 'answer_forms', 'ways', 'n_predicted', 'held_out_loss', 'Tas
            'choices_of', 'extract_released', 'extract_choice', 'extract_letter', 'extract_number', 'pad', 'by_length',
            'encode', 'plain_generation', 'generate', 'prompt_of', 'judge', 'score_generation', 'split_answer',
            'log_likelihood', 'log_likelihoods', 'answers_of', 'check_choices', 'score_likelihood',
-           'confidence_interval', 'mean_interval', 'summarise', 'rescore', 'fingerprint', 'write_json', 'versions',
-           'evaluate', 'harness_task', 'harness', 'EvaluateArguments', 'help_page', 'parse', 'base_of', 'load', 'table',
-           'main', 'run']
+           'confidence_interval', 'mean_interval', 'summarise', 'rescore', 'fingerprint', 'versions', 'evaluate',
+           'harness_task', 'harness', 'EvaluateArguments', 'help_page', 'parse', 'base_of', 'load', 'table', 'main',
+           'run']
 
 # %% ../nbs/08_evaluate.ipynb #c3597f5d
 import hashlib,json,math,re,sys,time
@@ -519,15 +519,6 @@ def fingerprint(
         h.update(f'{k}{tuple(p.shape)}{p.dtype}'.encode()+(some.float().cpu().numpy().tobytes() if some.numel() else b''))
     return h.hexdigest()[:16]
 
-def write_json(
-    path:Path, # Where
-    what, # Anything that JSON can hold
-):
-    "Write all of the file or nothing of it"
-    part = path.with_name(path.name+'.part')
-    part.write_text(json.dumps(what, indent=1)+'\n', encoding='utf-8')
-    part.replace(path)
-
 def versions() -> dict: # Of Python and of the packages that decide the numbers
     "What this run was made with"
     from importlib.metadata import version
@@ -564,6 +555,7 @@ def evaluate(
     overwrite:bool=False, # Make tasks anew that are there, made otherwise
 ) -> dict: # `tasks`: name -> summary, `average` and its `interval`; raises `ISTError`
     "Accuracy of `model` on each of the tasks"
+    from ist_nb.runs import write_json
     if how not in ways: raise ISTError(f"how={how!r} is not allowed{suggest(how, ways)} Give 'generate' or 'likelihood'.")
     for k,v in dict(batch_size=batch_size, num_beams=num_beams, limit=limit, max_new_tokens=max_new_tokens).items():
         if v is not None and v<1: raise ISTError(f"{k}={v} is not allowed. Give at least 1.")
@@ -759,6 +751,7 @@ def run(
 ) -> dict: # From `evaluate` or `harness`; raises `ISTError`
     "Evaluate, save, and print the table"
     import transformers
+    from ist_nb.runs import write_json
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     home = Path(args.adapter or args.model)

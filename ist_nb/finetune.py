@@ -6,18 +6,18 @@
 __all__ = ['recipe', 'recipe_pico', 'recipe_demo', 'assets', 'FinetuneArguments', 'number', 'ist_arguments', 'defaults_for',
            'fresh_folder', 'make_parser', 'read_config', 'parse', 'ist_config', 'help_page', 'load_model',
            'adapter_config', 'peft_options', 'check_folder', 'clear_folder', 'check_space', 'progress_bar',
-           'make_trainer', 'say', 'one_folder', 'whole_loader', 'finetune', 'describe', 'peak_memory', 'save_run',
-           'main']
+           'make_trainer', 'say', 'one_folder', 'whole_loader', 'finetune', 'Stopped', 'check_stopped', 'finished',
+           'describe', 'peak_memory', 'save_run', 'main']
 
 # %% ../nbs/10_finetune.ipynb #b4355096
-import errno,json,os,re,shutil,sys,time
+import json,os,re,shutil,sys,time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from itertools import count
 from pathlib import Path
 from fastcore.docments import docments
 from .config import ISTConfig, ISTError, scorers, suggest
-from .evaluate import versions, write_json
+from .evaluate import versions
 
 # %% ../nbs/10_finetune.ipynb #46dd7a81
 @dataclass
@@ -37,7 +37,8 @@ class FinetuneArguments:
     lora_target_modules:list[str]|None = field(default=None, metadata=dict(aliases=['--target_modules'])) # Modules to adapt, by the end of their names; by default all linear layers but the output head, or what the method itself takes
     stack:str|None = None # Which stack of blocks, for models that have several
     overwrite:bool = False # Allow a run to replace what is in its folder
-    resume:bool = False # Go on from the last checkpoint in the folder
+    resume:bool = False # Go on from the last whole checkpoint in the folder
+    auto_resume:bool = False # Go on if there is a checkpoint, else begin: one command for the first start and for every restart
 
 # %% ../nbs/10_finetune.ipynb #e8103621
 def number(
@@ -80,6 +81,7 @@ def fresh_folder(
     "A new name for the folder of this run"
     data = Path(args.data).name.split('.')[0] if args.data else 'physics'
     name = Path(root)/'-'.join([Path(args.model).name or 'model', data, args.method])
+    if args.resume or args.auto_resume: return name   # the same folder again
     return next(p for i in count(1) if not (p := name if i==1 else name.with_name(f'{name.name}-{i}')).exists())
 
 # %% ../nbs/10_finetune.ipynb #d4b87c61
@@ -149,7 +151,8 @@ _examples = '''Fine-tune a language model with Importance-aware Sparse Tuning (I
   ist_finetune --data FILE --method dense             the same without IST, to compare with
   ist_finetune --config run.yaml --lora_r 8           settings from a file, some of them overruled
   ist_finetune --peft oft                             another method of PEFT; --peft_options are its settings
-  ist_finetune --output_dir FOLDER --resume           go on from the last checkpoint
+  ist_finetune --output_dir FOLDER --resume           go on from the last whole checkpoint
+  ist_finetune --output_dir FOLDER --auto_resume      begin, or go on: the same command for every restart
 '''
 _training = dict(output_dir='Where everything goes; a new folder under runs/ by default', learning_rate='Of AdamW', num_train_epochs='Passes over the data',
                  max_steps='Optimizer steps, in place of passes', per_device_train_batch_size='Rows in a batch', gradient_accumulation_steps='Batches in a step',
@@ -235,13 +238,17 @@ def check_folder(
     args:FinetuneArguments, # For `overwrite` and `resume`
 ): # The checkpoint to resume from, or None; raises `ISTError`
     "Whether a run may use `folder`"
-    from transformers.trainer_utils import get_last_checkpoint
+    from ist_nb.runs import checkpoints, last_checkpoint
     if folder.exists() and not folder.is_dir(): raise ISTError(f"--output_dir {folder} is a file. Give a folder.")
-    if args.resume:
-        last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-        if last: return last
-        raise ISTError(f"--resume found no checkpoint in {folder}. Give the --output_dir of the run that was interrupted (it saves one every --save_steps steps), or leave --resume out.")
-    if folder.is_dir() and any(folder.iterdir()) and not args.overwrite:
+    if args.overwrite and (args.resume or args.auto_resume): raise ISTError("--overwrite replaces what is in the folder, and --resume goes on from it. Give one of them.")
+    inside = {p.name for p in folder.iterdir()}-{'.ist_lock'} if folder.is_dir() else set()
+    if args.resume or args.auto_resume:
+        if last := last_checkpoint(folder): return last
+        torn = [p.name for p in checkpoints(folder)]
+        if args.resume: raise ISTError(f"--resume found no {'whole ' if torn else ''}checkpoint in {folder}{' ('+', '.join(torn)+' cannot be gone on from)' if torn else ''}. "
+                                       "Give the --output_dir of the run that was interrupted (it saves one every --save_steps steps), or leave --resume out.")
+        if 'run.json' in inside or torn: return None   # the run died before its first checkpoint
+    if inside and not args.overwrite:
         raise ISTError(f"--output_dir {folder} is not empty, and nothing in it will be overwritten. Give another folder, or --overwrite to replace it, or --resume to go on.")
 
 # %% ../nbs/10_finetune.ipynb #9cd6a8b4
@@ -250,7 +257,7 @@ def clear_folder(
 ):
     "Remove the files and checkpoints of an earlier run; leave everything else"
     for p in folder.glob('checkpoint-*'): shutil.rmtree(p)
-    for name in 'results.json ist_state.json importance.png adapter_config.json adapter_model.safetensors'.split(): (folder/name).unlink(missing_ok=True)
+    for name in 'run.json results.json ist_state.json importance.png adapter_config.json adapter_model.safetensors'.split(): (folder/name).unlink(missing_ok=True)
 
 def check_space(
     folder:Path, # The run's folder, perhaps not there yet
@@ -280,11 +287,13 @@ def make_trainer(
     from transformers.trainer_callback import ProgressCallback
     from trl import SFTTrainer
     from ist_nb.callback import ISTCallback
+    from ist_nb.runs import RunGuard
     model,tokenizer = load_model(args, sft)
     if data.kind=='messages' and not (tokenizer.chat_template or sft.chat_template_path):
         raise ISTError(f"The data are chats, and the tokenizer of {args.model!r} has no chat template. Give --chat_template_path, or data with a prompt and a completion.")
     if data.kind=='text': sft.packing,sft.packing_strategy = True,'wrapped'   # long texts are cut into rows rather than cut off
     callbacks = [ISTCallback(cfg, stack=args.stack)] if cfg else []
+    callbacks.append(RunGuard(reraise=False, how='the same command with --resume'))
     with _clear_errors():
         trainer = SFTTrainer(model, sft, train_dataset=data.train, eval_dataset=data.test, processing_class=tokenizer, peft_config=adapter_config(args), callbacks=callbacks)
     n = len(trainer.train_dataset)
@@ -331,25 +340,56 @@ def finetune(
     "Fine-tune, save, and say what happened"
     from ist_nb.data import load_data, physics
     from ist_nb.evaluate import held_out_loss
+    from ist_nb.runs import digest, locked, same_data, write_json
     ranks = one_folder(sft)
     folder = Path(sft.output_dir)
-    checkpoint = check_folder(folder, args)
-    ranks.agree('the first step', checkpoint=checkpoint)   # and nobody goes on before all have looked
+    if args.auto_resume and (done := finished(folder)): return done
+    check_folder(folder, args)   # before anything is loaded, and again when nobody else may change it
     data = load_data(args.data, test=args.test_data, test_fraction=args.test_fraction, max_rows=args.max_rows, seed=sft.seed) if args.data else physics()
     say(f'Data: {data.report}')
-    with _no_empty_folders(folder):
+    with _no_empty_folders(folder), locked(folder):
+        checkpoint = check_folder(folder, args)
+        rows = digest(data.train, data.test)
+        ranks.agree('the first step', checkpoint=checkpoint, data=rows)   # and nobody goes on before all have looked
+        if checkpoint: same_data(folder, rows, args.data or 'the physics text')
         trainer = make_trainer(args, cfg, sft, data)
         check_space(folder, sum(p.numel() for p in trainer.model.parameters() if p.requires_grad))
-    say(f'Model: {describe(trainer.model, args)}')
-    if args.overwrite and not ranks.rank: clear_folder(folder)
-    batches = whole_loader(trainer)
-    before = held_out_loss(trainer.model, batches)
-    say(f'Held-out loss before: {before:.4f}')
-    start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=checkpoint)
-    seconds = time.perf_counter()-start
-    after = held_out_loss(trainer.model, batches)
-    return save_run(trainer, args, cfg, dict(loss_before=before, loss_after=after, seconds=seconds), data)
+        say(f'Model: {describe(trainer.model, args)}')
+        if checkpoint: say(f'Going on from {checkpoint}')
+        if args.overwrite and not checkpoint and not ranks.rank: clear_folder(folder)
+        if not ranks.rank: write_json(folder/'run.json', dict(data=rows, versions=versions()))
+        batches = whole_loader(trainer)
+        before = held_out_loss(trainer.model, batches)
+        say(f'Held-out loss before: {before:.4f}')
+        start = time.perf_counter()
+        trainer.train(resume_from_checkpoint=checkpoint)
+        seconds = time.perf_counter()-start
+        check_stopped(trainer)
+        trainer.save_model()   # on every process: a sharded model is put together by all; and now, before anything else can go wrong
+        after = held_out_loss(trainer.model, batches)
+        return save_run(trainer, args, cfg, dict(loss_before=before, loss_after=after, seconds=seconds), data)
+
+# %% ../nbs/10_finetune.ipynb #ec88b7e5
+class Stopped(Exception):
+    "A signal has ended the training, after a checkpoint; `.args` holds its number"
+
+def check_stopped(
+    trainer, # After training
+): # Raises `Stopped`
+    "Whether the training has ended by a signal"
+    from ist_nb.runs import RunGuard
+    guard = next(c for c in trainer.callback_handler.callbacks if isinstance(c, RunGuard))
+    if guard.stopped_by: raise Stopped(int(guard.stopped_by))
+
+def finished(
+    folder:Path, # The run's folder
+) -> dict|None: # What is in its `results.json`
+    "A run that has been through to its end"
+    try:
+        res = json.loads((folder/'results.json').read_text(encoding='utf-8'))
+        say(f"The run in {folder} is finished: held-out loss {res['loss_before']:.4f} -> {res['loss_after']:.4f} in {res['steps']} steps.")
+    except (OSError, ValueError, KeyError, TypeError): return None
+    return res
 
 # %% ../nbs/10_finetune.ipynb #7b64e20a
 @contextmanager
@@ -385,13 +425,13 @@ def save_run(
     "Write the run's folder and print the summary"
     from ist_nb.callback import ISTCallback
     from ist_nb.plot import layer_table, plot_importance
+    from ist_nb.runs import write_json
     folder,sft = Path(trainer.args.output_dir),trainer.args
     ist = next((c.ist for c in trainer.callback_handler.callbacks if isinstance(c, ISTCallback)), None)
     state = ist.state_dict() if ist else dict(importance=None, times_active=None, n_dropped=0)
     res = measured | dict(steps=trainer.state.global_step, peak_memory_bytes=peak_memory(), importance=state['importance'], times_active=state['times_active'],
                           probes_dropped=state['n_dropped'], score_seconds=ist.score_seconds if ist else 0., data=data.report,
                           config=dict(finetune=asdict(args), ist=asdict(cfg) if cfg else None, training=json.loads(sft.to_json_string())), versions=versions())
-    trainer.save_model()   # on every process: a sharded model is put together by all
     if not trainer.is_world_process_zero(): return res
     if ist:
         write_json(folder/'ist_state.json', state)
@@ -399,7 +439,7 @@ def save_run(
         print(f"{ist}\n{layer_table(state)}")
     write_json(folder/'results.json', res)
     print(f"Held-out loss: {res['loss_before']:.4f} -> {res['loss_after']:.4f} in {res['steps']} steps and {res['seconds']:.0f} s"
-          f"\nSaved in {folder}: {', '.join(sorted(p.name for p in folder.iterdir() if p.is_file()))}")
+          f"\nSaved in {folder}: {', '.join(sorted(p.name for p in folder.iterdir() if p.is_file() and p.name[0]!='.'))}")
     return res
 
 # %% ../nbs/10_finetune.ipynb #c080cea6
@@ -415,10 +455,12 @@ def main(
         finetune(*parse(argv))
         return 0
     except ISTError as e: return _fail(e)
+    except Stopped as e: return 128+e.args[0]
     except KeyboardInterrupt: return _fail('interrupted. Checkpoints already written stay; --resume goes on from the last one.', 130)
     except Exception as e:
-        if not (getattr(e, 'errno', None)==errno.ENOSPC or 'No space left' in str(e)): raise
-        return _fail(f"the disk is full ({' '.join(str(e).split())}). What was saved before stays. Free some space, then go on with --resume, or give --output_dir on another disk.")
+        from ist_nb.runs import storage_trouble
+        if not (why := storage_trouble(e)): raise
+        return _fail(f"{why} ({' '.join(str(e).split())[:300]}). What was saved before stays. Mend that, then go on with --resume, or give --output_dir on another disk.")
 
 # %% ../nbs/10_finetune.ipynb #451290be
 def _fail(e, status=2):

@@ -78,6 +78,11 @@ bad = {
     'no content':       ({'a.jsonl':chat(dict(role='assistant'))}, 'a.jsonl', ['line 1, message 2', 'no content', 'give it a text']),
     'content of parts': ({'a.jsonl':chat(dict(role='assistant', content=[dict(type='text')]))}, 'a.jsonl', ["'content'", '(list)', 'as a string']),
     'chat is a text':   ({'a.jsonl':js(dict(messages='Hi'))}, 'a.jsonl', ['line 1', 'holds a str', 'list of']),
+    'digits':           ({'a.json':'[{"text": '+'9'*5000+'}]'}, 'a.json', ['4,300 digits', 'as a text']),
+    'digits in a line': ({'a.jsonl':'{"text": "a"}\n{"text": '+'9'*5000+'}'}, 'a.jsonl', ['line 2', '4,300 digits', 'as a text']),
+    'nested text':      ({'a.jsonl':'{"text": '+'['*400+']'*400+'}'}, 'a.jsonl', ['line 1', "'text'", '(list)']),
+    'many columns':     ({'a.jsonl':js({f'c{i}':1 for i in range(1000)})}, 'a.jsonl', ["'c0'", 'and 980 more', 'accepted sets']),
+    'bomb':             ({'a.jsonl.gz':gzip.compress(b' '*2**27)}, 'a.jsonl.gz', ['a.jsonl.gz', '200 times its size', 'make it again']),
     'no such split':    ({'d/test.jsonl':good}, 'd', ["no split 'train'", 'Allowed: test']),
 }
 
@@ -150,3 +155,25 @@ def test_global_random_state(here):
     before = random.getstate(),np.random.get_state()[1].tolist()
     load_data('a.jsonl', max_rows=6)
     assert (random.getstate(),np.random.get_state()[1].tolist())==before
+
+def test_wide_header(here):
+    "A first line of 100,000 names is read in no time"
+    import time
+    put(here, {'a.csv':','.join(f'c{i}' for i in range(100_000))+'\n'+','.join('1' for i in range(100_000))})
+    start = time.process_time()
+    with pytest.raises(ISTError) as e: load_data('a.csv')
+    assert time.process_time()-start<3 and len(str(e.value))<2000
+
+def test_longest_line(here, monkeypatch):
+    import ist_nb.data
+    monkeypatch.setattr(ist_nb.data, 'longest_line', 2**20)
+    put(here, {'a.jsonl':js(*rows)+'\n'+js(dict(prompt='a'*2**21, completion='b'))})
+    with pytest.raises(ISTError, match='line 13: longer than 1 MiB; write one row in a line'): load_data('a.jsonl')
+
+def test_deep_values_in_messages(here):
+    "What cannot be written is not shown"
+    from ist_nb.data import Part
+    deep = []
+    for _ in range(10_000): deep = [deep]
+    for row in (dict(text=deep), dict(text=10**5000), deep, dict(messages=[deep])):
+        with pytest.raises(ISTError): list(Part('a', [('row 1', row)]).convert())

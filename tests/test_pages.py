@@ -42,7 +42,7 @@ owed = {
     '05_callback': 'printers run_ahead prints',
     '06_processes': 'Ranks launched warn_if_apart weight SharedProbe wrappers unwrap around Engine engine_of reshard device_of Case Limit in_buckets harmless flattens check_engine',
     '06_speed': 'machine_rates BlockShape moved_per_token step_cost',
-    '08_evaluate': 'answer_forms ways Task task_file plain_generation prompt_of score_generation check_choices summarise write_json versions harness EvaluateArguments parse base_of load table run',
+    '08_evaluate': 'answer_forms ways Task task_file plain_generation prompt_of score_generation check_choices summarise versions harness EvaluateArguments parse base_of load table run',
     '09_plot': 'quiet faint memory_heat live_line',
     '10_finetune': 'say one_folder whole_loader',
 }
