@@ -6,8 +6,8 @@
 __all__ = ['recipe', 'recipe_pico', 'recipe_demo', 'assets', 'FinetuneArguments', 'number', 'ist_arguments', 'defaults_for',
            'fresh_folder', 'make_parser', 'read_config', 'parse', 'ist_config', 'help_page', 'load_model',
            'adapter_config', 'peft_options', 'check_folder', 'clear_folder', 'check_space', 'progress_bar',
-           'make_trainer', 'say', 'one_folder', 'whole_loader', 'finetune', 'Stopped', 'check_stopped', 'finished',
-           'describe', 'peak_memory', 'save_run', 'main']
+           'make_trainer', 'finetune', 'Stopped', 'check_stopped', 'finished', 'describe', 'peak_memory', 'save_run',
+           'main']
 
 # %% ../nbs/10_finetune.ipynb #b4355096
 import json,os,re,shutil,sys,time
@@ -307,11 +307,11 @@ def make_trainer(
     return trainer
 
 # %% ../nbs/10_finetune.ipynb #5f7a4165
-def say(what):
+def _say(what):
     "Print on the first of several processes"
     if os.environ.get('RANK', '0')=='0': print(what)
 
-def one_folder(
+def _one_folder(
     sft, # An `SFTConfig`; its `output_dir` becomes that of the first process
 ): # `Ranks`
     "One folder for all processes of a run: each may have chosen a new name of its own"
@@ -322,7 +322,7 @@ def one_folder(
     sft.output_dir = ranks.texts(sft.output_dir)[0]
     return ranks
 
-def whole_loader(
+def _whole_loader(
     trainer, # A `Trainer`
 ): # A `DataLoader`
     "All of the held-out rows, on every process"
@@ -341,12 +341,12 @@ def finetune(
     from ist_nb.data import load_data, physics
     from ist_nb.evaluate import held_out_loss
     from ist_nb.runs import digest, locked, same_data, write_json
-    ranks = one_folder(sft)
+    ranks = _one_folder(sft)
     folder = Path(sft.output_dir)
     if args.auto_resume and (done := finished(folder)): return done
     check_folder(folder, args)   # before anything is loaded, and again when nobody else may change it
     data = load_data(args.data, test=args.test_data, test_fraction=args.test_fraction, max_rows=args.max_rows, seed=sft.seed) if args.data else physics()
-    say(f'Data: {data.report}')
+    _say(f'Data: {data.report}')
     with _no_empty_folders(folder), locked(folder):
         checkpoint = check_folder(folder, args)
         rows = digest(data.train, data.test)
@@ -354,13 +354,13 @@ def finetune(
         if checkpoint: same_data(folder, rows, args.data or 'the physics text')
         trainer = make_trainer(args, cfg, sft, data)
         check_space(folder, sum(p.numel() for p in trainer.model.parameters() if p.requires_grad))
-        say(f'Model: {describe(trainer.model, args)}')
-        if checkpoint: say(f'Going on from {checkpoint}')
+        _say(f'Model: {describe(trainer.model, args)}')
+        if checkpoint: _say(f'Going on from {checkpoint}')
         if args.overwrite and not checkpoint and not ranks.rank: clear_folder(folder)
         if not ranks.rank: write_json(folder/'run.json', dict(data=rows, versions=versions()))
-        batches = whole_loader(trainer)
+        batches = _whole_loader(trainer)
         before = held_out_loss(trainer.model, batches)
-        say(f'Held-out loss before: {before:.4f}')
+        _say(f'Held-out loss before: {before:.4f}')
         start = time.perf_counter()
         trainer.train(resume_from_checkpoint=checkpoint)
         seconds = time.perf_counter()-start
@@ -387,7 +387,7 @@ def finished(
     "A run that has been through to its end"
     try:
         res = json.loads((folder/'results.json').read_text(encoding='utf-8'))
-        say(f"The run in {folder} is finished: held-out loss {res['loss_before']:.4f} -> {res['loss_after']:.4f} in {res['steps']} steps.")
+        _say(f"The run in {folder} is finished: held-out loss {res['loss_before']:.4f} -> {res['loss_after']:.4f} in {res['steps']} steps.")
     except (OSError, ValueError, KeyError, TypeError): return None
     return res
 

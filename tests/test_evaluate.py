@@ -4,7 +4,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from ist_nb.config import ISTError
 from ist_nb.evaluate import *
-from ist_nb.evaluate import EvaluateArguments, answers_of, base_of, load, main, parse, table
+from ist_nb.evaluate import EvaluateArguments, answers_of, _base_of, load, main, parse, table
 from ist_nb.finetune import assets, main as finetune_main
 
 def ask(q, marks, texts, head='Please choose the correct answer to the question:', form='Answer format: '):
@@ -289,7 +289,7 @@ def test_run_is_evaluated(folder, tmp_path, capsys):
     quiet = '--disable_tqdm true --logging_strategy no --save_strategy no --seed 0'
     (tmp_path/'d.json').write_text(json.dumps([dict(instruction=f'{i}. '*i+rows['ARC-Easy'][0], input='', output='the correct answer is answer2', answer='answer2') for i in range(5)]*8))
     assert finetune_main(f'--data {tmp_path}/d.json --output_dir {tmp_path}/run --max_steps 12 --per_device_train_batch_size 4 --learning_rate 1e-2 --score_batch_size 4 {quiet}'.split())==0
-    assert base_of(tmp_path/'run')==str(assets.resolve()/'pico') or Path(base_of(tmp_path/'run')).samefile(assets/'pico')
+    assert _base_of(tmp_path/'run')==str(assets.resolve()/'pico') or Path(_base_of(tmp_path/'run')).samefile(assets/'pico')
     argv = f'--model {tmp_path}/run --tasks arc-e --data {folder} --max_new_tokens 12'.split()
     assert main(argv)==0
     out = capsys.readouterr().out
@@ -302,7 +302,7 @@ def test_run_is_evaluated(folder, tmp_path, capsys):
     assert [o['output'] for o in json.loads((tmp_path/'merged'/'ARC-Easy.json').read_text())['rows']]==[o['output'] for o in made['rows']]
     conf = json.loads((tmp_path/'run'/'adapter_config.json').read_text())
     (tmp_path/'run'/'adapter_config.json').write_text(json.dumps(conf | dict(base_model_name_or_path='elsewhere/pico')))      # made on another machine
-    assert Path(base_of(tmp_path/'run')).samefile(assets/'pico')
+    assert Path(_base_of(tmp_path/'run')).samefile(assets/'pico')
     assert main(f'--model pico --adapter {tmp_path}/run --tasks arc-e --data {folder} --how likelihood --limit 2 --output_dir {tmp_path}/l'.split())==0
     assert main(f'--model {tmp_path}/run --adapter {tmp_path}/run --tasks arc-e --data {folder}'.split())==2
 

@@ -5,7 +5,7 @@ from datasets import Dataset
 from peft import LoraConfig,get_peft_model
 from transformers import LlamaConfig,LlamaForCausalLM,Trainer,TrainerCallback,TrainingArguments
 from transformers.trainer_callback import CallbackHandler,PrinterCallback,ProgressCallback
-from ist_nb.callback import ISTCallback,log_names,prints
+from ist_nb.callback import ISTCallback,log_names,_prints
 from ist_nb.config import ISTConfig
 from ist_nb.plot import Live
 
@@ -129,8 +129,8 @@ def test_printers_are_known():
     from transformers.utils.notebook import NotebookProgressCallback
     from trl import RichProgressCallback
     class Mine(ProgressCallback): pass
-    assert all(prints(object.__new__(o)) for o in (PrinterCallback, ProgressCallback, NotebookProgressCallback, RichProgressCallback, Mine))
-    assert not prints(Reporter())
+    assert all(_prints(object.__new__(o)) for o in (PrinterCallback, ProgressCallback, NotebookProgressCallback, RichProgressCallback, Mine))
+    assert not _prints(Reporter())
 
 def test_trl(tmp_path):
     "SFTTrainer puts numbers of its own into the logs"

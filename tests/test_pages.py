@@ -37,16 +37,6 @@ def test_symbols():
             if used and not set(used)&set(greek.findall(text)): bad.append(f'the page of symbols says that {r[0]} is introduced on {p}, which does not have it')
     assert not bad, '\n'.join(bad)
 
-# owed: names that came without an example; take a name out when it gets one, and put none in
-owed = {
-    '05_callback': 'printers run_ahead prints',
-    '06_processes': 'Ranks launched warn_if_apart weight SharedProbe wrappers unwrap around Engine engine_of reshard device_of Case Limit in_buckets harmless flattens check_engine',
-    '06_speed': 'machine_rates BlockShape moved_per_token step_cost',
-    '08_evaluate': 'answer_forms ways Task task_file plain_generation prompt_of score_generation check_choices summarise versions harness EvaluateArguments parse base_of load table run',
-    '09_plot': 'quiet faint memory_heat live_line',
-    '10_finetune': 'say one_folder whole_loader',
-}
-
 @page(module)
 def test_every_name_has_an_example(name):
     "Each public name is called in a cell of its page that readers see, and that is not the one that defines it"
@@ -55,9 +45,6 @@ def test_every_name_has_an_example(name):
     code = (root/'ist_nb'/f'{module(cells)}.py').read_text()
     public = ast.literal_eval(re.search(r'^__all__ = (\[.*?\])', code, re.M|re.S)[1])
     lacks = [o for o in public if not re.search(rf'\b{o}\b', shown)]
-    late = set(owed.get(name, '').split())
-    assert late<=set(lacks), f'{name}: {", ".join(sorted(late-set(lacks)))} need not be in the list of names that are owed an example any more'
-    lacks = [o for o in lacks if o not in late]
     assert not lacks, f'{name} has no example of {", ".join(lacks)}: call each in a cell of the page, or give it a name with an underscore'
 
 @page(lambda cells: any(s.startswith('#| hide\n# In Colab') for s in kind(cells, 'code')))

@@ -59,7 +59,7 @@ def test_palette_in_grey():
     assert np.diff(L).min()>=15
     assert all(1.05/(luminance(P.palette[k])+0.05)>=3 for k in ('blue', 'red', 'teal', 'black'))   # WCAG's contrast for graphics, on white
 
-@pytest.mark.parametrize('name', [P.heat, P.memory_heat])
+@pytest.mark.parametrize('name', [P.heat, P._memory_heat])
 def test_heat_maps_in_grey(name):
     "Lightness goes one way, for every kind of sight"
     rgb = light(plt.get_cmap(name)(np.linspace(0, 1, 64))[:, :3])
@@ -146,7 +146,7 @@ def test_stacks_with_budgets_of_their_own():
 @pytest.mark.parametrize('s', [made([0.]*3) | dict(history=[]), made([1.]), made([0.]*80), made([0.5]*2) | dict(t=0, times_active=[0, 0], history=[])], ids=['nothing scored', 'one layer', 'many layers', 'no step'])
 def test_states_at_the_edge(s):
     for f in (P.plot_importance, P.plot_times_active): f(s).canvas.draw()
-    for f in (P.layer_table, P.importance_rows, P.times_rows, P.live_line): assert f(s)
+    for f in (P.layer_table, P.importance_rows, P.times_rows, P._live_line): assert f(s)
     assert len(P.times_rows(s).splitlines())==1+len(s['layers'])
 
 def test_memory_before_anything_is_measured():
