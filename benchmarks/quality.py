@@ -18,12 +18,14 @@ from ist_nb.scorers import follow
 from speed import typed
 
 here = Path(__file__).parent
-scales = dict(   # rows in a step, tokens in a row, rows to choose and to judge by, how often; steps and training rows (None: all) of the regimes
+scales = dict(   # of pico a smoke test and a small version, and what a GPU runs: rows in a step, tokens in a row, rows to choose and to judge by, how often; steps and training rows (None: all) of the regimes
+    smoke=dict(batch=2, length=96, held=4, evals=2, under=(6, None), matched=(6, None), over=(6, 4)),
     pico=dict(batch=4, length=128, held=96, evals=4, under=(50, None), matched=(200, None), over=(400, 64)),
     base=dict(batch=16, length=256, held=384, evals=10, under=(150, None), matched=(600, None), over=(600, 256)))
-books = dict(pico=dict(book='textbooks/physics', domain='textbooks_research/us-history'), base=dict(book='textbooks_research/us-history', domain='textbooks_research/anatomy-physiology'))
+small = dict(book='textbooks/physics', domain='textbooks_research/us-history')
+books = dict(smoke=small, pico=small, base=dict(book='textbooks_research/us-history', domain='textbooks_research/anatomy-physiology'))
 kinds = ['book', 'domain', 'choice']
-choice_sets = dict(train=['ARC-Easy', 'ARC-Challenge', 'openbookqa', 'boolq'], test=['arc_easy', 'arc_challenge', 'openbookqa', 'boolq'])
+choice_sets = ['ARC-Easy', 'ARC-Challenge', 'openbookqa', 'boolq']
 
 # contenders: settings of IST (None: all layers at every step), of the adapter, and more of this file
 fixed = lambda which: dict(sampler=f'static {which}')
@@ -73,7 +75,7 @@ def choice_rows(folder, tokenizer, length, valid=400):
         a,b = tokenizer(choice_prompt(row), verbose=False).input_ids,tokenizer(row['output'], verbose=False).input_ids
         ids = torch.tensor(a+b)
         return dict(input_ids=ids, labels=torch.cat([torch.full((len(a),), -100), ids[len(a):]]))
-    train = [rows(o) for n in choice_sets['train'] for o in json.loads((folder/n/'train.json').read_text())]
+    train = [rows(o) for n in choice_sets for o in json.loads((folder/n/'train.json').read_text())]
     train = [train[i] for i in torch.randperm(len(train), generator=torch.Generator().manual_seed(0)) if len(train[i]['input_ids'])<=length]
     return train[valid:],train[:valid],None
 
@@ -84,14 +86,14 @@ def collate(rows):
 
 def load_task(kind, scale, data, tokenizer):
     length = scales[scale]['length']
-    if kind=='choice': return choice_rows(data/'commonsense', tokenizer, length)
+    if kind=='choice': return choice_rows(data/'commonsense', tokenizer, 2*length)   # a question with its choices is longer than a row of a book needs to be
     return lm_rows(data/f'{books[scale][kind]}.jsonl.gz', tokenizer, length)
 
 def spread(rows, n): return [rows[i*len(rows)//n] for i in range(n)] if len(rows)>n else rows
 
 def load_base(scale, base):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(str(assets/'pico') if scale=='pico' else str(base), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(str(base) if scale=='base' else str(assets/'pico'), dtype=torch.float32)
     model.config.use_cache = False
     return model
 
@@ -177,8 +179,8 @@ def run(job, scale, data, base, device):
                depth=statistics.mean(depth), active=float(ist.times_active.sum()/steps), share=ist.score_seconds/spent, curve=curve, importance=ist.importance.tolist(), times_active=ist.times_active.tolist())
     if kind=='choice' and scale!='pico':   # a model of pico's size answers by chance
         res['accuracy'] = {}
-        for o in choice_sets['test']:
-            rows = [r for r in read_task(known_tasks[o], Path(data)/'commonsense') if len(tokenizer(choice_prompt(r), verbose=False).input_ids)<s['length']]
+        for o in choice_sets:
+            rows = [r for r in read_task(known_tasks[o], Path(data)/'commonsense', 8 if scale=='smoke' else None) if len(tokenizer(choice_prompt(r), verbose=False).input_ids)<2*s['length']]
             with amp: right = sum(r['correct'] for r in score_likelihood(model, tokenizer, known_tasks[o], rows, batch_size=64, prompt=choice_prompt))
             res['accuracy'][o] = dict(correct=right, n=len(rows), interval=confidence_interval(right, len(rows)))
     return res
@@ -212,7 +214,7 @@ def best_rates(runs, what='valid'):
 @call_parse
 def main(
     data:Path,            # Folder with `textbooks`, `textbooks_research` and `commonsense`
-    scale:str='',         # pico or base; base if there is a GPU
+    scale:str='',         # smoke, pico or base; base if there is a GPU
     base:Path=Path('/tmp/ist_quality_base'), # Where the pretrained base is, or goes
     minutes:float=2.5,    # Of pretraining
     tasks:str='book domain choice', # Which

@@ -186,7 +186,7 @@ def read_parquet(path):
                 for row in batch.to_pylist():
                     n += 1
                     yield f'row {n}',row
-    except pa.ArrowException as e: raise EOFError(str(e)) from None
+    except (pa.ArrowException, ValueError, OverflowError) as e: raise EOFError(str(e)) from None   # names that are not UTF-8, dates that Python does not have
 
 readers = {'.json':read_json, '.jsonl':read_jsonl, '.parquet':read_parquet, '.csv':read_csv, '.txt':read_txt}
 

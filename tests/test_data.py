@@ -70,6 +70,7 @@ bad = {
     'number':           ({'a.json':json.dumps([rows[0], dict(prompt='1+2=', completion=3)])}, 'a.json', ['row 2', "'completion'", '3 (int)', 'as a string']),
     'list':             ({'a.jsonl':js(dict(text=['a', 'b']))}, 'a.jsonl', ['line 1', "'text'", '(list)', 'as a string']),
     'parquet number':   ({'a.parquet':parquet([dict(question='a', answer=1.5)])}, 'a.parquet', ['row 1', "'answer'", '1.5 (float)']),
+    'parquet not utf-8': ({'a.parquet':parquet([dict(text='a', ä='b')]).replace('ä'.encode(), b'\x80\x80')}, 'a.parquet', ['a.parquet', 'damaged', 'make or copy it again']),
     'all empty':        ({'a.jsonl':js(dict(text=''), dict(text=None))}, 'a.jsonl', ['2 with an empty text', 'give rows']),
     'one row':          ({'a.jsonl':js(dict(text='a'))}, 'a.jsonl', ['1 usable row', 'at least 2', 'Add rows']),
     'one paragraph':    ({'a.txt':'One.\nTwo.'}, 'a.txt', ['1 usable row', 'blank lines']),

@@ -1,0 +1,28 @@
+"The bench of the evidence: every contender runs, on every kind of task, and a run that is known is not run again"
+import json,math
+from pathlib import Path
+import pytest
+import quality
+
+data = Path(__file__).parent.parent.parent/'shared'/'data'
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not data.exists(), reason='needs the textbooks and the commonsense files in ../shared/data, which are not part of the repository')]
+
+@pytest.mark.parametrize('name', list(quality.contenders))
+def test_contender(name):
+    r = quality.run((name, 'book', 'under', 1e-3, 0), 'smoke', str(data), '', 'cpu')
+    assert all(math.isfinite(o[k]) for o in r['curve'] for k in ('valid', 'test')) and len(r['curve'])==3
+    assert sum(r['times_active'])==round(6*r['active'])
+    if 'static' in name: assert set(r['times_active'])=={0, 6}
+    if name=='anneal to depth': assert min(r['times_active'])>=2 and r['depth']<1
+    if name=='LISA schedule': assert len({n for n in r['times_active']})==2   # one draw, held for all of six steps
+    assert r==quality.run((name, 'book', 'under', 1e-3, 0), 'smoke', str(data), '', 'cpu') | {k:r[k] for k in ('seconds', 'curve', 'share', 'stopped')}   # the same again, but for the time
+
+@pytest.mark.parametrize('kind', ['domain', 'choice'])
+def test_task(kind):
+    r = quality.run(('depth, fisher', kind, 'over', 1e-3, 0), 'smoke', str(data), '', 'cpu')
+    assert r['task']==kind and math.isfinite(r['test'])
+    if kind=='choice': assert {k:v['n'] for k,v in r['accuracy'].items()}.keys()==set(quality.choice_sets)
+
+def test_rates_are_chosen_on_validation_rows_of_the_first_seed():
+    run = lambda lr, seed, valid, test: dict(method='a', task='book', regime='under', lr=lr, seed=seed, valid=valid, test=test)
+    assert quality.best_rates([run(1, 0, 2., 9.), run(2, 0, 3., 1.), run(3, 1, 0., 0.)])=={('a', 'book', 'under'):1}
