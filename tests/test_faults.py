@@ -104,7 +104,7 @@ def fill(d):
         while True: f.write(b'x'*512); f.flush()   # the rest, in small pieces
 
 @posix
-@pytest.mark.parametrize('name,method', [('adapter_model.safetensors', 'save_model'), ('optimizer.pt', '_save_optimizer_and_scheduler'), pytest.param('trainer_state.json', '_save_rng_state', marks=slow)])
+@pytest.mark.parametrize('name,method', [('adapter_model.safetensors', 'save_model'), pytest.param('optimizer.pt', '_save_optimizer_and_scheduler', marks=slow), pytest.param('trainer_state.json', '_save_rng_state', marks=slow)])
 def test_disk_full(small_disk, tmp_path, name, method, fault):
     "The disk is full from the moment when this file of the checkpoint of step 4 is about to be written"
     fault(f'The disk is full when {name} is saved', 'ends with a sentence; the checkpoint before is whole, and the run goes on from it exactly')
@@ -274,7 +274,7 @@ def picky(rows):
     seen = loss_fn.seen = []
     return loss_fn
 
-@pytest.mark.parametrize('scorer', ['suppression', 'gate'])
+@pytest.mark.parametrize('scorer', ['suppression', pytest.param('gate', marks=slow)])
 def test_probe_out_of_memory(fault, scorer):
     fault(f'A probe of {scorer!r} runs out of memory', 'half of its rows, and again, said once; the state remembers')
     ids = torch.arange(16*12).view(16, 12)%32

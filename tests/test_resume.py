@@ -51,6 +51,7 @@ def forgetful(folder, point, out):
     ISTCallback._restore = lambda self, state, optimizer: None
     kp.train(folder, point, out)
 
+@pytest.mark.slow
 def test_the_comparison_can_fail(ctx, tmp_path, want):
     "What is tested above does not come by itself"
     res, = kp.kill_points(ctx, blind, [(7, 'state_half')], tmp_path/'a', want)
