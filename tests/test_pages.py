@@ -37,12 +37,6 @@ def test_symbols():
             if used and not set(used)&set(greek.findall(text)): bad.append(f'the page of symbols says that {r[0]} is introduced on {p}, which does not have it')
     assert not bad, '\n'.join(bad)
 
-# owed: names that came without an example; take a name out when it gets one, and put none in
-owed = {
-    '04_ist': 'history_limit state_version migrations is_plain state_fields checked_state',
-    '07_data': 'longest_line',
-}
-
 @page(module)
 def test_every_name_has_an_example(name):
     "Each public name is called in a cell of its page that readers see, and that is not the one that defines it"
@@ -51,9 +45,6 @@ def test_every_name_has_an_example(name):
     code = (root/'ist_nb'/f'{module(cells)}.py').read_text()
     public = ast.literal_eval(re.search(r'^__all__ = (\[.*?\])', code, re.M|re.S)[1])
     lacks = [o for o in public if not re.search(rf'\b{o}\b', shown)]
-    late = set(owed.get(name, '').split())
-    assert late<=set(lacks), f'{name}: {", ".join(sorted(late-set(lacks)))} need not be in the list of names that are owed an example any more'
-    lacks = [o for o in lacks if o not in late]
     assert not lacks, f'{name} has no example of {", ".join(lacks)}: call each in a cell of the page, or give it a name with an underscore'
 
 @page(lambda cells: any(s.startswith('#| hide\n# In Colab') for s in kind(cells, 'code')))
