@@ -2,8 +2,7 @@
 on adapting to a held-out book, to a second domain, and on multiple choice; in an under-trained, a matched and an over-trained regime.
 `python benchmarks/quality.py DATA` runs on pico and the CPU; with a GPU it first pretrains a base of 55 million parameters. DATA holds `textbooks`,
 `textbooks_research` and `commonsense`. Runs go side by side in processes, results are saved as they come, and a run that is known is not run again"""
-import gzip,json,math,os,platform,statistics,sys,time
-from functools import partial
+import gzip,json,platform,statistics,sys,tempfile,time
 from importlib.metadata import version
 from pathlib import Path
 import torch, torch.multiprocessing as mp
@@ -215,7 +214,7 @@ def best_rates(runs, what='valid'):
 def main(
     data:Path,            # Folder with `textbooks`, `textbooks_research` and `commonsense`
     scale:str='',         # smoke, pico or base; base if there is a GPU
-    base:Path=Path('/tmp/ist_quality_base'), # Where the pretrained base is, or goes
+    base:Path=Path(tempfile.gettempdir())/'ist_quality_base', # Where the pretrained base is, or goes
     minutes:float=2.5,    # Of pretraining
     tasks:str='book domain choice', # Which
     regimes:str='under matched over', # Which

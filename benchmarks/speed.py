@@ -137,10 +137,9 @@ variants = {   # name: settings of IST (None: all layers), levers, checkpointing
 
 def estimated(found, steps=24):
     "For each variant of a shape in the committed JSON: seconds and peak memory as shares of LoRA's that `estimate` foresees for the very steps that were drawn (no importance yet)"
-    c,res = config_of(found['shape']),{}
-    s,dtype = block_shape(c, lora),torch.float32 if found['shape']=='pico' else torch.bfloat16
+    s,res,dtype = block_shape(config_of(found['shape']), lora),{},torch.float32 if found['shape']=='pico' else torch.bfloat16
     args = dict(rates=(found['matrix_flops'], found['copy_bytes']), dtype=dtype)
-    dense = estimate(c, ISTConfig.rst(n_active=1.), found['batch'], found['length'], lora, **args)
+    dense = estimate(s, ISTConfig.rst(n_active=1.), found['batch'], found['length'], **args)
     for k,v in found['variants'].items():
         if k not in variants: continue
         config,levers,ckpt = variants[k]
@@ -150,7 +149,7 @@ def estimated(found, steps=24):
         for seed in range(v['reps']):
             o = ISTConfig(**(config | dict(seed=seed, fast=','.join(l for l in levers.split() if l!='ahead') or False)))
             drawn = [samplers[o.sampler](torch.zeros(s.n), layer_count(o.n_active, s.n), o, generator_for(seed, 'layers', t)).tolist() for t in range(steps)]
-            rows.append(estimate(c, o, found['batch'], found['length'], lora, draws=drawn[3:], checkpointing=ckpt, ahead='ahead' in levers, **args))
+            rows.append(estimate(s, o, found['batch'], found['length'], draws=drawn[3:], checkpointing=ckpt, ahead='ahead' in levers, **args))
         res[k] = [statistics.median(r[f] for r in rows)/dense[f] for f in ('seconds', 'bytes')]
     return res
 

@@ -265,6 +265,7 @@ def animate_run(
     plt.close(fig)      # or a notebook shows it as a picture that stands still
     return anim
 
+# %% ../nbs/09_plot.ipynb #e981481b
 def save_animation(
     anim, # From `animate_run`
     path:str|Path, # Ending in .gif
@@ -406,6 +407,7 @@ def _name_ends(ax, x, ys, names, colors):
         ax.annotate(name, (x, y), xytext=(1.02, (at-low)/(high-low)), textcoords='axes fraction', va='center', fontsize=7.5, color='k', annotation_clip=False,
                     arrowprops=dict(arrowstyle='-', lw=0.7, color=c, shrinkA=1, shrinkB=2))
 
+# %% ../nbs/09_plot.ipynb #08e66620
 @_styled
 def plot_suppression(
     factors, # [F] in [0, 1]
@@ -517,6 +519,7 @@ def seconds_to(
     x,y,*_ = curve
     return float(x[np.flatnonzero(y<=loss)[0]]) if (y<=loss).any() else None
 
+# %% ../nbs/09_plot.ipynb #0b29139d
 def _ahead(curves):
     "In words, who is ahead when the shortest curve ends, if nobody reaches the final loss of the first method"
     first,now = next(iter(curves)),min(c[0][-1] for c in curves.values())
@@ -537,6 +540,7 @@ def _race(curves):
     if made[best]>end: return f'{names[0]} is the first to reach {goal:.3f}; {best} takes {made[best]/end:.2f} times as long'
     return f'{best} reaches the final loss of {names[0]} in {made[best]/end:.0%} of its time'
 
+# %% ../nbs/09_plot.ipynb #83641242
 @_styled
 def plot_losses(
     runs:dict, # By method: a list of pairs, seconds [T] and losses [T], one a seed

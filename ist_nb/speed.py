@@ -388,6 +388,7 @@ def moved_per_token(
         own = (23*s.sin+12*s.sout) if cast else (17*s.sin+24*s.sout)
     return base + (0 if kind=='folded' else own)
 
+# %% ../nbs/06_speed.ipynb #fd4f0e75
 def step_cost(
     s:BlockShape, # From `block_shape`
     active:list, # Positions of the blocks that are trained; none for a forward pass alone
@@ -438,7 +439,7 @@ def _budget(config):
 
 # %% ../nbs/06_speed.ipynb #a2c54963
 def estimate(
-    model, # A model with LoRA, or a configuration of transformers
+    model, # A model with LoRA, a configuration of transformers, or a `BlockShape`
     config, # An `ISTConfig`
     batch:int, # Rows
     seq:int, # Tokens in a row
@@ -451,7 +452,7 @@ def estimate(
     wait:float=1e-3, # As in `step_cost`
 ) -> dict: # seconds (mean), bytes (most), each also for LoRA (dense_...) and as a share of it (ratio_...)
     "What training with `config` costs beside LoRA on all layers, before it is tried"
-    s,e,T = block_shape(model, lora),dtype.itemsize,batch*seq
+    s,e,T = model if isinstance(model, BlockShape) else block_shape(model, lora),dtype.itemsize,batch*seq
     gpu,rates = e<4,rates or (8e14, 2.9e12)
     mask = 1 if gpu else e
     names = [] if not config.fast else ['fold', *(['compile'] if gpu else [])] if config.fast is True else [o.strip() for o in config.fast.split(',')]
