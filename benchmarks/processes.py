@@ -129,8 +129,11 @@ def fsdp1_weights(outer):
     from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
     with FSDP.summon_full_params(outer): return weights_of(outer)
 def fsdp1_grads(outer):
-    from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
-    with FSDP.summon_full_params(outer, with_grads=True): return {k:g for k,g in grads_of(outer).items() if g.any()}   # it gathers zeros for what has none
+    "The slices of all ranks put together; FSDP's own way (`summon_full_params(with_grads=True)`) fails where the slice of a rank has no gradient"
+    own,parts = {clean(k):p.grad.detach().cpu().flatten() for k,p in outer.named_parameters() if p.grad is not None},[None]*dist.get_world_size()
+    dist.all_gather_object(parts, own)
+    shapes = {k:p.shape for k,p in make().named_parameters()}
+    return {k:torch.cat([o[k] for o in parts if k in o]).view(shapes[k]) for k in {k for o in parts for k in o}}
 
 engines = {   # name: how to wrap, and what else is special
     'DDP': dict(wrap=ddp),
