@@ -172,10 +172,10 @@ works = {   # name: engine, what is done, and the arguments of `run`
 }
 
 def arguments(name):
-    "The arguments of `run` for a case; without an engine for the run on one process that it is compared with"
+    "The arguments of `run` for a case; without an engine for the run on one process that it is compared with; folding changes nothing, compiling rounds the norms (32 bits) in another way"
     engine,_,kwargs = works[name]
     kwargs = dict(kwargs)
-    plain = dict(config={k:v for k,v in kwargs.get('config', {}).items() if k!='fast'}, accumulate=kwargs.get('accumulate', 1))
+    plain = dict(config={k:v for k,v in kwargs.get('config', {}).items() if (k, v)!=('fast', 'fold')}, accumulate=kwargs.get('accumulate', 1))
     kwargs.pop('slow', None)
     if kwargs.pop('checkpointing', False):
         def before(t, ist, outer):
