@@ -81,7 +81,8 @@ def losses_of(model, rows):
     "The loss of each 16 of the held-out rows"
     with quietly(model): return torch.tensor([model(input_ids=o, labels=o).loss.item() for o in rows.split(16)], dtype=torch.float64)
 
-def one_run(seed, steps, n_held):
+def setting(seed, n_held):
+    "Held-out rows, a loader of the others, and pico with LoRA"
     tokenizer = AutoTokenizer.from_pretrained(str(assets/'pico'))
     text = ' '.join(json.loads(o)['text'] for o in (assets/'physics'/'train.jsonl').read_text().splitlines())
     ids = torch.tensor(tokenizer(text, verbose=False)['input_ids']); rows = ids[:len(ids)//length*length].view(-1, length)
@@ -90,7 +91,10 @@ def one_run(seed, steps, n_held):
     held,train = rows[order[:n_held]],rows[order[n_held:]]
     loader = DataLoader([dict(input_ids=o, labels=o) for o in train], batch_size=batch, shuffle=True, generator=g)
     torch.manual_seed(seed)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(str(assets/'pico'), dtype=torch.float32), LoraConfig(r=8, lora_alpha=16, target_modules='all-linear', task_type='CAUSAL_LM'))
+    return held,loader,get_peft_model(AutoModelForCausalLM.from_pretrained(str(assets/'pico'), dtype=torch.float32), LoraConfig(r=8, lora_alpha=16, target_modules='all-linear', task_type='CAUSAL_LM'))
+
+def one_run(seed, steps, n_held):
+    held,loader,model = setting(seed, n_held)
     ist = IST(model, ISTConfig.rst(seed=seed))
     watched = [Watched(model, o, loader, seed) for o in rivals()]
     opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)

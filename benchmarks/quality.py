@@ -1,7 +1,7 @@
 """Does importance pay? Dense LoRA and its relatives, layers fixed once, LISA's schedule, RST, the released IST and ours, each with its own learning rate,
 on adapting to a held-out book, to a second domain, and on multiple choice; in an under-trained, a matched and an over-trained regime.
 `python benchmarks/quality.py DATA` runs on pico and the CPU; with a GPU it first pretrains a base of 55 million parameters. DATA holds `textbooks`,
-`textbooks_research` and `commonsense`. Runs go side by side in processes, results are saved as they come, and a run that is known is not run again"""
+`textbooks_research` and `commonsense`; `--model` takes a model of the hub in place of that base. Runs go side by side in processes, results are saved as they come, and a run that is known is not run again"""
 import gzip,json,platform,statistics,sys,tempfile,time
 from importlib.metadata import version
 from pathlib import Path
@@ -9,17 +9,18 @@ import torch, torch.multiprocessing as mp
 from fastcore.script import call_parse
 from peft import AdaLoraConfig,LoraConfig,get_peft_model
 from transformers import AutoModelForCausalLM,AutoTokenizer
-from ist_nb import IST,ISTConfig
+from ist_nb import IST,ISTConfig,find_layers
 from ist_nb.config import samplers,scorers
 from ist_nb.evaluate import confidence_interval,held_out_loss,read_task,score_likelihood,tasks as known_tasks
 from ist_nb.finetune import assets
+from ist_nb.samplers import inclusion_by_depth
 from ist_nb.scorers import follow
 from speed import typed
 
 here = Path(__file__).parent
-scales = dict(   # of pico a smoke test and a small version, and what a GPU runs: rows in a step, tokens in a row, rows to choose and to judge by, how often; steps and training rows (None: all) of the regimes
-    smoke=dict(batch=2, length=96, held=4, evals=2, under=(6, None), matched=(6, None), over=(6, 4)),
-    pico=dict(batch=4, length=128, held=96, evals=4, under=(50, None), matched=(200, None), over=(400, 64)),
+scales = dict(   # of pico a smoke test and a small version, and what a GPU runs: rows in a step, tokens in a row, rows to choose and to judge by, how often; steps and training rows (None: all) of the regimes, and how often there if it differs
+    smoke=dict(batch=2, length=96, held=4, evals=2, under=(6, None), matched=(6, None), over=(6, 4, 3)),
+    pico=dict(batch=4, length=128, held=48, evals=4, under=(50, None), matched=(200, None), over=(400, 256, 8)),
     base=dict(batch=16, length=256, held=384, evals=10, under=(150, None), matched=(600, None), over=(600, 256)))
 small = dict(book='textbooks/physics', domain='textbooks_research/us-history')
 books = dict(smoke=small, pico=small, base=dict(book='textbooks_research/us-history', domain='textbooks_research/anatomy-physiology'))
@@ -38,6 +39,8 @@ contenders = {
     'depth 1/2, fisher':(dict(sampler='depth', scorer='fisher', score_interval=20, n_active=0.5), {}),
     'RST 3/8':(dict(sampler='uniform', n_active=0.375), {}), 'RST 1/2':(dict(sampler='uniform', n_active=0.5), {}),
     'anneal to depth':(dict(sampler='depth', scorer='fisher', score_interval=20, dense_first=0.2), {}),
+    'depth, own rates':(dict(sampler='depth', scorer='fisher', score_interval=20, own_rates=True), {}),
+    'LoRA, 0.6 of the steps':(None, dict(part=0.6)),
 }
 
 for which,pick in dict(top=lambda N,n: range(N-n, N), bottom=lambda N,n: range(n), spread=lambda N,n: sorted({round(i*(N-1)/max(1, n-1)) for i in range(n)})).items():
@@ -90,9 +93,9 @@ def load_task(kind, scale, data, tokenizer):
 
 def spread(rows, n): return [rows[i*len(rows)//n] for i in range(n)] if len(rows)>n else rows
 
-def load_base(scale, base):
+def load_base(base, dtype):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(str(base) if scale=='base' else str(assets/'pico'), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
     model.config.use_cache = False
     return model
 
@@ -124,30 +127,35 @@ def pretrain(data, base, minutes):
     return dict(steps=i, tokens_a_step=bs*T, tokens=len(ids), parameters=model.num_parameters(), seconds=round(time.perf_counter()-start), last_loss=round(loss.item(), 3))
 
 def adapter(more, steps):
-    kw = dict(r=16, lora_alpha=32, lora_dropout=0.05, target_modules='all-linear', task_type='CAUSAL_LM') | {k:v for k,v in more.items() if k!='ada'}
+    kw = dict(r=16, lora_alpha=32, lora_dropout=0.05, target_modules='all-linear', task_type='CAUSAL_LM') | {k:v for k,v in more.items() if k.startswith('use_')}
     return AdaLoraConfig(**{k:v for k,v in kw.items() if k!='r'}, init_r=24, target_r=16, tinit=steps//10, tfinal=steps//2, deltaT=5, total_step=steps) if 'ada' in more else LoraConfig(**kw)
 
-def run(job, scale, data, base, device):
+def run(job, scale, data, base, device, dtype=torch.float32):
     "One fine-tuning run: losses on the way, seconds of training alone, how deep the steps went"
     name,kind,regime,lr,seed = job
     settings,more = contenders[name]
-    s,(steps,n_rows) = scales[scale],scales[scale][regime]
-    tokenizer = AutoTokenizer.from_pretrained(str(assets/'pico'))
+    s = scales[scale]
+    steps,n_rows,*often = s[regime]
+    base = base or str(assets/'pico')
+    tokenizer = AutoTokenizer.from_pretrained(base)
     train,valid,test = load_task(kind, scale, Path(data), tokenizer)
-    train = train[:n_rows]
+    train,steps = train[:n_rows],round(more.get('part', 1)*steps)
     if test is None: valid,test = valid[::2],valid[1::2]
     put = lambda b: {k:v.to(device) for k,v in b.items()}
     batches = lambda rows: [put(collate(rows[i:i+32])) for i in range(0, len(rows), 32)]
-    valid,test,B,evals = batches(spread(valid, s['held'])),batches(spread(test, s['held'])),s['batch'],s['evals']
-    model = load_base(scale, base)
+    valid,test,B,evals = batches(spread(valid, s['held'])),batches(spread(test, s['held'])),s['batch'],(often or [s['evals']])[0]
+    model = load_base(base, dtype)
     torch.manual_seed(seed)
     model = get_peft_model(model, adapter(more, steps)).to(device).train()
-    opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.)
+    dials = dict(settings or dict(n_active=1.0, sampler='uniform'))
+    hold,dense,own = dials.pop('hold', 1),dials.pop('dense_first', 0.),dials.pop('own_rates', False)
+    layers = find_layers(model)
+    # a layer that is drawn less often may move further each time
+    pi = inclusion_by_depth(torch.zeros(len(layers)), len(layers)//4, ISTConfig(**dials)) if own else torch.ones(len(layers))
+    opt = torch.optim.AdamW([dict(params=o.params, lr=lr*min(4., (p/pi.mean()).item()**-0.5)) for o,p in zip(layers, pi)], weight_decay=0.)
     warm = max(1, steps//12)
     sched = torch.optim.lr_scheduler.LambdaLR(opt, lambda t: min((t+1)/warm, max(0., (steps-t)/(steps-warm))))
     order = torch.cat([torch.randperm(len(train), generator=torch.Generator().manual_seed(1000*seed+e)) for e in range(steps*B//len(train)+1)]).tolist()
-    dials = dict(settings or dict(n_active=1.0, sampler='uniform'))
-    hold,dense = dials.pop('hold', 1),dials.pop('dense_first', 0.)
     ist = IST(model, ISTConfig(**dials, seed=seed), probe=torch.utils.data.DataLoader(train, batch_size=B, collate_fn=collate))
     draw = ist.draw
     def held_draw():   # LISA keeps a draw for some steps; annealing begins with all layers
@@ -215,6 +223,7 @@ def main(
     data:Path,            # Folder with `textbooks`, `textbooks_research` and `commonsense`
     scale:str='',         # smoke, pico or base; base if there is a GPU
     base:Path=Path(tempfile.gettempdir())/'ist_quality_base', # Where the pretrained base is, or goes
+    model:str='',         # In its place a model of the hub, or a folder; at the scale base, with the type of its own weights
     minutes:float=2.5,    # Of pretraining
     tasks:str='book domain choice', # Which
     regimes:str='under matched over', # Which
@@ -227,13 +236,14 @@ def main(
 ):
     mp.set_start_method('spawn')
     gpu = torch.cuda.is_available()
-    scale,deadline = scale or ('base' if gpu else 'pico'),time.time()+seconds
-    out = out or here/'results'/f'quality_{scale}.json'
+    scale,deadline = scale or ('base' if gpu or model else 'pico'),time.time()+seconds
+    out = out or here/'results'/f"quality_{model.rstrip('/').split('/')[-1] or scale}.json"
     old = json.loads(out.read_text()) if out.exists() else {}
     runs,failed = old.get('runs', []),[]
     made = old.get('base')
-    if scale=='base' and not (base/'config.json').exists(): made = pretrain(data, base, minutes)
-    args = dict(scale=scale, data=str(data), base=str(base), device='cuda' if gpu else 'cpu')
+    if model: made = dict(model=model)
+    elif scale=='base' and not (base/'config.json').exists(): made = pretrain(data, base, minutes)
+    args = dict(scale=scale, data=str(data), base=model or (str(base) if scale=='base' else ''), device='cuda' if gpu else 'cpu', dtype='auto' if model else torch.float32)
     names = [o.strip() for o in only.split(';') if o.strip()] or list(contenders)
     start = time.perf_counter()
     def save():

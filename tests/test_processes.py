@@ -106,10 +106,9 @@ def test_finetune_under_torchrun(tmp_path):
     "Two processes make one run, with the losses of the run on one process; one of them writes"
     args = ['--max_steps', '6', '--score_interval', '2', '--lora_dropout', '0', '--lr_scheduler_type', 'constant', '--seed', '1']
     env = dict(os.environ, OMP_NUM_THREADS='1', PYTHONPATH=str(root))
-    def go(folder, command, rows, *more):
-        r = subprocess.run([*command, '-m', 'ist_nb.finetune', *args, '--output_dir', str(tmp_path/folder), '--per_device_train_batch_size', str(rows), *more], env=env, capture_output=True, text=True, timeout=400)
-        return r
-    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--master_port', '0']
+    def go(folder, command, rows):
+        return subprocess.run([*command, '-m', 'ist_nb.finetune', *args, '--output_dir', str(tmp_path/folder), '--per_device_train_batch_size', str(rows)], env=env, capture_output=True, text=True, timeout=400)
+    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
     one,two = go('one', [sys.executable], 8),go('two', torchrun, 4)
     assert one.returncode==0 and two.returncode==0, (one.stderr[-2000:], two.stderr[-2000:])
     a,b = (json.loads((tmp_path/o/'results.json').read_text()) for o in ('one', 'two'))
@@ -119,5 +118,12 @@ def test_finetune_under_torchrun(tmp_path):
     assert sorted(p.name for p in (tmp_path/'one').iterdir())==sorted(p.name for p in (tmp_path/'two').iterdir())
     again = go('two', torchrun, 4)                            # refused by both, said by one
     assert again.returncode!=0 and again.stderr.count('is not empty')==1, again.stderr
-    apart = go('apart', torchrun, 4, '--use_cpu', 'False')
-    if not torch.cuda.is_available(): assert 'not in one group' in apart.stderr
+
+def test_finetune_refuses_processes_that_are_apart(monkeypatch):
+    "A scheduler's variable alone does not make a group"
+    from types import SimpleNamespace as O
+    from ist_nb.finetune import _one_folder
+    sft = O(device='cpu', output_dir='x')
+    assert _one_folder(sft).size==1
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    with pytest.raises(ISTError, match='2 processes were launched, but they are not in one group.*torchrun or accelerate launch'): _one_folder(sft)
