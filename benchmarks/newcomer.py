@@ -49,7 +49,8 @@ def main(
         # the address of the home page becomes this checkout, and the lines to copy lie where the newcomer would have put them
         ran = [re.sub(r'^git clone \S+', f'git clone -q {root} ist_nb', o).replace('why.py', str(d/'why.py')) for o in cmds]
         lines = [f'{o} > {d/f"out{i}"} 2>&1\necho "$EPOCHREALTIME" >> {d/"times"}' for i,o in enumerate(ran)]
-        env = {k:v for k,v in os.environ.items() if k not in ('PYTHONPATH', 'VIRTUAL_ENV')} | dict(HOME=str(d/'home'), PIP_DISABLE_PIP_VERSION_CHECK='1', LC_ALL='C.UTF-8')
+        mine = re.compile('PYTHON|VIRTUAL_ENV|OMP_|MKL_|MPL|HF_|TRANSFORMERS_|TOKENIZERS_')        # a newcomer has set none of these
+        env = {k:v for k,v in os.environ.items() if not mine.match(k)} | dict(HOME=str(d/'home'), PIP_DISABLE_PIP_VERSION_CHECK='1', LC_ALL='C.UTF-8')
         start = time.time()
         rc = subprocess.run(['bash', '-e', '-c', '\n'.join(lines)], cwd=d/'empty', env=env).returncode
         load.append(os.getloadavg()[0])
@@ -64,7 +65,7 @@ def main(
     res = dict(what="A newcomer's way: the lines of the home page in an empty folder with an empty home, then the lines that the quickstart gives to ask the run. The clone is of this checkout, not over a network; pip has no cache",
         command=' '.join(['python benchmarks/newcomer.py', *(f"'{o}'" if '=' in o else o for o in sys.argv[1:])]), hardware=f'{os.cpu_count()} CPU cores ({platform.machine()}), {platform.system()}',
         load=f'load average {load[0]:.1f} before and {load[1]:.1f} after' + (', beside other work' if load[0]>0.5 else ''), versions={'python':platform.python_version()} | versions,
-        seconds=round(ends[-1]-start, 1), stages=stages, explanation=found, said=said.splitlines(),
+        seconds=round(ends[-1]-start, 1), stages=stages, explanation=found, lines=explanation().splitlines(), said=said.splitlines(),
         reading=dict(what='an estimate, not a measurement: words outside of code', pages=n, words=sum(n.values()), words_per_minute=speed, minutes=round(sum(n.values())/speed, 1)))
     out.write_text(json.dumps(res, indent=1)+'\n')
     print(json.dumps({k:res[k] for k in ('seconds', 'stages', 'explanation', 'reading', 'load')}, indent=1))
