@@ -92,7 +92,8 @@ def test_alt_text():
 def test_outputs():
     "Long lines of an output are broken, and what says nothing about a function is not said"
     out = lambda text: build_docs.out2md(dict(output_type='stream', text=text), 'a', None, '0', False)
-    assert '.wrap' in out('short\n'+'x'*120) and '.wrap' not in out('short\n'+'x'*100)
+    assert '.wrap' in out('a     b\n'+'x'*120) and '.wrap' not in out('short\n'+'x'*100)
+    assert '.wrap' not in out('--model      '+'x'*120)        # rows of columns would fall apart
     md = build_docs.out2md(dict(output_type='display_data', data={'text/markdown':'### f\n\n*Call self as a function.*'}), 'a', None, '0', False)
     assert 'Call self' not in md and '### f' in md
 
