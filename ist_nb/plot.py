@@ -109,7 +109,7 @@ def name_layers(
         if groups and i==groups[-1][-1]+1: groups[-1].append(i)
         else: groups.append([i])
     if not which or len(groups)>most: return f"{len(which) or 'no'} layers"
-    parts = [str(layers[g[0]])+(f'{"–" if len(g)>2 else ", "}{layers[g[-1]]}' if len(g)>1 else '') for g in groups]
+    parts = [p for g in groups for p in ([f'{layers[g[0]]}–{layers[g[-1]]}'] if len(g)>2 else [str(layers[o]) for o in g])]
     return ('layer ' if len(which)==1 else 'layers ') + (', '.join(parts[:-1]) + ' and ' if len(parts)>1 else '') + parts[-1]
 
 def _sentence(s:str) -> str: return s[:1].upper()+s[1:]

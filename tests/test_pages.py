@@ -78,6 +78,26 @@ def test_colab_cell_runs(tmp_path):
     log,cwd = run_colab(tmp_path/'empty', tmp_path/'c', False)
     assert log.startswith('git clone') and 'pip install -q ./ist_nb-src' in log and cwd.endswith('ist_nb-src/nbs/tutorials')
 
+def test_newcomer():
+    "What was timed is what the home page and the quickstart tell a newcomer to run today, and it gave a layer's importance, probability and count"
+    sys.path.insert(0, str(root/'benchmarks'))
+    try: import newcomer
+    finally: sys.path.pop(0)
+    from nbdev.config import get_config
+    res,todo,again = json.loads((root/'benchmarks'/'results'/'newcomer.json').read_text()),newcomer.commands(),'run python benchmarks/newcomer.py'
+    ran = [o['command'] for o in res['stages']]
+    assert [o for o in ran if not o.startswith("pip install 'torch")]==[*todo, 'python why.py'], again
+    assert res['lines']==newcomer.explanation().splitlines(), again
+    assert todo[0]==f'git clone {get_config(path=root).git_url}' and todo[-1]=='ist_finetune'
+    assert all(f'```sh\n{o}' in (root/'README.md').read_text() for o in todo[:1])
+    found,said = res['explanation'],'\n'.join(res['said'])
+    assert f"Layer {found['layer']} was trained in {found['trained']} of {found['steps']} steps" in said and f"{found['importance']:+.2f}" in said and f"probability {found['probability']:.2f}" in said
+    assert 0<found['by_chance']<1 and found['updates']==said.count('loss with a set suppressed')
+    assert abs(sum(o['seconds'] for o in res['stages'])-res['seconds'])<1
+    for p,n in res['reading']['pages'].items(): assert abs(newcomer.words(p)-n)<0.1*n, f'{p} has grown or shrunk: {again}'
+    # the way is there: from the home page to the lines to copy, from those to how to read a run
+    assert '](tutorials/quickstart.ipynb#ask-your-own-run)' in newcomer.text('nbs/index.ipynb') and '## Ask your own run' in newcomer.text('nbs/tutorials/quickstart.ipynb')
+
 # --- spelling: British, as most pages have it
 def prose():
     "The words of a page and of the comments in its code, by place; no code, no links, no formulas"

@@ -116,7 +116,7 @@ def made(importance, times=None, t=100, **kw):
     return dict(layers=list(range(N)), importance=importance, times_active=times or [t//4]*N, t=t, history=[dict(step=10, importance=importance, times_active=[2]*N)]) | kw
 
 def test_titles_follow_the_numbers():
-    assert P.plot_importance(made([-2., 0., 0., 3., 3.1])).get_suptitle()=='Layers 3, 4 matter most, layer 0 least'
+    assert P.plot_importance(made([-2., 0., 0., 3., 3.1])).get_suptitle()=='Layers 3 and 4 matter most, layer 0 least'
     assert P.plot_times_active(made([0.]*4, [100, 900, 500, 500], 2000)).get_suptitle().replace('\n', ' ')=='Layer 1 more often, layer 0 less often than by chance'
     assert P.plot_times_active(made([0.]*4, [500, 510, 490, 500], 2000)).get_suptitle().replace('\n', ' ')=='Every layer was trained about as often as by chance'
     up = list(range(12))

@@ -89,6 +89,14 @@ def test_alt_text():
     assert build_docs.alt_text({}, 'First.\n\nHere it is. What the [floor](a.html) does to `x`:')=='What the floor does to x'
     assert build_docs.alt_text({}, '')==''
 
+def test_outputs():
+    "Long lines of an output are broken, and what says nothing about a function is not said"
+    out = lambda text: build_docs.out2md(dict(output_type='stream', text=text), 'a', None, '0', False)
+    assert '.wrap' in out('a     b\n'+'x'*120) and '.wrap' not in out('short\n'+'x'*100)
+    assert '.wrap' not in out('--model      '+'x'*120)        # rows of columns would fall apart
+    md = build_docs.out2md(dict(output_type='display_data', data={'text/markdown':'### f\n\n*Call self as a function.*'}), 'a', None, '0', False)
+    assert 'Call self' not in md and '### f' in md
+
 def test_registered_names_have_a_line(site):
     "A scorer is described by what it is registered with"
     api = (site/'api.html.md').read_text()
