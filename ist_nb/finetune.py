@@ -318,7 +318,7 @@ def _one_folder(
     from ist_nb.processes import Ranks, launched
     sft.device          # joins the other processes, if there are any
     ranks = Ranks()
-    if ranks.size!=launched(): raise ISTError(f"{launched()} processes were launched, but they are not in one group, so each would train a model of its own. Start them with torchrun or accelerate launch, on GPUs as many as there are.")
+    if not ranks.size==sft.world_size==launched(): raise ISTError(f"{launched()} processes were launched, but they are not in one group, so each would train a model of its own. On a CPU give --use_cpu; on GPUs, start as many processes as there are.")
     sft.output_dir = ranks.texts(sft.output_dir)[0]
     return ranks
 

@@ -120,10 +120,13 @@ def test_finetune_under_torchrun(tmp_path):
     assert again.returncode!=0 and again.stderr.count('is not empty')==1, again.stderr
 
 def test_finetune_refuses_processes_that_are_apart(monkeypatch):
-    "A scheduler's variable alone does not make a group"
+    "A scheduler's variable alone does not make a group; and in a group, a Trainer that was not told to use the CPU trains alone"
     from types import SimpleNamespace as O
-    from ist_nb.finetune import _one_folder
-    sft = O(device='cpu', output_dir='x')
-    assert _one_folder(sft).size==1
+    import ist_nb.finetune as F, ist_nb.processes as Q
+    sft = lambda n: O(device='cpu', output_dir='x', world_size=n)
+    assert F._one_folder(sft(1)).size==1
     monkeypatch.setenv('WORLD_SIZE', '2')
-    with pytest.raises(ISTError, match='2 processes were launched, but they are not in one group.*torchrun or accelerate launch'): _one_folder(sft)
+    with pytest.raises(ISTError, match='2 processes were launched, but they are not in one group.*--use_cpu'): F._one_folder(sft(1))
+    monkeypatch.setattr(Q, 'Ranks', lambda: O(size=2, texts=lambda o: [o]))
+    assert F._one_folder(sft(2)).size==2
+    with pytest.raises(ISTError, match='not in one group.*--use_cpu'): F._one_folder(sft(1))
