@@ -3,6 +3,7 @@ on adapting to a held-out book, to a second domain, and on multiple choice; in a
 `python benchmarks/quality.py DATA` runs on pico and the CPU; with a GPU it first pretrains a base of 55 million parameters. DATA holds `textbooks`,
 `textbooks_research` and `commonsense`; `--model` takes a model of the hub in place of that base. Runs go side by side in processes, results are saved as they come, and a run that is known is not run again"""
 import gzip,json,platform,statistics,sys,tempfile,time
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 import torch, torch.multiprocessing as mp
@@ -13,15 +14,17 @@ from ist_nb import IST,ISTConfig,find_layers
 from ist_nb.config import samplers,scorers
 from ist_nb.evaluate import confidence_interval,held_out_loss,read_task,score_likelihood,tasks as known_tasks
 from ist_nb.finetune import assets
+from ist_nb.ist import budgets
 from ist_nb.samplers import inclusion_by_depth
 from ist_nb.scorers import follow
+from ist_nb.speed import fold
 from speed import typed
 
 here = Path(__file__).parent
 scales = dict(   # of pico a smoke test and a small version, and what a GPU runs: rows in a step, tokens in a row, rows to choose and to judge by, how often; steps and training rows (None: all) of the regimes, and how often there if it differs
     smoke=dict(batch=2, length=96, held=4, evals=2, under=(6, None), matched=(6, None), over=(6, 4, 3)),
     pico=dict(batch=4, length=128, held=48, evals=4, under=(50, None), matched=(200, None), over=(400, 256, 8)),
-    base=dict(batch=16, length=256, held=384, evals=10, under=(150, None), matched=(600, None), over=(600, 256)))
+    base=dict(batch=16, length=256, held=384, evals=6, under=(80, None), matched=(240, None), over=(200, 512, 10)))
 small = dict(book='textbooks/physics', domain='textbooks_research/us-history')
 books = dict(smoke=small, pico=small, base=dict(book='textbooks_research/us-history', domain='textbooks_research/anatomy-physiology'))
 kinds = ['book', 'domain', 'choice']
@@ -33,14 +36,18 @@ contenders = {
     'LoRA':(None, {}), 'rsLoRA':(None, dict(use_rslora=True)), 'DoRA':(None, dict(use_dora=True)), 'AdaLoRA':(None, dict(ada=True)),
     'static top':(fixed('top'), {}), 'static bottom':(fixed('bottom'), {}), 'static spread':(fixed('spread'), {}),
     'LISA schedule':(dict(sampler='uniform', hold=10), {}), 'RST':(dict(sampler='uniform'), {}), 'released IST':(dict(scorer='paper', explore=0., sampler='importance'), {}),
-    **{f'importance, {o}':(dict(sampler='importance', scorer=o, score_interval=20, score_batch_size=4), {}) for o in ('suppression', 'gate', 'fisher', 'gradient norm', 'weight change')},
-    **{f'depth, {o}':(dict(sampler='depth', scorer=o, score_interval=20, score_batch_size=4), {}) for o in ('suppression', 'gate', 'fisher')},
+    **{f'importance, {o}':(dict(sampler='importance', scorer=o, score_interval=20, score_batch_size=4), {}) for o in ('suppression', 'gate', 'fisher', 'gradient norm', 'promise', 'weight change')},
+    **{f'depth, {o}':(dict(sampler='depth', scorer=o, score_interval=20, score_batch_size=4), {}) for o in ('suppression', 'gate', 'fisher', 'promise')},
     'depth, blind':(dict(sampler='depth, blind'), {}), 'depth 3/8, fisher':(dict(sampler='depth', scorer='fisher', score_interval=20, n_active=0.375), {}),
     'depth 1/2, fisher':(dict(sampler='depth', scorer='fisher', score_interval=20, n_active=0.5), {}),
+    'depth, fisher, folded':(dict(sampler='depth', scorer='fisher', score_interval=20), dict(fold=True)),
     'RST 3/8':(dict(sampler='uniform', n_active=0.375), {}), 'RST 1/2':(dict(sampler='uniform', n_active=0.5), {}),
     'anneal to depth':(dict(sampler='depth', scorer='fisher', score_interval=20, dense_first=0.2), {}),
     'depth, own rates':(dict(sampler='depth', scorer='fisher', score_interval=20, own_rates=True), {}),
-    'LoRA, 0.6 of the steps':(None, dict(part=0.6)),
+    'shrink to depth':(dict(sampler='depth', scorer='fisher', score_interval=20, shrink=1.5), {}), 'shrink to depth, 1/4':(dict(sampler='depth', scorer='fisher', score_interval=20, shrink=3.), {}),
+    'shrink to RST, 1/4':(dict(sampler='uniform', shrink=3.), {}),
+    'anneal to RST':(dict(sampler='uniform', dense_first=0.2), {}),
+    'LoRA, 0.6 of the steps':(None, dict(part=0.6)), 'LoRA, 0.35 of the steps':(None, dict(part=0.35)),
 }
 
 for which,pick in dict(top=lambda N,n: range(N-n, N), bottom=lambda N,n: range(n), spread=lambda N,n: sorted({round(i*(N-1)/max(1, n-1)) for i in range(n)})).items():
@@ -48,13 +55,16 @@ for which,pick in dict(top=lambda N,n: range(N-n, N), bottom=lambda N,n: range(n
     def _(importance, n, config, generator, pick=pick): return torch.tensor(list(pick(len(importance), n)))
 @samplers.register('depth, blind', 'Depth without importance', varies=True, uses_depth=True, needs_importance=False)
 def _(importance, n, config, generator): return samplers['depth'](torch.zeros_like(importance), n, config, generator)
-@scorers.register('gradient norm', 'Norm of the gradient of the adapters of a layer, on the probe', suppresses=False, gradients=True)
-def _(importance, probe, config, generator):
+def from_gradients(importance, probe, of):
+    "Importance that follows the log of `of` the gradients of a layer's adapters, on the probe"
     for o in probe.layers: o.thaw()
     loss = probe.loss_fn(probe.model, probe.batch)
-    g = torch.autograd.grad(loss, [p for o in probe.layers for p in o.params])
-    sizes = iter(x.double().square().sum() for x in g)
-    return follow(importance, torch.stack([sum(next(sizes) for _ in o.params).sqrt() for o in probe.layers]).cpu().log()),dict(losses=[loss.item()])
+    g = iter(torch.autograd.grad(loss, [p for o in probe.layers for p in o.params]))
+    return follow(importance, torch.stack([of([next(g).double() for _ in o.params]) for o in probe.layers]).cpu().log()),dict(losses=[loss.item()])
+@scorers.register('gradient norm', 'Norm of the gradient of the adapters of a layer, on the probe', suppresses=False, gradients=True)
+def _(importance, probe, config, generator): return from_gradients(importance, probe, lambda g: sum(o.square().sum() for o in g).sqrt())
+@scorers.register('promise', 'How much a step of Adam, as long in each weight, promises to gain: the sum of the sizes of the gradients', suppresses=False, gradients=True)
+def _(importance, probe, config, generator): return from_gradients(importance, probe, lambda g: sum(o.abs().sum() for o in g))
 @scorers.register('weight change', 'How far the adapters of a layer have moved', suppresses=False)
 def _(importance, probe, config, generator):
     moved = [sum((o.weight if hasattr(o, 'weight') else o).double().square().sum() for m in l.tuners for o in m.lora_B.values()).sqrt() for l in probe.layers]
@@ -86,6 +96,9 @@ def collate(rows):
     pad = lambda k, v: torch.stack([torch.nn.functional.pad(o[k], (0, n-len(o[k])), value=v) for o in rows])
     return dict(input_ids=pad('input_ids', 0), labels=pad('labels', -100), attention_mask=torch.stack([torch.arange(n)<len(o['input_ids']) for o in rows]).long())
 
+@cache   # a process does many runs
+def load_tokenizer(base): return AutoTokenizer.from_pretrained(base)
+@cache
 def load_task(kind, scale, data, tokenizer):
     length = scales[scale]['length']
     if kind=='choice': return choice_rows(data/'commonsense', tokenizer, 2*length)   # a question with its choices is longer than a row of a book needs to be
@@ -123,7 +136,7 @@ def pretrain(data, base, minutes):
             for o in opts: o.step(); o.zero_grad()
             i += 1
             if i%200==0: print(f'[{time.perf_counter()-start:.0f} s] pretraining step {i} loss {loss.item():.3f}', flush=True)
-    model.half().save_pretrained(base); tok.save_pretrained(base)
+    model.bfloat16().save_pretrained(base); tok.save_pretrained(base)
     return dict(steps=i, tokens_a_step=bs*T, tokens=len(ids), parameters=model.num_parameters(), seconds=round(time.perf_counter()-start), last_loss=round(loss.item(), 3))
 
 def adapter(more, steps):
@@ -137,7 +150,7 @@ def run(job, scale, data, base, device, dtype=torch.float32):
     s = scales[scale]
     steps,n_rows,*often = s[regime]
     base = base or str(assets/'pico')
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = load_tokenizer(base)
     train,valid,test = load_task(kind, scale, Path(data), tokenizer)
     train,steps = train[:n_rows],round(more.get('part', 1)*steps)
     if test is None: valid,test = valid[::2],valid[1::2]
@@ -147,19 +160,21 @@ def run(job, scale, data, base, device, dtype=torch.float32):
     model = load_base(base, dtype)
     torch.manual_seed(seed)
     model = get_peft_model(model, adapter(more, steps)).to(device).train()
+    if 'fold' in more: fold(model)
     dials = dict(settings or dict(n_active=1.0, sampler='uniform'))
-    hold,dense,own = dials.pop('hold', 1),dials.pop('dense_first', 0.),dials.pop('own_rates', False)
+    hold,dense,own,shrink = dials.pop('hold', 1),dials.pop('dense_first', 0.),dials.pop('own_rates', False),dials.pop('shrink', 0.)
     layers = find_layers(model)
     # a layer that is drawn less often may move further each time
     pi = inclusion_by_depth(torch.zeros(len(layers)), len(layers)//4, ISTConfig(**dials)) if own else torch.ones(len(layers))
-    opt = torch.optim.AdamW([dict(params=o.params, lr=lr*min(4., (p/pi.mean()).item()**-0.5)) for o,p in zip(layers, pi)], weight_decay=0.)
+    opt = torch.optim.AdamW([dict(params=o.params, lr=lr*min(4., (p/pi.mean()).item()**-0.5)) for o,p in zip(layers, pi)], weight_decay=0., fused=device=='cuda')
     warm = max(1, steps//12)
     sched = torch.optim.lr_scheduler.LambdaLR(opt, lambda t: min((t+1)/warm, max(0., (steps-t)/(steps-warm))))
     order = torch.cat([torch.randperm(len(train), generator=torch.Generator().manual_seed(1000*seed+e)) for e in range(steps*B//len(train)+1)]).tolist()
     ist = IST(model, ISTConfig(**dials, seed=seed), probe=torch.utils.data.DataLoader(train, batch_size=B, collate_fn=collate))
     draw = ist.draw
-    def held_draw():   # LISA keeps a draw for some steps; annealing begins with all layers
+    def held_draw():   # LISA keeps a draw for some steps; annealing begins with all layers, shrinking with all and ends with one
         if ist.t<dense*steps: return torch.arange(len(ist.layers))
+        if shrink: ist.budgets = budgets(max(1, round(len(layers)*(1-ist.t/steps)**shrink)), layers)
         return draw() if hold==1 or ist.t%hold==0 else ist.active
     ist.draw = held_draw
     curve,depth,spent = [],[],0.
@@ -187,27 +202,28 @@ def run(job, scale, data, base, device, dtype=torch.float32):
     if kind=='choice' and scale!='pico':   # a model of pico's size answers by chance
         res['accuracy'] = {}
         for o in choice_sets:
-            rows = [r for r in read_task(known_tasks[o], Path(data)/'commonsense', 8 if scale=='smoke' else None) if len(tokenizer(choice_prompt(r), verbose=False).input_ids)<2*s['length']]
+            rows = [r for r in read_task(known_tasks[o], Path(data)/'commonsense', 8 if scale=='smoke' else 500) if len(tokenizer(choice_prompt(r), verbose=False).input_ids)<2*s['length']]
             with amp: right = sum(r['correct'] for r in score_likelihood(model, tokenizer, known_tasks[o], rows, batch_size=64, prompt=choice_prompt))
             res['accuracy'][o] = dict(correct=right, n=len(rows), interval=confidence_interval(right, len(rows)))
     return res
 
-def work(jobs, done, args):
+def work(jobs, done, args, gpu):
     torch.set_num_threads(1)
+    if args['device']=='cuda': torch.cuda.set_device(gpu)
     while (job := jobs.get()) is not None:
         try: done.put(run(job, **args))
         except Exception as e: done.put(dict(job=job, error=f'{type(e).__name__}: {e}'[:300]))
 
-def parallel(jobs, workers, args, deadline, keep):
-    "Results of `jobs` as they come, from processes side by side; none is begun that might not end by `deadline`"
-    todo,done = mp.Queue(2),mp.Queue()
-    procs = [mp.Process(target=work, args=(todo, done, args), daemon=True) for _ in range(workers)]
+def parallel(next_job, workers, args, deadline, keep):
+    "Results of jobs as they come, from processes side by side; `next_job()` is None while one must wait for another, and none is begun after `deadline`"
+    todo,done = mp.Queue(),mp.Queue()
+    procs = [mp.Process(target=work, args=(todo, done, args, i%max(1, torch.cuda.device_count())), daemon=True) for i in range(workers)]
     for p in procs: p.start()
-    jobs,out,n = list(jobs),0,0
-    while jobs or n<out:
-        while jobs and out-n<workers+1 and time.time()<deadline: todo.put(jobs.pop(0)); out += 1
-        if time.time()>=deadline: jobs = []
-        if n<out: keep(done.get()); n += 1
+    flying = 0
+    while True:
+        while flying<=workers and time.time()<deadline and (job := next_job()): todo.put(job); flying += 1
+        if not flying: break
+        keep(done.get()); flying -= 1
     for _ in procs: todo.put(None)
     for p in procs: p.join()
 
@@ -218,6 +234,34 @@ def best_rates(runs, what='valid'):
         if r['seed']==0: res.setdefault((r['method'], r['task'], r['regime']), {})[r['lr']] = r[what]
     return {k:min(v, key=v.get) for k,v in res.items()}
 
+def planner(groups, runs, ended):
+    "Jobs of `groups`, one call at a time: the learning rates of each method, task and regime with the first seed, then the other seeds with the best of them"
+    given,known = set(),{(r['method'], r['task'], r['regime'], r['lr'], r['seed']) for r in runs}
+    def cells(g): return [(m, kind, regime) for kind in g['tasks'].split() for regime in g['regimes'].split() for m in ([o.strip() for o in g['only'].split(';') if o.strip()] or contenders)]
+    def fresh(job):
+        if job in given or job in known: return None
+        given.add(job)
+        return job
+    def next_job():
+        for g in groups:
+            sweep = [(*c, float(lr), 0) for c in cells(g) for lr in g['rates'].split()]
+            for job in sweep:
+                if fresh(job): return job
+            best = best_rates(runs)
+            for seed in range(1, g['seeds']):
+                for c in cells(g):
+                    if any(j[:3]==c and j in given and j not in ended for j in sweep): return None
+                    if c in best and fresh(job := (*c, best[c], seed)): return job
+    return next_job
+
+# what a GPU runs if nothing else is asked for, in this order
+core,rest = 'LoRA;RST;depth, fisher;importance, suppression;anneal to depth;shrink to depth;LoRA, 0.35 of the steps','depth, blind;released IST;LISA schedule;static top;static spread;rsLoRA;DoRA;AdaLoRA;depth, promise;anneal to RST'
+book,domain = (dict(tasks=o, regimes='matched', only=core, rates=r) for o,r in (('book', '1e-3 2e-3 4e-3'), ('domain', '2e-3 4e-3 8e-3')))
+over = dict(tasks='book domain', regimes='over', only='LoRA;RST;depth, fisher;importance, suppression', rates='5e-4 1e-3')
+choice = dict(tasks='choice', regimes='matched', only='LoRA;RST;depth, fisher;anneal to depth', rates='2e-3')
+others = dict(tasks='book', regimes='matched', only=rest, rates='2e-3')
+plan = [o | dict(seeds=n) for n in (1, 3, 5) for o in (book, domain, over, choice, *[others]*(n>1))]
+
 @call_parse
 def main(
     data:Path,            # Folder with `textbooks`, `textbooks_research` and `commonsense`
@@ -225,12 +269,12 @@ def main(
     base:Path=Path(tempfile.gettempdir())/'ist_quality_base', # Where the pretrained base is, or goes
     model:str='',         # In its place a model of the hub, or a folder; at the scale base, with the type of its own weights
     minutes:float=2.5,    # Of pretraining
-    tasks:str='book domain choice', # Which
-    regimes:str='under matched over', # Which
+    tasks:str='',         # Which of book, domain and choice; all if empty, or with a GPU what `plan` says
+    regimes:str='',       # Which of under, matched and over; likewise
     only:str='',          # Contenders separated by semicolons; all if empty
     rates:str='1e-3 2e-3 4e-3', # Learning rates, each tried with the first seed
     seeds:int=5,          # Seeds
-    workers:int=2,        # Processes side by side
+    workers:int=2,        # Processes side by side, spread over the GPUs
     seconds:float=1e9,    # Begin no run after so many seconds
     out:Path=None,        # Where the numbers go; what is there is kept and not run again
 ):
@@ -243,27 +287,22 @@ def main(
     made = old.get('base')
     if model: made = dict(model=model)
     elif scale=='base' and not (base/'config.json').exists(): made = pretrain(data, base, minutes)
-    args = dict(scale=scale, data=str(data), base=model or (str(base) if scale=='base' else ''), device='cuda' if gpu else 'cpu', dtype='auto' if model else torch.float32)
-    names = [o.strip() for o in only.split(';') if o.strip()] or list(contenders)
+    args = dict(scale=scale, data=str(data), base=model or (str(base) if scale=='base' else ''), device='cuda' if gpu else 'cpu', dtype='auto' if model else torch.bfloat16 if scale=='base' else torch.float32)
+    groups = plan if scale=='base' and not (model or tasks or regimes or only) else [dict(tasks=tasks or 'book domain choice', regimes=regimes or 'under matched over', only=only, rates=rates, seeds=seeds)]
+    ended = set()
     start = time.perf_counter()
     def save():
         order = {k:i for i,k in enumerate(contenders)}
         runs.sort(key=lambda r: (kinds.index(r['task']), r['regime'], order[r['method']], r['lr'], r['seed']))
-        head = dict(command=typed('quality').replace(str(data), 'DATA'), hardware=torch.cuda.get_device_name() if gpu else f'{platform.machine()} CPU, one thread a run, seconds of the processor', settings={k:(list(v) if isinstance(v, tuple) else v) for k,v in scales[scale].items()},
+        head = dict(command=typed('quality').replace(str(data), 'DATA'), hardware=f'{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, {workers} runs side by side' if gpu else f'{platform.machine()} CPU, one thread a run, seconds of the processor', settings={k:(list(v) if isinstance(v, tuple) else v) for k,v in scales[scale].items()},
                     versions={'python':platform.python_version()} | {o:version(o) for o in ('torch', 'transformers', 'peft')}, base=made, books=books[scale])
         out.write_text(json.dumps(head | dict(runs=runs), indent=None, separators=(',', ':')).replace('{"method"', '\n{"method"')+'\n')
     def keep(r):
+        ended.add(tuple(r['job']) if 'job' in r else (r['method'], r['task'], r['regime'], r['lr'], r['seed']))
         if 'error' in r: failed.append(r); print('FAILED', r, flush=True); return
         runs.append(r); save()
         print(f"[{time.perf_counter()-start:.0f} s] {r['task']} {r['regime']} {r['method']} lr {r['lr']:g} seed {r['seed']}: {r['test']:.4f} (best {r['stopped']['test']:.4f} at {r['stopped']['step']}) in {r['seconds']:.1f} s, depth {r['depth']:.2f}, scores {r['share']:.1%}", flush=True)
-    known = lambda: {(r['method'], r['task'], r['regime'], r['lr'], r['seed']) for r in runs}
-    for kind in tasks.split():
-        for regime in regimes.split():
-            todo = [(m, kind, regime, float(lr), 0) for m in names for lr in rates.split()]
-            parallel([j for j in todo if (*j[:3], j[3], 0) not in known()], workers, args, deadline, keep)
-            best = best_rates(runs)
-            rest = [(m, kind, regime, best[m, kind, regime], i) for i in range(1, seeds) for m in names if (m, kind, regime) in best]
-            parallel([j for j in rest if j not in known()], workers, args, deadline, keep)
+    parallel(planner(groups, runs, ended), workers, args, deadline, keep)
     save()
     print(f'{len(runs)} runs, {len(failed)} failed -> {out}')
     if failed: sys.exit(1)

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from .config import ISTConfig, ISTError, layer_count, samplers, scorers
 from .layers import find_layers, find_stack
-from .memory import ActivationBudget, OptimizerState, lift_all
+from .memory import ActivationBudget, OptimizerState, complete_state, lift_all
 from .processes import Case, Ranks, SharedProbe, check_engine, device_of, reshard, share, unwrap, weight
 from .scorers import Probe, Witness
 from .speed import check_compiled, is_reentrant, pull, shorten_backward
@@ -214,6 +214,7 @@ def _set_memory(self:IST, optimizer):
     self.activations = None if budget is None else ActivationBudget(self.model, self.layers, budget)
     if how!='keep' and optimizer is None: raise ISTError(f"optimizer_state={how!r} needs the optimizer. Give it: IST(..., optimizer=optimizer).")
     self.moments = None if how=='keep' else OptimizerState(optimizer, self.layers, how)
+    if optimizer is not None and self.engine.name=='FSDP2': complete_state(optimizer)   # or no checkpoint can be read
 
 # %% ../nbs/04_ist.ipynb #cfd82087
 @patch

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DeviceMeter', 'LiveBytes', 'memory_of', 'peak_of', 'fewest_checkpoints', 'ActivationBudget', 'one_device',
            'free_memory', 'lift_all', 'fits', 'as_if', 'fork_rng', 'size', 'to_host', 'to_home', 'innermost',
-           'OptimizerState']
+           'OptimizerState', 'complete_state']
 
 # %% ../nbs/06_memory.ipynb #b63f798e
 import warnings,weakref
@@ -448,7 +448,7 @@ def begin(self:OptimizerState,
     active,state = set(active),self.optimizer.state
     rest = [p for i,o in enumerate(self.layers) if i not in active for p in o.params]
     if self.how=='reset':
-        for p in rest: state.pop(p, None)
+        for p in rest: self._forget(p)
         return
     users = Counter(v.data_ptr() for s in state.values() for v in s.values() if isinstance(v, torch.Tensor))
     for p in rest:
@@ -470,3 +470,29 @@ def _bring_back(self:OptimizerState, p):
     state = self.optimizer.state.get(p, {})
     for k,(v,home) in self.resting.pop(p, {}).items():
         if state.get(k) is v: state[k] = self.back(v, home)      # else a checkpoint was loaded meanwhile
+
+# %% ../nbs/06_memory.ipynb #84b1d215
+@patch
+def _forget(self:OptimizerState, p):
+    "As if `p` had never been trained; the state of a shard stays, in zeros, for FSDP2 reads no checkpoint that lacks one"
+    state = self.optimizer.state
+    if not hasattr(p, 'device_mesh'): state.pop(p, None)
+    else:
+        for k,v in state.get(p, {}).items(): state[p][k] = v.zero_() if isinstance(v, torch.Tensor) else type(v)()
+
+# %% ../nbs/06_memory.ipynb #d69b6574
+def complete_state(
+    optimizer, # A torch optimizer, perhaps wrapped by accelerate
+):
+    "Give each parameter without a state the one that it would have before its first step"
+    opt = innermost(optimizer)
+    new = [p for g in opt.param_groups for p in g['params'] if p.requires_grad and not opt.state.get(p)]
+    kept,rates = [(p, p.grad) for g in opt.param_groups for p in g['params']],[g['lr'] for g in opt.param_groups]
+    for p,_ in kept: p.grad = None
+    for p in new: p.grad = torch.zeros_like(p)
+    for g in opt.param_groups: g['lr'] = g['lr']*0
+    opt.step()      # of length 0
+    for g,lr in zip(opt.param_groups, rates): g['lr'] = lr
+    for p,grad in kept: p.grad = grad
+    for s in (opt.state[p] for p in new if p in opt.state):
+        if 'step' in s: s['step'] = s['step']*0
