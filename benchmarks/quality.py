@@ -14,7 +14,6 @@ from ist_nb import IST,ISTConfig,find_layers
 from ist_nb.config import samplers,scorers
 from ist_nb.evaluate import confidence_interval,held_out_loss,read_task,score_likelihood,tasks as known_tasks
 from ist_nb.finetune import assets
-from ist_nb.ist import budgets
 from ist_nb.samplers import inclusion_by_depth
 from ist_nb.scorers import follow
 from ist_nb.speed import fold
@@ -30,6 +29,8 @@ books = dict(smoke=small, pico=small, base=dict(book='textbooks_research/us-hist
 kinds = ['book', 'domain', 'choice']
 choice_sets = ['ARC-Easy', 'ARC-Challenge', 'openbookqa', 'boolq']
 
+# the dials of the importance loop, each moved down and up
+ablations = [(k, v) for k,vs in dict(n_active=(0.125, 0.375), n_suppressed=(0.25, 0.75), suppression_factor=(0., 0.5), n_candidates=(2, 8), score_interval=(5, 80), score_lr=(3., 30.), explore=(0., 0.5)).items() for v in vs]
 # contenders: settings of IST (None: all layers at every step), of the adapter, and more of this file
 fixed = lambda which: dict(sampler=f'static {which}')
 contenders = {
@@ -44,9 +45,10 @@ contenders = {
     'RST 3/8':(dict(sampler='uniform', n_active=0.375), {}), 'RST 1/2':(dict(sampler='uniform', n_active=0.5), {}),
     'anneal to depth':(dict(sampler='depth', scorer='fisher', score_interval=20, dense_first=0.2), {}),
     'depth, own rates':(dict(sampler='depth', scorer='fisher', score_interval=20, own_rates=True), {}),
-    'shrink to depth':(dict(sampler='depth', scorer='fisher', score_interval=20, shrink=1.5), {}), 'shrink to depth, 1/4':(dict(sampler='depth', scorer='fisher', score_interval=20, shrink=3.), {}),
-    'shrink to RST, 1/4':(dict(sampler='uniform', shrink=3.), {}),
+    'shrink to depth':(dict(sampler='depth', scorer='fisher', score_interval=20, n_active=0.4, schedule='shrink'), {}), 'shrink to depth, 1/4':(dict(sampler='depth', scorer='fisher', score_interval=20, schedule='shrink'), {}),
+    'shrink to RST, 1/4':(dict(sampler='uniform', schedule='shrink'), {}),
     'anneal to RST':(dict(sampler='uniform', dense_first=0.2), {}),
+    **{f'importance with {k}={v}':(dict(sampler='importance', scorer='suppression', score_interval=20, score_batch_size=4) | {k:v}, {}) for k,v in ablations},
     'LoRA, 0.6 of the steps':(None, dict(part=0.6)), 'LoRA, 0.35 of the steps':(None, dict(part=0.35)),
 }
 
@@ -162,7 +164,7 @@ def run(job, scale, data, base, device, dtype=torch.float32):
     model = get_peft_model(model, adapter(more, steps)).to(device).train()
     if 'fold' in more: fold(model)
     dials = dict(settings or dict(n_active=1.0, sampler='uniform'))
-    hold,dense,own,shrink = dials.pop('hold', 1),dials.pop('dense_first', 0.),dials.pop('own_rates', False),dials.pop('shrink', 0.)
+    hold,dense,own = dials.pop('hold', 1),dials.pop('dense_first', 0.),dials.pop('own_rates', False)
     layers = find_layers(model)
     # a layer that is drawn less often may move further each time
     pi = inclusion_by_depth(torch.zeros(len(layers)), len(layers)//4, ISTConfig(**dials)) if own else torch.ones(len(layers))
@@ -170,11 +172,10 @@ def run(job, scale, data, base, device, dtype=torch.float32):
     warm = max(1, steps//12)
     sched = torch.optim.lr_scheduler.LambdaLR(opt, lambda t: min((t+1)/warm, max(0., (steps-t)/(steps-warm))))
     order = torch.cat([torch.randperm(len(train), generator=torch.Generator().manual_seed(1000*seed+e)) for e in range(steps*B//len(train)+1)]).tolist()
-    ist = IST(model, ISTConfig(**dials, seed=seed), probe=torch.utils.data.DataLoader(train, batch_size=B, collate_fn=collate))
+    ist = IST(model, ISTConfig(**dials, seed=seed), probe=torch.utils.data.DataLoader(train, batch_size=B, collate_fn=collate), n_steps=steps)
     draw = ist.draw
-    def held_draw():   # LISA keeps a draw for some steps; annealing begins with all layers, shrinking with all and ends with one
+    def held_draw():   # LISA keeps a draw for some steps; annealing begins with all layers
         if ist.t<dense*steps: return torch.arange(len(ist.layers))
-        if shrink: ist.budgets = budgets(max(1, round(len(layers)*(1-ist.t/steps)**shrink)), layers)
         return draw() if hold==1 or ist.t%hold==0 else ist.active
     ist.draw = held_draw
     curve,depth,spent = [],[],0.

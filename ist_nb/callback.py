@@ -52,7 +52,7 @@ def on_train_begin(self:ISTCallback, args, state, control, model=None, optimizer
     if self.lost: raise ISTError(f"restore_callback_states_from_checkpoint=True makes a new ISTCallback, which lacks your {' and '.join(self.lost)}. "
                                  "Leave that flag off: ISTCallback restores itself.")
     probe = train_dataloader if self.probe is None else self.probe
-    self.ist = IST(model, self.config, probe=probe, loss_fn=self.loss_fn, stack=self.stack, optimizer=optimizer)
+    self.ist = IST(model, self.config, probe=probe, loss_fn=self.loss_fn, stack=self.stack, optimizer=optimizer, n_steps=state.max_steps)
     if not self.ist.engine.name.startswith('DeepSpeed'): check_optimizer(optimizer, self.ist.layers)   # that one holds flat tensors; what it may do is checked by IST
     check_single(state)
     check_processes(args, self.ist.ranks.size)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['scorers', 'samplers', 'levers', 'allowed', 'ISTError', 'suggest', 'Registry', 'ISTConfig', 'to_bytes', 'check_config',
-           'layer_count']
+           'layer_count', 'shrunk']
 
 # %% ../nbs/00_config.ipynb #c320cf9a
 import re
@@ -82,6 +82,7 @@ class ISTConfig:
     sampler:str = 'importance' # How layers are drawn: a name in `samplers`
     explore:float = 0.1 # Probability that a step draws its layers uniformly, in [0, 1]
     depth:float|None = None # For sampler='depth': mean share of the blocks that the backward pass goes through, in (0, 1]; None: the least, that of n_active
+    schedule:str = 'constant' # How `n_active` goes over the run: 'constant', or 'shrink' (from all layers to one, `n_active` on average)
     fast:bool|str = False # Make sparse steps fast: True for what is safe on this machine, or names in `levers`, separated by commas
     activation_budget:str|float|None = None # Most memory that activations may take: such as '8GiB', or a fraction in (0, 1) of what is free when training begins; blocks that do not fit are computed again in the backward
     optimizer_state:str = 'keep' # Of layers that a step does not train: 'keep', 'offload' (to the CPU's memory) or 'reset' (a layer that comes back starts anew)
@@ -115,6 +116,7 @@ allowed = dict(
     score_batch_size=('an int of at least 1', lambda v: _is_int(v) and v>=1),
     explore=('a number in [0, 1]', lambda v: _is_real(v) and 0<=v<=1),
     depth=('a number in (0, 1], or None for the least', lambda v: v is None or _is_real(v) and 0<v<=1),
+    schedule=("'constant' or 'shrink'", lambda v: v in ('constant', 'shrink')),
     fast=("True, False, or names in `levers` separated by commas, such as 'fold,compile'", lambda v: isinstance(v, (bool, str)) and v!=''),
     activation_budget=("None, a size such as '8GiB' or '500MiB', or a float in (0, 1), the fraction of the memory that is free when training begins",
                        lambda v: v is None or bool(to_bytes(v)) or isinstance(v, float) and 0<v<1),
@@ -132,6 +134,8 @@ def check_config(
     scorers[config.scorer],samplers[config.sampler]
     if config.depth is not None and not getattr(samplers[config.sampler], 'uses_depth', False):
         raise ISTError(f"depth={config.depth} has no effect with sampler={config.sampler!r}. Choose sampler='depth', or leave depth out.")
+    if config.depth is not None and config.schedule!='constant':
+        raise ISTError(f"depth={config.depth} is for a number of layers that stays, and schedule={config.schedule!r} changes it. Leave one of them out.")
     if isinstance(config.fast, str): [levers[o.strip()] for o in config.fast.split(',')]
 
 # %% ../nbs/00_config.ipynb #330d60af
@@ -144,6 +148,16 @@ def layer_count(
     if isinstance(n, float): return max(1, int(n*n_layers))
     if n<=n_layers: return n
     raise ISTError(f"{field}={n} asks for {n} layers, but only {n_layers} have adapters. Give a count of at most {n_layers}, or a fraction such as 0.25.")
+
+# %% ../nbs/00_config.ipynb #50c60eaf
+def shrunk(
+    n:int|float, # Layers trained on average, in (0, `N`]
+    N:int, # Layers
+    t:int, # Steps done
+    T:int, # Steps of the run; later ones train one layer
+) -> int: # In 1 .. `N`
+    "$n_t$, rounded"
+    return max(1, round(N * max(0., 1-t/T)**(N/n-1)))
 
 # %% ../nbs/00_config.ipynb #7f83bcde
 @patch(cls_method=True)
@@ -160,6 +174,14 @@ def rst(cls:ISTConfig,
 ) -> ISTConfig: # The baseline
     "Random sparse tuning: layers drawn uniformly, nothing scored"
     return cls(**(dict(sampler='uniform') | kwargs))
+
+# %% ../nbs/00_config.ipynb #4715f57f
+@patch(cls_method=True)
+def recommended(cls:ISTConfig,
+    **kwargs, # Fields to set otherwise
+) -> ISTConfig: # Goes by the length of the run, as every `schedule` does
+    "What nbs/results/quality.ipynb recommends where loss and seconds count"
+    return cls(**(dict(n_active=0.4, sampler='depth', scorer='fisher', score_interval=20, schedule='shrink', fast=True) | kwargs))
 
 # %% ../nbs/00_config.ipynb #e94a0296
 @patch(cls_method=True)

@@ -28,7 +28,7 @@ class FinetuneArguments:
     test_data:str|None = None # Data to measure the held-out loss on; by default the test split of the data, or else a share of it
     test_fraction:float = 0.1 # The share that is held out when there is no test data
     max_rows:int|None = None # Use at most so many rows of the data
-    method:str = field(default='ist', metadata=dict(choices=['ist', 'paper', 'rst', 'dense'])) # 'ist': by importance; 'paper': the released algorithm; 'rst': random layers; 'dense': all layers
+    method:str = field(default='ist', metadata=dict(choices=['ist', 'recommended', 'paper', 'rst', 'dense'])) # 'ist': by importance; 'recommended': many layers early, few late; 'paper': the released algorithm; 'rst': random layers; 'dense': all layers
     peft:str = 'lora' # The kind of adapter: 'lora', 'dora', 'bottleneck', 'oft', 'ia3', or any other method of PEFT by its name
     peft_options:str|None = None # Settings of that method as JSON, such as '{"oft_block_size": 16}'; every field of its configuration
     lora_r:int = 32 # Rank of the adapter, for lora and dora
@@ -141,7 +141,7 @@ def ist_config(
     if args.method=='dense':
         if given: raise ISTError(f"--{next(iter(given))} is a setting of IST, but --method dense trains every layer at every step. Leave it out, or choose --method ist.")
         return None
-    return dict(ist=ISTConfig, paper=ISTConfig.paper, rst=ISTConfig.rst)[args.method](**({'seed':seed} | given))
+    return dict(ist=ISTConfig, recommended=ISTConfig.recommended, paper=ISTConfig.paper, rst=ISTConfig.rst)[args.method](**({'seed':seed} | given))
 
 # %% ../nbs/10_finetune.ipynb #1bae304b
 _examples = '''Fine-tune a language model with Importance-aware Sparse Tuning (IST).

@@ -16,7 +16,7 @@ from itertools import islice
 from fastcore.basics import patch
 from torch.utils.data import DataLoader, IterableDataset
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-from .config import ISTConfig, ISTError, layer_count, samplers, scorers
+from .config import ISTConfig, ISTError, layer_count, samplers, scorers, shrunk
 from .layers import find_layers, find_stack
 from .memory import ActivationBudget, OptimizerState, complete_state, lift_all
 from .processes import Case, Ranks, SharedProbe, check_engine, device_of, reshard, share, unwrap, weight
@@ -134,14 +134,16 @@ def layers_of(
 def budgets(
     n_active:int|float|dict, # As in `ISTConfig`
     layers, # From `find_layers`
+    exact:bool=False, # Whether a fraction is not rounded down: a mean may be 6.4
 ) -> list: # Pairs: positions [n] of layers, and how many of them a step trains; raises `ISTError`
     "Which layers share a budget, and how large it is"
-    if not isinstance(n_active, dict): return [(list(range(len(layers))), layer_count(n_active, len(layers)))]
+    count = lambda n, N, *field: n*N if exact and isinstance(n, float) else layer_count(n, N, *field)
+    if not isinstance(n_active, dict): return [(list(range(len(layers))), count(n_active, len(layers)))]
     stacks = {find_stack(k, layers.stacks):k for k in n_active}
     if len(stacks)<len(n_active): raise ISTError(f"n_active={n_active} names a stack twice: {', '.join(stacks)}. Give each stack one budget.")
     if left := [o for o in layers.stacks if o not in stacks]: raise ISTError(f"n_active={n_active} has no budget for {', '.join(left)}. Give one for each stack, or leave that stack out with stack={list(n_active)}.")
     of = {s:[i for i,o in enumerate(layers) if o.stack==s] for s in layers.stacks}
-    return [(of[s], layer_count(n_active[stacks[s]], len(of[s]), f'n_active[{stacks[s]!r}]')) for s in layers.stacks]
+    return [(of[s], count(n_active[stacks[s]], len(of[s]), f'n_active[{stacks[s]!r}]')) for s in layers.stacks]
 
 # %% ../nbs/04_ist.ipynb #2a2e73f6
 class IST:
@@ -152,7 +154,8 @@ class IST:
         probe=None, # Training data for the importance loop: a `DataLoader`, or batches. Not needed by a sampler that looks at no importance, nor by a scorer that observes the training itself
         loss_fn=model_loss, # `loss_fn(model, batch)` -> scalar tensor
         stack:str|list|None=None, # Which stacks of blocks, where the model has several (see `find_layers`); those of `config.n_active` if it is a dictionary
-        optimizer=None, # The optimizer, where `config.optimizer_state` is not 'keep'
+        optimizer=None, # The optimizer, where `config.optimizer_state` is not 'keep' or the model is sharded by FSDP2
+        n_steps:int|None=None, # Optimizer steps of the whole run, where `config.schedule` is not 'constant'
     ): # Raises `ISTError`
         self.model,self.config,self.loss_fn,self.ranks = unwrap(model),config or ISTConfig(),loss_fn,Ranks()
         model = self.model
@@ -162,7 +165,9 @@ class IST:
         self.layers = layers_of(model, self.config, stack)
         self.layers.thaw()   # and some layers frozen
         N = len(self.layers)
-        self.budgets = budgets(self.config.n_active, self.layers)
+        self.budgets,self.n_steps = budgets(self.config.n_active, self.layers),n_steps
+        if self.config.schedule!='constant' and not n_steps:
+            raise ISTError(f"schedule={self.config.schedule!r} goes by the length of the run, which is not known here. Give it: IST(..., n_steps=the number of optimizer steps).")
         self.sampler,self.scorer = samplers[self.config.sampler],scorers[self.config.scorer]
         self.scores = getattr(self.sampler, 'needs_importance', True)
         self.witness,self.started,self.engine = None,False,None
@@ -268,10 +273,16 @@ def rng(self:IST,
     return generator_for(self.config.seed, purpose, self.t)
 
 @patch
+def now(self:IST) -> list: # Pairs, as from `budgets`
+    "How many layers this step trains"
+    if self.config.schedule=='constant': return self.budgets
+    return [(pos, shrunk(n, len(pos), self.t, self.n_steps)) for pos,n in budgets(self.config.n_active, self.layers, exact=True)]
+
+@patch
 def draw(self:IST) -> torch.Tensor: # Long [n], sorted
     "The layers of this step"
     g = self.rng('layers')
-    return torch.cat([self._draw_from(torch.tensor(pos), n, g) for pos,n in self.budgets]).sort().values
+    return torch.cat([self._draw_from(torch.tensor(pos), n, g) for pos,n in self.now()]).sort().values
 
 @patch
 def _draw_from(self:IST, pos, n, g):
@@ -379,7 +390,8 @@ def thin(
 def __repr__(self:IST):
     c = self.config
     how = f'{c.sampler!r}' + (f' from {c.scorer!r} every {c.score_interval} steps' if self.scores else '')
-    return f'IST: {sum(n for _,n in self.budgets)} of {len(self.layers)} layers a step, drawn by {how}; {self.t} steps done'
+    on_average = '' if c.schedule=='constant' else f' on average, a number that falls over {self.n_steps} steps'
+    return f'IST: {sum(n for _,n in self.budgets)} of {len(self.layers)} layers a step{on_average}, drawn by {how}; {self.t} steps done'
 
 # %% ../nbs/04_ist.ipynb #cebcaa1b
 state_version = 2

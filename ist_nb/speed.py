@@ -304,7 +304,7 @@ import time
 from dataclasses import dataclass
 from math import ceil, inf
 from peft import get_peft_model
-from .config import layer_count, samplers, scorers, to_bytes
+from .config import layer_count, samplers, scorers, shrunk, to_bytes
 from .layers import find_layers
 import ist_nb.samplers, ist_nb.scorers   # which fill the registries
 
@@ -430,7 +430,9 @@ def _draws(n, config, steps=1000):
     "Positions of the layers of `steps` steps"
     if isinstance(config.n_active, dict): raise ISTError(f"estimate knows one stack of blocks, and n_active={config.n_active} has several. Measure it with benchmarks/speed.py instead.")
     g,I = torch.Generator().manual_seed(config.seed),torch.zeros(n)
-    return [samplers[config.sampler](I, layer_count(config.n_active, n), config, g).tolist() for _ in range(steps)]
+    k,mean = layer_count(config.n_active, n),config.n_active*n if isinstance(config.n_active, float) else config.n_active
+    many = [shrunk(mean, n, t, steps) if config.schedule=='shrink' else k for t in range(steps)]
+    return [samplers[config.sampler](I, o, config, g).tolist() if o<n else list(range(n)) for o in many]
 
 def _budget(config):
     "Bytes for activations"

@@ -128,11 +128,12 @@ def guarantee(
     m:int|None=None, # After how many importance updates; None: for ever
 ) -> dict: # `pi_min`; `rst`, that of random sparse tuning; `constant`, how many times RST's bound the bound of Corollary 1 is
     "What is guaranteed of `config` in the worst case"
-    n = layer_count(config.n_active, N)
+    mean = layer_count(config.n_active, N)
+    n = 1 if config.schedule=='shrink' else mean   # the fewest of any step
     if config.sampler=='uniform': pi = n/N
     elif config.sampler=='depth': pi = config.explore*n/N   # of the steps that train all layers
     else: pi = floor_probability(config.explore, n, N, 0. if m is None else math.exp(-importance_bound(m, update_bound(config))))
-    return dict(n=n, pi_min=pi, rst=n/N, constant=n/N/pi if pi else math.inf)
+    return dict(n=n, pi_min=pi, rst=mean/N, constant=mean/N/pi if pi else math.inf)
 
 # %% ../nbs/theory/convergence.ipynb #3e323aad
 def adaptive_bound(
