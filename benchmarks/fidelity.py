@@ -17,6 +17,7 @@ from ist_nb.finetune import assets
 from ist_nb.ist import quietly
 from ist_nb.scorers import follow,move_importance,sample_layers,standardize
 from ist_nb.suppression import suppress
+from speed import typed
 
 length,batch = 64,16   # tokens in a row, rows in a step
 
@@ -37,15 +38,16 @@ def rivals():
     sets = [('suppression', k, r, i) for k,r,i in ((3, 16, 10), (3, 8, 10), (3, 4, 10), (2, 4, 10), (3, 2, 5), (3, 16, 40))]
     sets += [('paper', 3, 16, 10), ('paper', 3, 4, 10), ('antithetic', 2, 16, 10), ('antithetic', 2, 6, 10), ('antithetic', 4, 4, 10)]
     one = [('gate', r, i) for r,i in ((16, 5), (16, 10), (16, 20), (16, 40), (8, 10), (8, 20), (4, 5), (4, 10), (4, 20), (2, 5))] + [('gate at 1', 16, 10), ('gate at 1', 4, 10)]
+    other = [dict(scorer='gate', score_batch_size=8, score_interval=20, passes=2, probe='held out')]   # rows that neither trains nor judges
     free = [('first_order', 10), ('fisher', 10)]
     return ([dict(scorer=s, n_candidates=k, score_batch_size=r, score_interval=i, passes=k) for s,k,r,i in sets] +
-            [dict(scorer=s, score_batch_size=r, score_interval=i, passes=2) for s,r,i in one] + [dict(scorer=s, score_interval=i, passes=0) for s,i in free])
+            [dict(scorer=s, score_batch_size=r, score_interval=i, passes=2) for s,r,i in one] + [dict(scorer=s, score_interval=i, passes=0) for s,i in free] + other)
 
 class Watched:
     "A scorer beside a run that it does not influence: the importance loop of `IST`, without its draws"
     def __init__(self, model, settings, loader, seed):
         self.settings,self.seconds = settings,0.
-        kw = {k:v for k,v in settings.items() if k!='passes'}
+        kw = {k:v for k,v in settings.items() if k not in ('passes', 'probe')}
         self.ist = IST(model, ISTConfig(**kw, seed=seed), probe=loader)
 
     @contextmanager
@@ -81,22 +83,23 @@ def losses_of(model, rows):
     "The loss of each 16 of the held-out rows"
     with quietly(model): return torch.tensor([model(input_ids=o, labels=o).loss.item() for o in rows.split(16)], dtype=torch.float64)
 
-def setting(seed, n_held):
-    "Held-out rows, a loader of the others, and pico with LoRA"
+def setting(seed, n_held, n_spare=0):
+    "Held-out rows, a loader of the others, one of `n_spare` rows that neither has, and pico with LoRA"
     tokenizer = AutoTokenizer.from_pretrained(str(assets/'pico'))
     text = ' '.join(json.loads(o)['text'] for o in (assets/'physics'/'train.jsonl').read_text().splitlines())
     ids = torch.tensor(tokenizer(text, verbose=False)['input_ids']); rows = ids[:len(ids)//length*length].view(-1, length)
     g = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(rows), generator=g)
-    held,train = rows[order[:n_held]],rows[order[n_held:]]
+    held,spare,train = rows[order[:n_held]],rows[order[n_held:n_held+n_spare]],rows[order[n_held+n_spare:]]
     loader = DataLoader([dict(input_ids=o, labels=o) for o in train], batch_size=batch, shuffle=True, generator=g)
+    spare = DataLoader([dict(input_ids=o, labels=o) for o in spare], batch_size=batch)
     torch.manual_seed(seed)
-    return held,loader,get_peft_model(AutoModelForCausalLM.from_pretrained(str(assets/'pico'), dtype=torch.float32), LoraConfig(r=8, lora_alpha=16, target_modules='all-linear', task_type='CAUSAL_LM'))
+    return held,loader,spare,get_peft_model(AutoModelForCausalLM.from_pretrained(str(assets/'pico'), dtype=torch.float32), LoraConfig(r=8, lora_alpha=16, target_modules='all-linear', task_type='CAUSAL_LM'))
 
-def one_run(seed, steps, n_held):
-    held,loader,model = setting(seed, n_held)
+def one_run(seed, steps, n_held, todo):
+    held,loader,spare,model = setting(seed, n_held, 256 if any('probe' in o for o in todo) else 0)
     ist = IST(model, ISTConfig.rst(seed=seed))
-    watched = [Watched(model, o, loader, seed) for o in rivals()]
+    watched = [Watched(model, o, spare if 'probe' in o else loader, seed) for o in todo]
     opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
     seconds,losses = [],[]
     while ist.t<steps:
@@ -134,19 +137,20 @@ def main(
     seeds:str='10 11 12', # Seeds of the runs: of the base order of the rows, the adapters, the layers drawn and the candidates
     steps:int=120, # Steps of each run
     held:int=512,  # Rows on which layers are left out
+    only:str='',   # Settings as scorer/rows/interval, separated by spaces, such as gate/8/20, or gate/8/20/held with a probe of rows that are held out too; all if empty
     out:Path=Path(__file__).parent/'results'/'fidelity.json', # Where the numbers go
 ):
     torch.set_num_threads(1)
     warnings.simplefilter('ignore')
-    runs = []
+    runs,todo = [],[o for o in rivals() if not only and 'probe' not in o or f"{o['scorer']}/{o.get('score_batch_size', '')}/{o['score_interval']}{'/held' if 'probe' in o else ''}" in only.split()]
     for seed in map(int, seeds.split()):
-        runs.append(one_run(seed, steps, held))
+        runs.append(one_run(seed, steps, held, todo))
         table = []
-        for i,o in enumerate(rivals()):
+        for i,o in enumerate(todo):
             got = [r['scorers'][i] for r in runs]
             mean = lambda f: statistics.mean(f(r) for r in got)
             table.append(dict(o, spearman={f:mean(lambda r: r['spearman'][f]) for f in got[0]['spearman']}, share_of_training=mean(lambda r: r['share_of_training']), forward_equivalents=got[0]['forward_equivalents']))
-        res = dict(what='Spearman correlation of importance with the loss change when one layer is left out, and the seconds of scoring over those of training', command='python benchmarks/fidelity.py',
+        res = dict(what='Spearman correlation of importance with the loss change when one layer is left out, and the seconds of scoring over those of training', command=typed('fidelity'),
                    model='pico, 16 layers, LoRA r=8 on all linear layers, 4 layers a step drawn uniformly, AdamW 3e-3, clipped at 1', steps=steps, rows_a_step=batch, tokens_a_row=length, held_out_rows=held, factors=[0.25, 0.],
                    hardware=f'{platform.machine()} CPU, one thread', versions={'python':platform.python_version()} | {o:version(o) for o in ('torch', 'transformers', 'peft')}, table=table, runs=runs)
         out.write_text(json.dumps(res, indent=1)+'\n')

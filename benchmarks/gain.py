@@ -41,7 +41,7 @@ def gain(model, layers, held, batches, lr):
     return res
 
 def one_run(seed, at, n_held, alone, lr):
-    held,loader,model = setting(seed, n_held)
+    held,loader,_,model = setting(seed, n_held)
     ist = IST(model, ISTConfig.rst(seed=seed))
     others = {k:Watched(model, v, loader, seed) for k,v in watched.items()}
     opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)

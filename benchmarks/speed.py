@@ -1,7 +1,7 @@
 """What a training step costs, in the Trainer: LoRA on all layers, the released IST, RST and ours, with and without each lever
 of `ist_nb.speed`, importance loop included. `python benchmarks/speed.py` finds the GPU by itself; the variants take turns,
 several times, and every number is a median with its spread."""
-import gc,json,os,platform,statistics,sys,tempfile,time
+import gc,json,os,platform,shlex,statistics,sys,tempfile,time
 from importlib.metadata import version
 from pathlib import Path
 import torch
@@ -241,7 +241,7 @@ def bench(shape, batch, length, steps, reps, only, seconds, save):
 def typed(name):
     "The command, without where its output went"
     out = next((i for i,o in enumerate(sys.argv) if o=='--out'), len(sys.argv))
-    return ' '.join([f'python benchmarks/{name}.py', *sys.argv[1:out], *sys.argv[out+2:]])
+    return shlex.join(['python', f'benchmarks/{name}.py', *sys.argv[1:out], *sys.argv[out+2:]])
 
 @call_parse
 def main(
