@@ -46,11 +46,13 @@ def whole(t):
 def loss_of(model, b): return nn.functional.cross_entropy(model(input_ids=b['input_ids']).logits[:, :-1].flatten(0, 1), b['labels'][:, 1:].flatten())   # transformers' own is rounded to float32
 
 # -- one run
+adam = partial(torch.optim.AdamW, lr=0.01)
+sgd = partial(torch.optim.SGD, lr=0.5)    # where something is rounded to float32: Adam makes whole steps of the differences of tiny gradients
 def clean(name): return name.replace('_fsdp_wrapped_module.', '').removeprefix('module.')
 def grads_of(model): return {clean(k):whole(p.grad) for k,p in model.named_parameters() if p.grad is not None}
 def weights_of(model): return {clean(k):whole(p) for k,p in model.named_parameters() if 'lora' in k or 'vera' in k}
 
-def run(rank=0, size=1, wrap=lambda m: m, config=None, give=None, optimizer=partial(torch.optim.AdamW, lr=0.01), accumulate=1, before=None, model=None, weights=weights_of, grads=grads_of, n=steps):
+def run(rank=0, size=1, wrap=lambda m: m, config=None, give=None, optimizer=adam, accumulate=1, before=None, model=None, weights=weights_of, grads=grads_of, n=steps):
     "Train; what came out of it, in things that one process and several have in common"
     model = make() if model is None else model
     outer = wrap(model)
@@ -167,15 +169,15 @@ works = {   # name: engine, what is done, and the arguments of `run`
     'FSDP2, reset': ('FSDP2', "optimizer_state='reset'", dict(config=dict(optimizer_state='reset'))),
     'FSDP1': ('FSDP1', 'probes, use_orig_params=True', {}),
     'FSDP1, the model inside given': ('FSDP1', 'the model in place of the wrapper', dict(give=None)),
-    'DDP, compiled blocks': ('DDP', "fast='compile'", dict(config=dict(fast='compile'), slow=True)),
-    'FSDP2, compiled blocks': ('FSDP2', "fast='compile'", dict(config=dict(fast='compile'), slow=True)),
+    'DDP, compiled blocks': ('DDP', "fast='compile'", dict(config=dict(fast='compile'), optimizer=sgd, slow=True)),
+    'FSDP2, compiled blocks': ('FSDP2', "fast='compile'", dict(config=dict(fast='compile'), optimizer=sgd, slow=True)),
 }
 
 def arguments(name):
     "The arguments of `run` for a case; without an engine for the run on one process that it is compared with; folding changes nothing, compiling rounds the norms (32 bits) in another way"
     engine,_,kwargs = works[name]
     kwargs = dict(kwargs)
-    plain = dict(config={k:v for k,v in kwargs.get('config', {}).items() if (k, v)!=('fast', 'fold')}, accumulate=kwargs.get('accumulate', 1))
+    plain = dict(config={k:v for k,v in kwargs.get('config', {}).items() if (k, v)!=('fast', 'fold')}) | {k:kwargs[k] for k in ('accumulate', 'optimizer') if k in kwargs}
     kwargs.pop('slow', None)
     if kwargs.pop('checkpointing', False):
         def before(t, ist, outer):
@@ -195,7 +197,8 @@ def work(name, rank, size, refs):
     res = compare(got, refs[key(plain)]) | dict(same_on_all_ranks=same_on_all([ist.importance, *got['weights'].values()], size), gradients_skipped=got['skipped'], engine_found=ist.engine.name)
     assert res['engine_found']==engine, res
     if name in engines: res['bytes_kept'] = bytes_kept(outer, ist, batch(0, rank, size))
-    return judged(res)
+    return judged(res, **compiled) if 'compiled' in name else judged(res)
+compiled = dict(weights=2e-4, importance=1e-3, gradients=1e-4)   # norms in float32, rounded in another way; gradients reach 1e-2, weights go 1e-2 in all, at most four steps of SGD each
 
 def uneven(rank, size, wrap=ddp):
     "A probe of rows with different numbers of labels, and of a rank without any: the loss of all, not the mean of means"
@@ -296,7 +299,7 @@ def diverge(name, rank, size, wrap=ddp):
     raise AssertionError(f'{name}: nobody noticed')
 
 # -- the Trainer
-def trainer_run(folder, size=1, config=None, resume=None, n=steps, model=None, callback=None, dtype=torch.float64, **kwargs):
+def trainer_run(folder, size=1, config=None, resume=None, n=steps, model=None, callback=None, dtype=torch.float64, one_gpu=True, **kwargs):
     "The same with a Trainer, which reads the rows in order"
     from torch.utils.data import SequentialSampler
     from transformers import Trainer,TrainingArguments
@@ -304,14 +307,19 @@ def trainer_run(folder, size=1, config=None, resume=None, n=steps, model=None, c
     class InOrder(Trainer):
         def _get_train_sampler(self, *args): return SequentialSampler(self.train_dataset)
     cb = callback or ISTCallback(ISTConfig(**(dials | (config or {}))), loss_fn=loss_of)
-    args = TrainingArguments(str(folder), **(dict(max_steps=n, per_device_train_batch_size=rows//(size or torch.cuda.device_count()), learning_rate=0.01, lr_scheduler_type='constant', report_to='none', logging_steps=1, save_strategy='no',
+    args = TrainingArguments(str(folder), **(dict(max_steps=n, per_device_train_batch_size=rows//size, learning_rate=0.01, lr_scheduler_type='constant', report_to='none', logging_steps=1, save_strategy='no',
                              use_cpu=not cuda, disable_tqdm=True, dataloader_pin_memory=False) | kwargs))
-    if size>0: args._n_gpu = min(1, args.n_gpu)   # with several GPUs and one process, DataParallel; asked for by size=0
+    if one_gpu: args._n_gpu = min(1, args.n_gpu)   # one process would take all GPUs, by DataParallel
     t = InOrder(make(dtype=dtype) if model is None else model, args, train_dataset=[{k:v.tolist() for k,v in o.items()} for o in data], callbacks=[cb])
     t.pop_callback(PrinterCallback)
     t.train(resume_from_checkpoint=resume and str(resume))
-    got = dict(weights=weights_of(t.model), grads=[], importance=cb.ist.importance.double(), history=[h['importance'] for h in cb.ist.history], times_active=cb.ist.times_active)
+    got = dict(weights=trainer_weights(t), grads=[], importance=cb.ist.importance.double(), history=[h['importance'] for h in cb.ist.history], times_active=cb.ist.times_active)
     return got,cb.ist,t
+
+def trainer_weights(t):
+    "FSDP1 holds slices, and puts them together on its wrapper only"
+    from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+    return fsdp1_weights(t.model_wrapped) if isinstance(t.model_wrapped, FSDP) else weights_of(t.model)
 
 @contextmanager
 def fresh_accelerate(fsdp_on_cpu=False):
@@ -340,21 +348,21 @@ trainers = {   # name: arguments
     'Trainer, FSDP2': sharded(2),
     'Trainer, FSDP2, first_order': sharded(2) | dict(config=dict(scorer='first_order')),
     'Trainer, FSDP1': sharded(1) | dict(dtype=torch.float32),   # it takes norms in float32 only
-    'Trainer, DataParallel': {},
 }
 def trainer_plain(name): return {k:v for k,v in trainers[name].items() if k in ('config', 'dtype')}
 def train(name, rank, size, refs, folder):
     "One case with a Trainer"
-    alone = 'DataParallel' in name
-    with fresh_accelerate('FSDP' in name): got,ist,t = trainer_run(folder, 0 if alone else size, **trainers[name])
+    with fresh_accelerate('FSDP' in name): got,ist,t = trainer_run(folder, size, **trainers[name])
     res = compare(got, refs['trainer'+key(trainer_plain(name))]) | dict(same_on_all_ranks=same_on_all([ist.importance, *got['weights'].values()], size), engine_found=ist.engine.name)
-    assert ist.engine.name==('one process' if alone else name.split(', ')[1]), res
+    assert ist.engine.name==name.split(', ')[1], res
     return judged(res, weights=1e-3, importance=1e-3) if 'dtype' in trainers[name] else judged(res)
 
 trainer_refused = {
     'Trainer, ddp_find_unused_parameters=False': (dict(ddp_find_unused_parameters=False), 'ddp_find_unused_parameters=True'),
     'Trainer, reentrant checkpointing': (dict(gradient_checkpointing=True, gradient_checkpointing_kwargs=dict(use_reentrant=True)), 'use_reentrant'),
     'Trainer, torch_compile': (dict(torch_compile=True, torch_compile_backend='eager'), 'torch_compile=False'),
+    'Trainer, DataParallel': (dict(one_gpu=False), 'torchrun --nproc_per_node='),
+    'Trainer, processes apart': (dict(use_cpu=False), 'every one would train the whole run by itself'),
 }
 def trainer_refuse(name, rank, size, folder):
     kwargs,part = trainer_refused[name]
@@ -402,8 +410,6 @@ def json_of(ist): return json.dumps(ist.state_dict())
 checkpoints = ['FSDP2, keep', 'FSDP2, reset']
 
 # -- DeepSpeed, where it is installed
-sgd = partial(torch.optim.SGD, lr=0.5)
-adam = partial(torch.optim.AdamW, lr=0.01)
 deepspeeds = {f'DeepSpeed ZeRO-{s}, {what}':(s, opt, config, part) for s in range(4) for what,opt,config,part in (
     ('AdamW', adam, {}, None if s==0 else 'has momentum or weight decay'), ('SGD without momentum', sgd, {}, None), ('AdamW, all layers active', adam, dict(n_active=1.), None),
     ('SGD, first_order', sgd, dict(scorer='first_order'), None if s==0 else 'its optimizer holds one flat tensor'))}
@@ -443,20 +449,25 @@ def ds(name, rank, size, refs):
     return judged(res, weights=1e-3, importance=1e-3, sparse='n_active' not in config)   # float32
 
 # -- many cases
-main_cases = ['DDP', 'DDP, first_order', 'DDP, one row in a probe', 'FSDP2', 'FSDP2, gate', 'FSDP2, first_order', 'FSDP2, one row in a probe', 'FSDP1', 'uneven labels', 'seed', 'importance', 'Trainer, DDP', 'Trainer, FSDP2',
+main_cases = ['DDP', 'DDP, first_order', 'DDP, one row in a probe', 'FSDP2', 'FSDP2, gate', 'FSDP2, first_order', 'FSDP2, one row in a probe', 'FSDP1', 'uneven labels', 'seed', 'importance', 'Trainer, DDP', 'Trainer, FSDP2', 'Trainer, processes apart', 'FSDP2, keep',
               'DDP, find_unused_parameters=False', 'DeepSpeed ZeRO-2, AdamW', 'DeepSpeed ZeRO-2, SGD without momentum', 'DeepSpeed ZeRO-3, SGD without momentum']   # on more than two processes
 
 def works_here(name, size):
-    "accelerate has no FSDP1 on a CPU, the Trainer no DDP for one GPU, and DataParallel is one process with several"
-    if 'DataParallel' in name: return size==1 and torch.cuda.device_count()>1
+    "accelerate has no FSDP1 on a CPU, and the Trainer no DDP for one GPU"
     return 'FSDP1' not in name if not cuda else size>1 or 'DDP' not in name
+
+def refused_here(name, size):
+    "DataParallel is one process with several GPUs; processes work apart that have none and are not told to do without"
+    if name=='Trainer, DataParallel': return size==1 and torch.cuda.device_count()>1
+    if name=='Trainer, processes apart': return size>1 and not cuda
+    return size>1 or not cuda
 
 def all_cases(size, slow=True):
     "Pairs of a kind and a name"
     fast = [('works', n) for n,(*_,k) in works.items() if not k.get('slow')] + [('refused', n) for n in refused]
     fast += [('probe', 'uneven labels')]
     fast += [('diverging', n) for n in diverging]*(size>1) + [('trainer', n) for n in trainers if works_here(n, size)]
-    fast += [('trainer refused', n) for n in trainer_refused if not cuda or size>1] + [('resume', 'Trainer, DDP')] + [('checkpoint', n) for n in checkpoints] + [('resume', 'Trainer, FSDP2')]*cuda   # on a CPU PEFT does not save what FSDP2 has sharded
+    fast += [('trainer refused', n) for n in trainer_refused if refused_here(n, size)] + [('resume', 'Trainer, DDP')] + [('checkpoint', n) for n in checkpoints] + [('resume', 'Trainer, FSDP2')]*cuda   # on a CPU PEFT does not save what FSDP2 has sharded
     if find_spec('deepspeed'): fast += [('deepspeed', n) for n in deepspeeds]
     every = fast + [('works', n) for n,(*_,k) in works.items() if k.get('slow')]*slow
     return every if size<=2 else [o for o in every if o[1] in main_cases]
@@ -495,7 +506,7 @@ def worker(folder, rank, size):
         for kind,name in todo:
             start = time.perf_counter()
             try: res = dict(ok=True) | one(kind, name, rank, size, refs, folder)
-            except Exception as e: res = dict(ok=False, error=f'{type(e).__name__}: {str(e)[:600]}', where=traceback.format_exc()[-1500:])
+            except Exception as e: res = dict(ok=False, error=f'{type(e).__name__}: {str(e)[:600]}', where=traceback.format_exc()[-1500:].replace(f'{Path(__file__).parent.parent}/', ''))
             out.write(json.dumps(dict(kind=kind, name=name, seconds=round(time.perf_counter()-start, 2)) | res)+'\n'); out.flush()
             dist.barrier()
     dist.destroy_process_group()
@@ -553,6 +564,11 @@ def hardware():
     cpu = next((l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name')), platform.processor()) if Path('/proc/cpuinfo').exists() else platform.processor()
     return f'{os.cpu_count()} CPUs, {cpu}'
 
+def merged(old, new):
+    "The old cases, in their places with what was run again"
+    by = lambda cases: {(o['processes'], o['kind'], o['name']):o for o in cases}
+    return list((by(old) | by(new)).values())
+
 def main():
     p = argparse.ArgumentParser(description=__doc__)
     here = Path(__file__).parent/'results'
@@ -572,12 +588,13 @@ def main():
         for o in launch(cases, size, a.seconds):
             print(size, o['kind'], '-', o['name'], 'ok' if o['ok'] else o.get('error', 'the ranks do not say the same'), flush=True)
             found.append(dict(processes=size) | o)
-    if a.only and a.out.exists():   # what was not run again is kept
-        ran = {(o['processes'], o['name']) for o in found}
-        found += [o for o in json.loads(a.out.read_text())['cases'] if (o['processes'], o['name']) not in ran]
-    res = dict(command='python benchmarks/processes.py', versions=versions(), hardware=hardware(), backend='nccl' if cuda else 'gloo', seconds=round(time.perf_counter()-start), 
+    took = round(time.perf_counter()-start)
+    old = json.loads(a.out.read_text()) if a.only and a.out.exists() else {}   # what was not run again is kept
+    found = merged(old.get('cases', []), found)
+    res = dict(command='python benchmarks/processes.py', versions=old.get('versions', {}) | versions(), hardware=hardware(), backend='nccl' if cuda else 'gloo', seconds=old.get('seconds', took),
                run=dict(layers=N, rows=rows, tokens=tokens, steps=steps, dtype='float64 (DeepSpeed: float32)') | dials, cases=found)
+    res |= {k:v for k,v in old.items() if k not in res}
     a.out.write_text(json.dumps(res, indent=1)+'\n')
-    print(f"{sum(o['ok'] is True for o in found)} of {len(found)} as expected, in {res['seconds']} s -> {a.out}")
+    print(f"{sum(o['ok'] is True for o in found)} of {len(found)} as expected, in {took} s -> {a.out}")
 
 if __name__=='__main__': main()

@@ -322,6 +322,15 @@ def _one_folder(
     sft.output_dir = ranks.texts(sft.output_dir)[0]
     return ranks
 
+def _one_gpu(
+    sft, # An `SFTConfig`, which has found the GPUs
+):
+    "One GPU for one process, where the Trainer would take all by DataParallel"
+    n = sft.n_gpu
+    if n<=1: return
+    sft._n_gpu = 1
+    _say(f'GPUs: this is one process, so it uses one GPU of {n}; to use all, put torchrun --nproc_per_node={n} -m ist_nb.finetune in place of ist_finetune.')
+
 def _whole_loader(
     trainer, # A `Trainer`
 ): # A `DataLoader`
@@ -342,6 +351,7 @@ def finetune(
     from ist_nb.evaluate import held_out_loss
     from ist_nb.runs import digest, locked, same_data, write_json
     ranks = _one_folder(sft)
+    _one_gpu(sft)
     folder = Path(sft.output_dir)
     if args.auto_resume and (done := finished(folder)): return done
     check_folder(folder, args)   # before anything is loaded, and again when nobody else may change it

@@ -1,5 +1,5 @@
 "Several processes: the same layers and importance on each, equal to the run on one process; what an engine does not allow is refused; a process that goes its own way stops all"
-import json,os,subprocess,sys,warnings
+import json,os,re,subprocess,sys,warnings
 from pathlib import Path
 import pytest,torch
 from ist_nb import IST,ISTConfig,ISTError
@@ -7,7 +7,7 @@ from ist_nb.processes import Ranks,disagreement,limits,share,warn_if_apart,weigh
 import processes as P
 
 root = Path(__file__).parent.parent
-committed = json.loads((root/'benchmarks/results/processes.json').read_text())
+committed,on_gpus = (json.loads((root/f'benchmarks/results/{o}.json').read_text()) for o in ('processes', 'processes_gpu'))
 
 def launched(cases, size, seconds):
     found = P.launch(cases, size, seconds)
@@ -16,15 +16,16 @@ def launched(cases, size, seconds):
     return {o['name']:o for o in found}
 
 fast = {'works': ['DDP', 'DDP, one row in a probe', 'FSDP2', 'FSDP2, gate', 'FSDP2, first_order', 'FSDP2, evaluation between steps', 'FSDP1'], 'trainer': ['Trainer, DDP', 'Trainer, FSDP2'],
-        'resume': ['Trainer, DDP'], 'probe': None, 'refused': None, 'diverging': None, 'trainer refused': None, 'deepspeed': []}
+        'resume': ['Trainer, DDP'], 'probe': None, 'refused': None, 'diverging': None, 'trainer refused': None, 'checkpoint': None, 'deepspeed': []}
 
 def test_two_processes():
     "One launch: engines that work equal one process, all refusals, all ways to diverge, resume bit for bit"
     cases = [(k, n) for k,n in P.all_cases(2, slow=False) if fast[k] is None or n in fast[k]]
-    assert len(cases)>=34
+    assert len(cases)>=38
     found = launched(cases, 2, 600)
     assert found['FSDP2']['engine_found']=='FSDP2' and found['Trainer, FSDP2']['engine_found']=='FSDP2'
     assert 'seed: 7 on rank 0; 8 on rank 1' in found['seed']['said']
+    if not P.cuda: assert 'use_cpu=True' in found['Trainer, processes apart']['said']
 
 @pytest.mark.slow
 @pytest.mark.parametrize('size', [1, 2, 4])
@@ -39,6 +40,25 @@ def test_committed_table():
         assert {'DDP', 'FSDP2', 'DDP, first_order', 'FSDP2, first_order'} <= {n for _,n in have}
         assert all(o['ok'] for o in have.values())
     assert {w for w,*_ in P.engines.items()}=={'DDP', 'FSDP2', 'FSDP1'}
+
+def test_committed_gpu_table():
+    "On one GPU all came out as they should; what did not on two is what the page names, and nothing else; nobody has forgotten a case"
+    have = {n:{(o['kind'], o['name']):o for o in on_gpus['cases'] if o['processes']==n} for n in (1, 2)}
+    assert sum(map(len, have.values()))==len(on_gpus['cases']) and on_gpus['backend']=='nccl'
+    assert all(o['ok'] for o in have[1].values())
+    want = set(P.all_cases(2))-{('deepspeed', n) for n in P.deepspeeds}-{('trainer refused', 'Trainer, processes apart')}   # that one is of a CPU
+    assert set(have[2])==want | {('trainer', 'Trainer, FSDP1'), ('resume', 'Trainer, FSDP2')}
+    cells = json.loads((root/'nbs/tutorials/processes.ipynb').read_text())['cells']
+    page = ''.join(''.join(o.get('data', {}).get('text/markdown', '')) for c in cells for o in c.get('outputs', []))
+    bad = [(o['name'], str(o['processes'])) for o in on_gpus['cases'] if not o['ok']]
+    assert re.findall(r'^- \*(.+)\* on (\d) GPUs: ', page, re.M)==bad
+    assert re.findall(r'^\| ([^|]+) \| [^|]* \| open \|$', page, re.M)==sorted((n for n,_ in bad), key=page.index)
+    assert on_gpus['hardware'] in page and f"torch {on_gpus['versions']['torch']}" in page
+
+def test_merged_keeps_what_was_not_run_again():
+    "Cases of one name and two kinds are two; each stays in its place"
+    case = lambda kind, ok, size=1: dict(kind=kind, name='FSDP2, reset', processes=size, ok=ok)
+    assert P.merged([case('works', 1), case('checkpoint', 2), case('works', 3, 2)], [case('new', 4), case('works', 5)])==[case('works', 5), case('checkpoint', 2), case('works', 3, 2), case('new', 4)]
 
 def test_every_limit_is_tried():
     "Each limit is what some case is refused for"
@@ -130,3 +150,45 @@ def test_finetune_refuses_processes_that_are_apart(monkeypatch):
     monkeypatch.setattr(Q, 'Ranks', lambda: O(size=2, texts=lambda o: [o]))
     assert F._one_folder(sft(2)).size==2
     with pytest.raises(ISTError, match='not in one group.*--use_cpu'): F._one_folder(sft(1))
+
+def with_gpus(n, folder):
+    "Training arguments as they are for one process on a machine with so many GPUs"
+    from transformers import TrainingArguments
+    args = TrainingArguments(str(folder), use_cpu=True, report_to='none', max_steps=1, per_device_train_batch_size=2)
+    args._n_gpu = n
+    return args
+
+def test_one_process_with_several_gpus_is_refused(tmp_path):
+    "When the Trainer is made, or when training begins if the callback came later; a model that device_map has spread is another thing"
+    from transformers import Trainer
+    from ist_nb import ISTCallback
+    both = r'nn\.DataParallel.*torchrun --nproc_per_node=2 .*accelerate launch.*CUDA_VISIBLE_DEVICES=0'
+    def trainer(n, *callbacks, model=None): return Trainer(P.make() if model is None else model, with_gpus(n, tmp_path), train_dataset=P.data, callbacks=list(callbacks))
+    with pytest.raises(ISTError, match=both): trainer(2, ISTCallback())
+    late = trainer(2)
+    late.add_callback(ISTCallback())
+    with pytest.raises(ISTError, match=both): late.callback_handler.on_train_begin(late.args, late.state, late.control)
+    for n in (0, 1): trainer(n, ISTCallback())
+    spread = P.make()
+    spread.hf_device_map = {'model.embed_tokens':0, 'model.layers':1}
+    assert trainer(2, ISTCallback(), model=spread).args.n_gpu==1
+
+def test_finetune_takes_one_gpu_of_several(tmp_path, monkeypatch, capsys):
+    "And says so, before its trainer is made; the callback then has nothing to refuse"
+    import ist_nb.finetune as F
+    def go(n, *more):
+        args,cfg,sft = F.parse(['--output_dir', str(tmp_path/'run'), '--max_rows', '64', '--use_cpu', *more])
+        sft.device
+        sft._n_gpu = n
+        seen = []
+        def make_trainer(args, cfg, sft, data): seen.append(sft.n_gpu); raise ISTError('far enough')
+        with monkeypatch.context() as m:
+            m.setattr(F, 'make_trainer', make_trainer)
+            with pytest.raises(ISTError, match='far enough'): F.finetune(args, cfg, sft)
+        return seen[0],capsys.readouterr().out
+    used,said = go(2)
+    assert used==1 and said.count('\n')==2 and 'one GPU of 2' in said and 'torchrun --nproc_per_node=2 -m ist_nb.finetune' in said, said
+    assert go(2, '--method', 'dense')[0]==1
+    for n in (0, 1):
+        used,said = go(n)
+        assert used==n and 'GPU' not in said
