@@ -46,6 +46,7 @@ contenders = {
     'anneal to depth':(dict(sampler='depth', scorer='fisher', score_interval=20, dense_first=0.2), {}),
     'depth, own rates':(dict(sampler='depth', scorer='fisher', score_interval=20, own_rates=True), {}),
     'shrink to depth':(dict(sampler='depth', scorer='fisher', score_interval=20, n_active=0.4, schedule='shrink'), {}), 'shrink to depth, 1/4':(dict(sampler='depth', scorer='fisher', score_interval=20, schedule='shrink'), {}),
+    'shrink to top':(dict(sampler='static top', n_active=0.4, schedule='shrink'), {}), 'shrink to top, 1/4':(dict(sampler='static top', schedule='shrink'), {}),
     'shrink to RST, 1/4':(dict(sampler='uniform', schedule='shrink'), {}),
     'anneal to RST':(dict(sampler='uniform', dense_first=0.2), {}),
     **{f'importance with {k}={v}':(dict(sampler='importance', scorer='suppression', score_interval=20, score_batch_size=4) | {k:v}, {}) for k,v in ablations},
