@@ -118,7 +118,7 @@ def check_gpus(
     args, # `TrainingArguments`
 ): # Raises `ISTError`
     "Refuse one process with several GPUs"
-    if args.n_gpu>1:
+    if getattr(args, 'n_gpu', 1)>1:
         raise ISTError(f"The Trainer has one process and {args.n_gpu} GPUs, so it would spread each batch over them with nn.DataParallel, and a run with IST has been measured to differ there from the run on one GPU. "
                        f"For all GPUs start one process for each: torchrun --nproc_per_node={args.n_gpu} script.py (or accelerate launch script.py). For one GPU set CUDA_VISIBLE_DEVICES=0.")
 
