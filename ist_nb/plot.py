@@ -535,6 +535,10 @@ def _race(curves):
     times = {o:seconds_to(curves[o], goal+1e-12) for o in names[1:]}
     made = {o:s for o,s in times.items() if s is not None}
     if not times: return f'{names[0]} comes to {goal:.3f}'
+    low = first[1].min()
+    if goal-low>(first[1][0]-low)/2:     # so the final loss is no goal
+        least = min(names[1:], key=lambda o: curves[o][1][-1])
+        return f'{names[0]} falls to {low:.3f} and rises to {goal:.3f}; {least} ends at {curves[least][1][-1]:.3f}'
     if not made: return _ahead(curves)
     best = min(made, key=made.get)
     if made[best]>end: return f'{names[0]} is the first to reach {goal:.3f}; {best} takes {made[best]/end:.2f} times as long'
