@@ -165,7 +165,8 @@ class IST:
         self.layers = layers_of(model, self.config, stack)
         self.layers.thaw()   # and some layers frozen
         N = len(self.layers)
-        self.budgets,self.n_steps = budgets(self.config.n_active, self.layers),n_steps
+        self.budgets,self.means = (budgets(self.config.n_active, self.layers, exact) for exact in (False, True))
+        self.n_steps = n_steps
         if self.config.schedule!='constant' and not n_steps:
             raise ISTError(f"schedule={self.config.schedule!r} goes by the length of the run, which is not known here. Give it: IST(..., n_steps=the number of optimizer steps).")
         self.sampler,self.scorer = samplers[self.config.sampler],scorers[self.config.scorer]
@@ -276,7 +277,7 @@ def rng(self:IST,
 def now(self:IST) -> list: # Pairs, as from `budgets`
     "How many layers this step trains"
     if self.config.schedule=='constant': return self.budgets
-    return [(pos, shrunk(n, len(pos), self.t, self.n_steps)) for pos,n in budgets(self.config.n_active, self.layers, exact=True)]
+    return [(pos, shrunk(n, len(pos), self.t, self.n_steps)) for pos,n in self.means]
 
 @patch
 def draw(self:IST) -> torch.Tensor: # Long [n], sorted

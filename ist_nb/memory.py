@@ -487,6 +487,7 @@ def complete_state(
     "Give each parameter without a state the one that it would have before its first step"
     opt = innermost(optimizer)
     new = [p for g in opt.param_groups for p in g['params'] if p.requires_grad and not opt.state.get(p)]
+    if not new: return
     kept,rates = [(p, p.grad) for g in opt.param_groups for p in g['params']],[g['lr'] for g in opt.param_groups]
     for p,_ in kept: p.grad = None
     for p in new: p.grad = torch.zeros_like(p)
