@@ -6,7 +6,7 @@ import json,platform,statistics,time,warnings
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-import torch
+import torch, torch.multiprocessing as mp
 from fastcore.script import call_parse
 from peft import LoraConfig,get_peft_model
 from torch.utils.data import DataLoader
@@ -38,7 +38,7 @@ def rivals():
     sets = [('suppression', k, r, i) for k,r,i in ((3, 16, 10), (3, 8, 10), (3, 4, 10), (2, 4, 10), (3, 2, 5), (3, 16, 40))]
     sets += [('paper', 3, 16, 10), ('paper', 3, 4, 10), ('antithetic', 2, 16, 10), ('antithetic', 2, 6, 10), ('antithetic', 4, 4, 10)]
     one = [('gate', r, i) for r,i in ((16, 5), (16, 10), (16, 20), (16, 40), (8, 10), (8, 20), (4, 5), (4, 10), (4, 20), (2, 5))] + [('gate at 1', 16, 10), ('gate at 1', 4, 10)]
-    other = [dict(scorer='gate', score_batch_size=8, score_interval=20, passes=2, probe='held out')]   # rows that neither trains nor judges
+    other = [dict(scorer=s, score_batch_size=8, score_interval=i, passes=2, probe='held out') for s,i in (('gate', 20), ('gate', 24), ('gate+fisher', 24))]   # rows that neither trains nor judges
     free = [('first_order', 10), ('fisher', 10)]
     return ([dict(scorer=s, n_candidates=k, score_batch_size=r, score_interval=i, passes=k) for s,k,r,i in sets] +
             [dict(scorer=s, score_batch_size=r, score_interval=i, passes=2) for s,r,i in one] + [dict(scorer=s, score_interval=i, passes=0) for s,i in free] + other)
@@ -97,6 +97,8 @@ def setting(seed, n_held, n_spare=0):
     return held,loader,spare,get_peft_model(AutoModelForCausalLM.from_pretrained(str(assets/'pico'), dtype=torch.float32), LoraConfig(r=8, lora_alpha=16, target_modules='all-linear', task_type='CAUSAL_LM'))
 
 def one_run(seed, steps, n_held, todo):
+    torch.set_num_threads(1)
+    warnings.simplefilter('ignore')
     held,loader,spare,model = setting(seed, n_held, 256 if any('probe' in o for o in todo) else 0)
     ist = IST(model, ISTConfig.rst(seed=seed))
     watched = [Watched(model, o, spare if 'probe' in o else loader, seed) for o in todo]
@@ -125,12 +127,18 @@ def one_run(seed, steps, n_held, todo):
         change[factor] = torch.stack(parts)                                            # [N, parts]
     truth = {f:o.mean(1) for f,o in change.items()}
     halves = {f:spearman(o[:, ::2].mean(1), o[:, 1::2].mean(1)) for f,o in change.items()}
+    def direct(f, n):
+        "How well leaving layers out on `n` of the rows agrees with all the others"
+        parts = change[f].shape[1]
+        some = [(torch.arange(parts)//(n//16)==i) for i in range(parts//(n//16))]
+        return statistics.mean(spearman(change[f][:, o].mean(1), change[f][:, ~o].mean(1)) for o in some)
     step = sum(seconds)
     res = [dict(w.settings, spearman={str(f):spearman(w.ist.importance, o) for f,o in truth.items()}, share_of_training=w.seconds/step,
                 forward_equivalents=w.settings['passes']*w.settings.get('score_batch_size', 0)/w.settings['score_interval']/batch,
                 importance=w.ist.importance.tolist()) for w in watched]
+    print(f'seed {seed} is done', flush=True)
     return dict(seed=seed, loss_first=losses[0], loss_last=statistics.mean(losses[-10:]), loss_held_out=base.mean().item(), seconds_a_step=step/steps, step_in_forward_equivalents=step/steps/(forward*batch*length),
-                loss_change={str(f):o.tolist() for f,o in truth.items()}, split_half={str(f):o for f,o in halves.items()}, between_factors=spearman(truth[0.25], truth[0.]), scorers=res)
+                loss_change={str(f):o.tolist() for f,o in truth.items()}, split_half={str(f):o for f,o in halves.items()}, direct={n:{str(f):direct(f, n) for f in change} for n in (16, 32, 64)}, between_factors=spearman(truth[0.25], truth[0.]), scorers=res)
 
 @call_parse
 def main(
@@ -138,20 +146,21 @@ def main(
     steps:int=120, # Steps of each run
     held:int=512,  # Rows on which layers are left out
     only:str='',   # Settings as scorer/rows/interval, separated by spaces, such as gate/8/20, or gate/8/20/held with a probe of rows that are held out too; all if empty
+    workers:int=1, # Runs side by side, in processes
     out:Path=Path(__file__).parent/'results'/'fidelity.json', # Where the numbers go
 ):
-    torch.set_num_threads(1)
-    warnings.simplefilter('ignore')
-    runs,todo = [],[o for o in rivals() if not only and 'probe' not in o or f"{o['scorer']}/{o.get('score_batch_size', '')}/{o['score_interval']}{'/held' if 'probe' in o else ''}" in only.split()]
-    for seed in map(int, seeds.split()):
-        runs.append(one_run(seed, steps, held, todo))
-        table = []
-        for i,o in enumerate(todo):
-            got = [r['scorers'][i] for r in runs]
-            mean = lambda f: statistics.mean(f(r) for r in got)
-            table.append(dict(o, spearman={f:mean(lambda r: r['spearman'][f]) for f in got[0]['spearman']}, share_of_training=mean(lambda r: r['share_of_training']), forward_equivalents=got[0]['forward_equivalents']))
-        res = dict(what='Spearman correlation of importance with the loss change when one layer is left out, and the seconds of scoring over those of training', command=typed('fidelity'),
-                   model='pico, 16 layers, LoRA r=8 on all linear layers, 4 layers a step drawn uniformly, AdamW 3e-3, clipped at 1', steps=steps, rows_a_step=batch, tokens_a_row=length, held_out_rows=held, factors=[0.25, 0.],
-                   hardware=f'{platform.machine()} CPU, one thread', versions={'python':platform.python_version()} | {o:version(o) for o in ('torch', 'transformers', 'peft')}, table=table, runs=runs)
-        out.write_text(json.dumps(res, indent=1)+'\n')
-        for o in table: print(f"{o['scorer']:12} {o.get('n_candidates', ''):2} {o.get('score_batch_size', ''):3} {o['score_interval']:3}   {o['spearman']['0.25']:.2f} {o['spearman']['0.0']:.2f}   {o['share_of_training']:.2%}  {o['forward_equivalents']:.3f}", flush=True)
+    todo = [o for o in rivals() if not only and 'probe' not in o or f"{o['scorer']}/{o.get('score_batch_size', '')}/{o['score_interval']}{'/held' if 'probe' in o else ''}" in only.split()]
+    jobs = [(int(o), steps, held, todo) for o in seeds.split()]
+    if workers>1:
+        with mp.get_context('spawn').Pool(workers) as pool: runs = pool.starmap(one_run, jobs, chunksize=1)
+    else: runs = [one_run(*o) for o in jobs]
+    table = []
+    for i,o in enumerate(todo):
+        got = [r['scorers'][i] for r in runs]
+        mean = lambda f: statistics.mean(f(r) for r in got)
+        table.append(dict(o, spearman={f:mean(lambda r: r['spearman'][f]) for f in got[0]['spearman']}, share_of_training=mean(lambda r: r['share_of_training']), forward_equivalents=got[0]['forward_equivalents']))
+    res = dict(what='Spearman correlation of importance with the loss change when one layer is left out, and the seconds of scoring over those of training', command=typed('fidelity'),
+               model='pico, 16 layers, LoRA r=8 on all linear layers, 4 layers a step drawn uniformly, AdamW 3e-3, clipped at 1', steps=steps, rows_a_step=batch, tokens_a_row=length, held_out_rows=held, factors=[0.25, 0.],
+               hardware=f'{platform.machine()} CPU, one thread', versions={'python':platform.python_version()} | {o:version(o) for o in ('torch', 'transformers', 'peft')}, table=table, runs=runs)
+    out.write_text(json.dumps(res, indent=1)+'\n')
+    for o in table: print(f"{o['scorer']:12} {o.get('n_candidates', ''):2} {o.get('score_batch_size', ''):3} {o['score_interval']:3}   {o['spearman']['0.25']:.2f} {o['spearman']['0.0']:.2f}   {o['share_of_training']:.2%}  {o['forward_equivalents']:.3f}", flush=True)

@@ -171,7 +171,7 @@ class IST:
             raise ISTError(f"schedule={self.config.schedule!r} goes by the length of the run, which is not known here. Give it: IST(..., n_steps=the number of optimizer steps).")
         self.sampler,self.scorer = samplers[self.config.sampler],scorers[self.config.scorer]
         self.scores = getattr(self.sampler, 'needs_importance', True)
-        self.witness,self.started,self.engine = None,False,None
+        self.batches,self.witness,self.started,self.engine = None,None,False,None
         self._check_engine()
         shorten_backward(model)
         if self.config.fast: pull(model, self.layers, 'fold' if self.config.fast is True and self.engine.sharded else self.config.fast)
@@ -185,9 +185,9 @@ class IST:
 @patch
 def _set_probe(self:IST, probe):
     "Check that importance can be scored"
-    if getattr(self.scorer, 'observes', None)=='backward':
-        self.witness = Witness(self.layers, self.ranks.spread)
-        return
+    observes = getattr(self.scorer, 'observes', None)   # 'backward': the training alone; 'both': the training and a probe
+    if observes: self.witness = Witness(self.layers, self.ranks.spread)
+    if observes=='backward': return
     layer_count(self.config.n_suppressed, len(self.layers), 'n_suppressed')
     if probe is None: raise ISTError(f"sampler={self.config.sampler!r} needs importance, and importance needs data to probe with. "
                                      "Give probe=your training DataLoader, or use ISTConfig.rst(), which draws layers uniformly.")
@@ -301,7 +301,7 @@ def _draw_from(self:IST, pos, n, g):
 def score(self:IST):
     "One importance update, now; `begin_step` calls it every `score_interval` steps"
     start = time.perf_counter()
-    importance,record = self.scorer(self.importance, self.witness, self.config, self.rng('scores')) if self.witness else self._probe()
+    importance,record = self._probe() if self.batches else self.scorer(self.importance, self.witness, self.config, self.rng('scores'))
     if importance.shape==self.importance.shape: importance = self.ranks.same(self.t, importance.detach().float())
     if importance.shape!=self.importance.shape or not importance.isfinite().all():
         raise ISTError(f"The scorer {self.config.scorer!r} returned {importance}; it must return {len(self.layers)} finite numbers.")
@@ -363,7 +363,7 @@ def _fitting(self:IST, batch, n):
 
 @patch
 def _score_with(self:IST, batch, n):
-    args = self.model, self.layers, batch, self.loss_fn, self.config.suppression_factor, getattr(self.scorer, 'form', 'response')
+    args = self.model, self.layers, batch, self.loss_fn, self.config.suppression_factor, getattr(self.scorer, 'form', 'response'), self.witness
     probe = Probe(*args) if self.ranks.size==1 else SharedProbe(self.ranks, weight(self.model, batch, n), *args)
     return self.scorer(self.importance, probe, self.config, self.rng('scores'))
 

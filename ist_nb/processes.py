@@ -238,7 +238,7 @@ class Case:
     reentrant:bool # Whether reentrant checkpointing is on
     engine:Engine|None=None # From `engine_of`
     @property
-    def observes(self): return getattr(self.scorer, 'observes', None)=='backward'
+    def observes(self): return bool(getattr(self.scorer, 'observes', None))
 
 @dataclass
 class Limit:

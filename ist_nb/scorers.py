@@ -6,7 +6,7 @@
 __all__ = ['reward_spread', 'memory', 'linear_in', 'move_importance', 'centred_likelihood', 'update_importance', 'standardize',
            'sample_layers', 'draw_candidates', 'Probe', 'suppression_update', 'suppression_scorer', 'paper_scorer',
            'frozen', 'follow', 'gate_scorer', 'suppression_curves', 'linear_params', 'check_linear', 'products',
-           'Witness', 'first_order_scorer', 'fisher_scorer']
+           'Witness', 'first_order_scorer', 'fisher_scorer', 'gate_fisher_scorer']
 
 # %% ../nbs/02_scorers.ipynb #95f6b0bf
 import torch,weakref
@@ -99,7 +99,8 @@ class Probe:
         loss_fn, # `loss_fn(model, batch)` -> scalar tensor
         factor:float, # Suppression factor $\beta$
         form:str='response', # As in `suppress`
-    ): self.model,self.layers,self.batch,self.loss_fn,self.factor,self.form = model,layers,batch,loss_fn,factor,form
+        witness=None, # A `Witness`, for a scorer that asks the training's own backward passes too
+    ): self.model,self.layers,self.batch,self.loss_fn,self.factor,self.form,self.witness = model,layers,batch,loss_fn,factor,form,witness
 
     def loss(self,
         which=(), # Positions of the layers to suppress
@@ -166,12 +167,13 @@ def follow(
     importance:Tensor, # Float [N]
     scores:Tensor, # Float [N], larger is more important
     known:Tensor|None=None, # Bool [N], layers that have a score; all of them if not given
+    weight:float=memory, # Of the newest score
 ) -> Tensor: # Float [N], a new tensor
     "Move the importance towards the `scores`, brought to mean 0 and standard deviation 1; towards 0 for a layer without one"
     known = torch.ones_like(importance, dtype=torch.bool) if known is None else known
     z = torch.zeros_like(importance)                                    # [N]
     if known.any(): z[known] = standardize(-scores[known], 1.).to(z)
-    return importance + memory*(z-importance)
+    return importance + weight*(z-importance)
 
 @scorers.register('gate', 'Gradient with respect to a gate on each layer\'s response, halfway to suppression: all layers from one backward pass', gradients=True)
 def gate_scorer(importance, probe, config, generator):
@@ -212,7 +214,7 @@ def check_linear(
     own,found = {id(p) for p in layer.params},[linear_params(o) for o in layer.tuners]
     for o,pairs in zip(layer.tuners, found):
         if not pairs or any(id(p) not in own for p,_ in pairs):
-            raise ISTError(f"scorer='first_order' reads the gradient of parameters in which an adapter is linear, and {type(o).__name__} in {layer.name} has none that it knows and that train with this layer alone. "
+            raise ISTError(f"scorers 'first_order', 'fisher' and 'gate+fisher' read the gradient of parameters in which an adapter is linear, and {type(o).__name__} in {layer.name} has none that it knows and that train with this layer alone. "
                            "Use scorer='gate', which works with every method.")
     return [pair for pairs in found for pair in pairs]
 
@@ -273,7 +275,7 @@ def end(self:Witness,
     if now: self.pending.append(now)
     self.missed = 0 if now else self.missed+1
     if self.missed==self.patience:
-        raise ISTError(f"scorer='first_order' has seen no optimizer with the active layers' gradients in {self.patience} steps, so it has nothing to score. Make the optimizer's step inside of the step of IST, "
+        raise ISTError(f"Scoring by the training's own gradients ('first_order', 'fisher', 'gate+fisher') has seen no optimizer with the active layers' gradients in {self.patience} steps, so there is nothing to score. Make the optimizer's step inside of the step of IST, "
                        "before zero_grad(), with a torch.optim.Optimizer; or use scorer='gate' or 'suppression', which need no optimizer.")
 
 @patch
@@ -316,12 +318,28 @@ def first_order_scorer(importance, witness, config, generator):
     return follow(importance, witness.mean, witness.count>0) if took else importance, record
 
 # %% ../nbs/02_scorers.ipynb #bea075dd
+@patch
+def evidence(self:Witness) -> tuple[Tensor,Tensor]: # Float64 [N], 0 for a layer that was not seen; bool [N], which were
+    "The mean of each layer's scores and their variance, each standardised over the layers, and added"
+    seen,many = self.count>0,self.count>1                              # [N]
+    n,z = self.count.clamp_max(int(1/self.memory)),torch.zeros_like(self.mean)
+    if seen.any(): z[seen] = standardize(-self.mean[seen], 1.)
+    if many.any(): z[many] += standardize(-(self.var*n/(n-1))[many], 1.)   # n-1: or a layer that was seen seldom would look flat
+    return z,seen
+
 @scorers.register('fisher', 'As first_order, with the variance of the gradient from step to step, a measure of curvature, added to its mean', observes='backward')
 def fisher_scorer(importance, witness, config, generator):
-    took,seen = witness.collect(),witness.count>0
+    took = witness.collect()
     record = dict(score=witness.mean.tolist(), var=witness.var.tolist(), seen=witness.count.tolist(), dropped=not took)
-    if not took: return importance,record
-    n,z,many = witness.count.clamp_max(int(1/witness.memory)),torch.zeros_like(witness.mean),witness.count>1   # [N]
-    z[seen] = standardize(-witness.mean[seen], 1.)
-    if many.any(): z[many] += standardize(-(witness.var*n/(n-1))[many], 1.)   # n-1: or a layer that was seen seldom would look flat
-    return follow(importance, z, seen),record
+    return follow(importance, *witness.evidence()) if took else importance, record
+
+# %% ../nbs/02_scorers.ipynb #c284f7a5
+@scorers.register('gate+fisher', "The gate on a probe, best of held-out rows, steadied by the training's own gradients: the most faithful", gradients=True, observes='both')
+def gate_fisher_scorer(importance, probe, config, generator):
+    probe.witness.collect()
+    loss,gradient = probe.gates((1+probe.factor)/2)
+    record = dict(losses=[loss], gradient=gradient.tolist(), seen=probe.witness.count.tolist(), dropped=not (isfinite(loss) and gradient.isfinite().all().item()))
+    if record['dropped']: return importance,record
+    z,seen = probe.witness.evidence()
+    if seen.any(): z[seen] = standardize(-z[seen], 1.)
+    return follow(importance, standardize(gradient, 1.)+0.5*z, weight=0.4), record   # chosen on eight runs, and judged on others

@@ -422,7 +422,7 @@ def step_cost(
 def _probes(s, config, names, args):
     "Seconds a step for the importance loop"
     scorer = scorers[config.scorer]
-    if getattr(scorer, 'observes', None) or not getattr(samplers[config.sampler], 'needs_importance', True): return 0
+    if getattr(scorer, 'observes', None)=='backward' or not getattr(samplers[config.sampler], 'needs_importance', True): return 0
     once = lambda active: step_cost(s, active, config.score_batch_size*args['seq'], names=names, **args)[0]
     return (once(range(s.n)) if getattr(scorer, 'gradients', False) else config.n_candidates*once(()))/config.score_interval
 

@@ -1,5 +1,6 @@
 "Gates and the witness: what cheap scorers see is what suppression does, and nothing of it is lost, seen twice or left behind"
 import gc,json,sys,warnings,weakref
+from itertools import product
 from pathlib import Path
 import pytest,torch
 from datasets import Dataset
@@ -200,11 +201,11 @@ def loop(model, ist, opt, batches):
             torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
             opt.step(); opt.zero_grad()
 
-@pytest.mark.parametrize('scorer', ['first_order', 'fisher', 'gate'])
+@pytest.mark.parametrize('scorer', ['first_order', 'fisher', 'gate', 'gate+fisher'])
 def test_resumed_loop_is_bit_exact(scorer):
     data = list(DataLoader(rows(64), batch_size=4))*2
     pairs = list(zip(data[::2], data[1::2]))                # 16 steps
-    make = lambda: (m := lora(dropout=0.), IST(m, ISTConfig(**cfg|dict(scorer=scorer)), probe=DataLoader(rows(), batch_size=4) if scorer=='gate' else None), torch.optim.AdamW(params(m), lr=0.02))
+    make = lambda: (m := lora(dropout=0.), IST(m, ISTConfig(**cfg|dict(scorer=scorer)), probe=DataLoader(rows(), batch_size=4) if 'gate' in scorer else None), torch.optim.AdamW(params(m), lr=0.02))
     model,ist,opt = make(); loop(model, ist, opt, pairs)
     a,i,o = make(); loop(a, i, o, pairs[:8])                # stops between two scores, with steps in hand
     saved = json.loads(json.dumps(i.state_dict()))
@@ -214,7 +215,7 @@ def test_resumed_loop_is_bit_exact(scorer):
     assert json.dumps(j.state_dict())==json.dumps(ist.state_dict())
     assert all(torch.equal(x, y) for x,y in zip(model.state_dict().values(), b.state_dict().values()))
 
-@pytest.mark.parametrize('scorer', ['first_order', 'fisher', 'gate'])
+@pytest.mark.parametrize('scorer', ['first_order', 'fisher', 'gate', 'gate+fisher'])
 def test_resumed_trainer_is_bit_exact(scorer, tmp_path):
     "Gradient accumulation and clipping on; dropout too"
     ds = Dataset.from_list([dict(input_ids=o['input_ids'].tolist(), labels=o['labels'].tolist()) for o in rows(64)])
@@ -244,9 +245,11 @@ def in_a_process(rank, port):
     from torch.distributed.fsdp import fully_shard
     os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
     dist.init_process_group('gloo', rank=rank, world_size=2)
-    def run(wrap, ids):
+    ids = torch.randint(0, 64, (8, 8), generator=torch.Generator().manual_seed(0))
+    probe = [dict(input_ids=ids[:4], labels=ids[:4])]   # one batch: every process asks the same
+    def run(wrap, ids, scorer):
         model = lora(dropout=0.)
-        ddp,ist = wrap(model),IST(model, ISTConfig(**cfg))
+        ddp,ist = wrap(model),IST(model, ISTConfig(**cfg|dict(scorer=scorer, score_batch_size=4)), probe=probe)
         opt = torch.optim.AdamW(params(model), lr=0.01)
         for _ in range(7):
             with ist.step(): ddp(input_ids=ids, labels=ids).loss.backward(); opt.step(); opt.zero_grad()
@@ -255,11 +258,10 @@ def in_a_process(rank, port):
     def sharded(model):
         for o in model.base_model.model.model.layers: fully_shard(o)
         return fully_shard(model)
-    ids = torch.randint(0, 64, (8, 8), generator=torch.Generator().manual_seed(0))
-    want = run(lambda m: m, ids)
-    for wrap in (lambda m: torch.nn.parallel.DistributedDataParallel(m, find_unused_parameters=True), sharded):
-        got = run(wrap, ids[4*rank:][:4])
-        assert torch.allclose(got, want, atol=1e-5), (got, want)
+    want = {o:run(lambda m: m, ids, o) for o in (cfg['scorer'], 'gate+fisher')}
+    for wrap,scorer in product((lambda m: torch.nn.parallel.DistributedDataParallel(m, find_unused_parameters=True), sharded), want):
+        got,want_ = run(wrap, ids[4*rank:][:4], scorer),want[scorer]
+        assert torch.allclose(got, want_, atol=1e-5), (scorer, got, want_)
         both = [torch.zeros_like(got) for _ in range(2)]
         dist.all_gather(both, got)
         assert torch.equal(*both)
