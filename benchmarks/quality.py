@@ -1,8 +1,10 @@
 """Does importance pay? Dense LoRA and its relatives, layers fixed once, LISA's schedule, RST, the released IST and ours, each with its own learning rate,
 on adapting to a held-out book, to a second domain, and on multiple choice; in an under-trained, a matched and an over-trained regime.
-`python benchmarks/quality.py DATA` runs on pico and the CPU; with a GPU it first pretrains a base of 55 million parameters. DATA holds `textbooks`,
-`textbooks_research` and `commonsense`; `--model` takes a model of the hub in place of that base. Runs go side by side in processes, results are saved as they come, and a run that is known is not run again"""
+`python benchmarks/quality.py DATA` runs on pico and the CPU; with a GPU it first pretrains a base of 50 million parameters. DATA holds `textbooks`,
+`textbooks_research` and `commonsense`; `--model` takes a model of the hub in place of that base. Runs go side by side in processes, results are saved as they come, and a run that is known is not run again.
+`python benchmarks/quality.py DATA --plan alone --workers 1` measures seconds and bytes, one run at a time"""
 import gzip,json,platform,statistics,sys,tempfile,time
+from contextlib import nullcontext
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -11,9 +13,10 @@ from fastcore.script import call_parse
 from peft import AdaLoraConfig,LoraConfig,get_peft_model
 from transformers import AutoModelForCausalLM,AutoTokenizer
 from ist_nb import IST,ISTConfig,find_layers
-from ist_nb.config import samplers,scorers
+from ist_nb.config import samplers,scorers,shrunk
 from ist_nb.evaluate import confidence_interval,held_out_loss,read_task,score_likelihood,tasks as known_tasks
 from ist_nb.finetune import assets
+from ist_nb.memory import DeviceMeter,LiveBytes
 from ist_nb.samplers import inclusion_by_depth
 from ist_nb.scorers import follow
 from ist_nb.speed import fold
@@ -32,7 +35,9 @@ choice_sets = ['ARC-Easy', 'ARC-Challenge', 'openbookqa', 'boolq']
 # the dials of the importance loop, each moved down and up
 ablations = [(k, v) for k,vs in dict(n_active=(0.125, 0.375), n_suppressed=(0.25, 0.75), suppression_factor=(0., 0.5), n_candidates=(2, 8), score_interval=(5, 80), score_lr=(3., 30.), explore=(0., 0.5)).items() for v in vs]
 # contenders: settings of IST (None: all layers at every step), of the adapter, and more of this file
-fixed = lambda which: dict(sampler=f'static {which}')
+fixed = lambda which: dict(sampler='top' if which=='top' else f'static {which}')
+every = dict(n_active=1.0, sampler='uniform')
+by_depth,to_top = dict(sampler='depth', scorer='fisher', score_interval=20, n_active=0.4, schedule='shrink'),dict(sampler='top', n_active=0.4, schedule='shrink')
 contenders = {
     'LoRA':(None, {}), 'rsLoRA':(None, dict(use_rslora=True)), 'DoRA':(None, dict(use_dora=True)), 'AdaLoRA':(None, dict(ada=True)),
     'static top':(fixed('top'), {}), 'static bottom':(fixed('bottom'), {}), 'static spread':(fixed('spread'), {}),
@@ -45,15 +50,22 @@ contenders = {
     'RST 3/8':(dict(sampler='uniform', n_active=0.375), {}), 'RST 1/2':(dict(sampler='uniform', n_active=0.5), {}),
     'anneal to depth':(dict(sampler='depth', scorer='fisher', score_interval=20, dense_first=0.2), {}),
     'depth, own rates':(dict(sampler='depth', scorer='fisher', score_interval=20, own_rates=True), {}),
-    'shrink to depth':(dict(sampler='depth', scorer='fisher', score_interval=20, n_active=0.4, schedule='shrink'), {}), 'shrink to depth, 1/4':(dict(sampler='depth', scorer='fisher', score_interval=20, schedule='shrink'), {}),
-    'shrink to top':(dict(sampler='static top', n_active=0.4, schedule='shrink'), {}), 'shrink to top, 1/4':(dict(sampler='static top', schedule='shrink'), {}),
+    'shrink to depth':(by_depth, {}), 'shrink to depth, 1/4':(dict(sampler='depth', scorer='fisher', score_interval=20, schedule='shrink'), {}),
+    'shrink to top':(to_top, {}), 'shrink to top, 1/4':(to_top | dict(n_active=0.25), {}),
+    'shrink to top, rates to zero':(to_top | dict(own_ends=0.), {}), 'shrink to top, rates to zero, higher':(to_top | dict(own_ends=0.5), {}),
+    'shrink to top, 0.6':(to_top | dict(n_active=0.6), {}),
     'shrink to RST, 1/4':(dict(sampler='uniform', schedule='shrink'), {}),
     'anneal to RST':(dict(sampler='uniform', dense_first=0.2), {}),
     **{f'importance with {k}={v}':(dict(sampler='importance', scorer='suppression', score_interval=20, score_batch_size=4) | {k:v}, {}) for k,v in ablations},
     'LoRA, 0.6 of the steps':(None, dict(part=0.6)), 'LoRA, 0.35 of the steps':(None, dict(part=0.35)),
+    **{f'shrink to top, {k} times the steps':(to_top, dict(part=k)) for k in (1.5, 2.)},
+    # for seconds and bytes: with the levers, and with half of the bytes that LoRA's activations take
+    'LoRA, levers':(every | dict(fast=True), {}), 'shrink to depth, levers':(by_depth | dict(fast=True), {}), 'shrink to top, levers':(to_top | dict(fast=True), {}),
+    'LoRA, checkpointing':(None, dict(checkpointing=True)), 'LoRA, half the activations':(every | dict(activation_budget='half'), {}),
+    'shrink to top, half the activations':(to_top | dict(activation_budget='half'), {}),
 }
 
-for which,pick in dict(top=lambda N,n: range(N-n, N), bottom=lambda N,n: range(n), spread=lambda N,n: sorted({round(i*(N-1)/max(1, n-1)) for i in range(n)})).items():
+for which,pick in dict(bottom=lambda N,n: range(n), spread=lambda N,n: sorted({round(i*(N-1)/max(1, n-1)) for i in range(n)})).items():
     @samplers.register(f'static {which}', 'The same layers at every step', needs_importance=False)
     def _(importance, n, config, generator, pick=pick): return torch.tensor(list(pick(len(importance), n)))
 @samplers.register('depth, blind', 'Depth without importance', varies=True, uses_depth=True, needs_importance=False)
@@ -116,7 +128,7 @@ def load_base(base, dtype):
     return model
 
 def pretrain(data, base, minutes):
-    "A base of 55 million parameters, from all the books that no task uses, in bfloat16; for so many minutes of a fast GPU"
+    "A base of 50 million parameters, from all the books that no task uses, in bfloat16; for so many minutes of a fast GPU"
     sys.path.insert(0, str(here.parent/'tools'))
     from pretrain_pico import loss_fn,make_model,optimizers,stream,windows
     tok = AutoTokenizer.from_pretrained(str(assets/'pico'))
@@ -164,14 +176,31 @@ def run(job, scale, data, base, device, dtype=torch.float32):
     torch.manual_seed(seed)
     model = get_peft_model(model, adapter(more, steps)).to(device).train()
     if 'fold' in more: fold(model)
-    dials = dict(settings or dict(n_active=1.0, sampler='uniform'))
-    hold,dense,own = dials.pop('hold', 1),dials.pop('dense_first', 0.),dials.pop('own_rates', False)
+    if 'checkpointing' in more: model.gradient_checkpointing_enable(); model.enable_input_require_grads()
+    dials = dict(settings or every)
+    gpu = device=='cuda'
+    amp = torch.autocast(device, torch.bfloat16, enabled=gpu)
+    now = (lambda: torch.cuda.synchronize() or time.perf_counter()) if gpu else time.process_time
+    if dials.get('activation_budget')=='half':   # of what one step of LoRA takes beyond the model
+        b,meter = put(collate(train[:B])),DeviceMeter(torch.device('cuda')) if gpu else LiveBytes()
+        meter.start([*model.parameters()]); meter.restart(); before = meter.now()
+        with amp, meter if isinstance(meter, LiveBytes) else nullcontext(): model(**b).loss.backward()
+        dials['activation_budget'] = f'{(meter.peak()-before)//2}B'
+        meter.stop(); model.zero_grad()
+    if gpu: torch.cuda.reset_peak_memory_stats()
+    hold,dense,own,ends = dials.pop('hold', 1),dials.pop('dense_first', 0.),dials.pop('own_rates', False),dials.pop('own_ends', None)
     layers = find_layers(model)
     # a layer that is drawn less often may move further each time
     pi = inclusion_by_depth(torch.zeros(len(layers)), len(layers)//4, ISTConfig(**dials)) if own else torch.ones(len(layers))
-    opt = torch.optim.AdamW([dict(params=o.params, lr=lr*min(4., (p/pi.mean()).item()**-0.5)) for o,p in zip(layers, pi)], weight_decay=0., fused=device=='cuda')
+    opt = torch.optim.AdamW([dict(params=o.params, lr=lr*min(4., (p/pi.mean()).item()**-0.5)) for o,p in zip(layers, pi)], weight_decay=0., fused=gpu)
     warm = max(1, steps//12)
-    sched = torch.optim.lr_scheduler.LambdaLR(opt, lambda t: min((t+1)/warm, max(0., (steps-t)/(steps-warm))))
+    N = len(layers)
+    n_at = [shrunk(dials['n_active']*N, N, t, steps) for t in range(steps)] if ends is not None else []
+    def rate(i):
+        "The rate of a layer over the steps, as a share: up, then down to zero at the end of the run, or when the layer is frozen for good"
+        end = steps if ends is None else max(t+1 for t in range(steps) if n_at[t]>=N-i)
+        return lambda t: (steps/end)**(ends or 0)*min((t+1)/warm, max(0., (end-t)/max(1, end-warm)))
+    sched = torch.optim.lr_scheduler.LambdaLR(opt, [rate(i) for i in range(N)])
     order = torch.cat([torch.randperm(len(train), generator=torch.Generator().manual_seed(1000*seed+e)) for e in range(steps*B//len(train)+1)]).tolist()
     ist = IST(model, ISTConfig(**dials, seed=seed), probe=torch.utils.data.DataLoader(train, batch_size=B, collate_fn=collate), n_steps=steps)
     draw = ist.draw
@@ -179,13 +208,15 @@ def run(job, scale, data, base, device, dtype=torch.float32):
         if ist.t<dense*steps: return torch.arange(len(ist.layers))
         return draw() if hold==1 or ist.t%hold==0 else ist.active
     ist.draw = held_draw
-    curve,depth,spent = [],[],0.
-    amp = torch.autocast(device, torch.bfloat16, enabled=device=='cuda')
+    curve,depth,took,spent,peak = [],[],[],0.,0
     def judge(t):
+        nonlocal peak
+        if gpu: peak = max(peak, torch.cuda.max_memory_allocated())
         with amp: curve.append(dict(step=t, seconds=spent, valid=held_out_loss(model, valid), test=held_out_loss(model, test)))
+        if gpu: torch.cuda.reset_peak_memory_stats()   # judging is not training
     judge(0)
     for t in range(steps):
-        start = time.perf_counter() if device=='cuda' else time.process_time()
+        start = now()
         b = put(collate([train[i] for i in order[t*B:(t+1)*B]]))
         with ist.step():
             with amp: loss = model(**b).loss
@@ -194,12 +225,11 @@ def run(job, scale, data, base, device, dtype=torch.float32):
             opt.step(); sched.step()
             if 'ada' in more: model.base_model.update_and_allocate(t)
             opt.zero_grad()
-        if device=='cuda': torch.cuda.synchronize()
-        spent += (time.perf_counter() if device=='cuda' else time.process_time())-start
+        took.append(now()-start); spent += took[-1]
         depth.append(1-int(ist.active[0])/len(ist.layers))
         if (t+1)*evals//steps>t*evals//steps: judge(t+1)
     best = min(curve, key=lambda o: o['valid'])
-    res = dict(method=name, task=kind, regime=regime, lr=lr, seed=seed, valid=curve[-1]['valid'], test=curve[-1]['test'], stopped=dict(step=best['step'], seconds=best['seconds'], valid=best['valid'], test=best['test']), seconds=spent,
+    res = dict(method=name, task=kind, regime=regime, lr=lr, seed=seed, valid=curve[-1]['valid'], test=curve[-1]['test'], stopped=dict(step=best['step'], seconds=best['seconds'], valid=best['valid'], test=best['test']), seconds=spent, steady=sum(statistics.median(took[i:i+10])*len(took[i:i+10]) for i in range(0, steps, 10)), peak=peak,
                depth=statistics.mean(depth), active=float(ist.times_active.sum()/steps), share=ist.score_seconds/spent, curve=curve, importance=ist.importance.tolist(), times_active=ist.times_active.tolist())
     if kind=='choice' and scale!='pico':   # a model of pico's size answers by chance
         res['accuracy'] = {}
@@ -229,11 +259,11 @@ def parallel(next_job, workers, args, deadline, keep):
     for _ in procs: todo.put(None)
     for p in procs: p.join()
 
-def best_rates(runs, what='valid'):
-    "The learning rate of each method, task and regime: the best on validation rows of the first seed"
+def best_rates(runs):
+    "The learning rate of each method, task and regime: the best on validation rows of the first seed, each stopped where it is best"
     res = {}
     for r in runs:
-        if r['seed']==0: res.setdefault((r['method'], r['task'], r['regime']), {})[r['lr']] = r[what]
+        if r['seed']==0: res.setdefault((r['method'], r['task'], r['regime']), {})[r['lr']] = r['stopped']['valid']
     return {k:min(v, key=v.get) for k,v in res.items()}
 
 def planner(groups, runs, ended):
@@ -256,13 +286,36 @@ def planner(groups, runs, ended):
                     if c in best and fresh(job := (*c, best[c], seed)): return job
     return next_job
 
-# what a GPU runs if nothing else is asked for, in this order
-core,rest = 'LoRA;RST;depth, fisher;importance, suppression;anneal to depth;shrink to depth;LoRA, 0.35 of the steps','depth, blind;released IST;LISA schedule;static top;static spread;rsLoRA;DoRA;AdaLoRA;depth, promise;anneal to RST'
-book,domain = (dict(tasks=o, regimes='matched', only=core, rates=r) for o,r in (('book', '1e-3 2e-3 4e-3'), ('domain', '2e-3 4e-3 8e-3')))
-over = dict(tasks='book domain', regimes='over', only='LoRA;RST;depth, fisher;importance, suppression', rates='5e-4 1e-3')
-choice = dict(tasks='choice', regimes='matched', only='LoRA;RST;depth, fisher;anneal to depth', rates='2e-3')
-others = dict(tasks='book', regimes='matched', only=rest, rates='2e-3')
-plan = [o | dict(seeds=n) for n in (1, 3, 5) for o in (book, domain, over, choice, *[others]*(n>1))]
+# what is run if nothing else is asked for, in this order: tasks, regimes, contenders, and the learning rates that each tries with the first seed
+short,top = 'LoRA;LoRA, 0.6 of the steps;LoRA, 0.35 of the steps','shrink to depth;shrink to top'
+drawn,few = 'RST;depth, fisher;importance, suppression',f'LoRA;RST;depth, fisher;{top}'
+data_are_few,longer = f'LoRA;LoRA, 0.35 of the steps;RST;importance, suppression;{top}','shrink to top, 1.5 times the steps;shrink to top, 2.0 times the steps'
+kept = 'static top;static bottom;static spread'
+others = 'LISA schedule;released IST;depth, blind;importance, gate;importance, fisher;importance, gradient norm;importance, weight change;DoRA'
+ideas = 'shrink to RST, 1/4;anneal to depth;anneal to RST;depth, own rates;depth, promise;RST 1/2;depth 1/2, fisher;shrink to top, rates to zero;shrink to top, rates to zero, higher'
+base_core = [
+    ('book', 'matched', f'{short};{top};shrink to top, 0.6', '5e-4 1e-3 2e-3'),
+    ('book', 'matched', drawn, '1e-3 2e-3 4e-3'),
+    ('domain', 'matched', f'{short};{drawn};{top};shrink to top, 0.6', '2e-3 4e-3 8e-3')]
+base_more = [
+    ('book', 'matched', longer, '5e-4 1e-3'), ('domain', 'matched', longer, '2e-3 4e-3'),
+    ('choice', 'matched', f'{few};LoRA, 0.6 of the steps', '1e-3 2e-3'),
+    ('book domain', 'over', data_are_few, '5e-4 1e-3'),
+    ('book', 'under', few, '1e-3 2e-3'), ('domain', 'under', few, '4e-3 8e-3')]
+base_rest = [('book', 'matched', f'{kept};{others}', '1e-3 2e-3'), ('book', 'matched', 'rsLoRA', '2.5e-4 5e-4'), ('book', 'matched', 'AdaLoRA', '4e-3 8e-3')]
+pico_core = [
+    ('book', 'matched', f'{short};{drawn};{top};shrink to top, 0.6;{kept};depth, blind;shrink to depth, 1/4;shrink to top, 1/4', '1e-3 2e-3 4e-3'),
+    ('domain', 'matched', f'{short};{drawn};{top};static top;static spread', '5e-4 1e-3 2e-3'),
+    ('choice', 'matched', f'LoRA;LoRA, 0.6 of the steps;{drawn};{top}', '1e-3 2e-3 4e-3')]
+pico_more = [('book', 'over', data_are_few, '5e-4 1e-3'), ('book', 'under', few, '2e-3 4e-3'), ('domain', 'under', few, '2.5e-4 5e-4 1e-3')]
+pico_rest = [
+    ('book', 'matched', others, '2e-3 4e-3'), ('book', 'matched', 'rsLoRA', '5e-4 1e-3'), ('book', 'matched', 'AdaLoRA', '8e-3 1.6e-2'),
+    ('book', 'matched', ';'.join(f'importance with {k}={v}' for k,v in ablations), '2e-3'), ('book', 'matched', ideas, '2e-3')]
+alone = [('book', 'under', 'LoRA;LoRA, levers;LoRA, checkpointing;LoRA, half the activations;RST;shrink to depth;shrink to depth, levers;shrink to top;shrink to top, levers;shrink to top, half the activations', '1e-3')]
+def with_seeds(groups, n): return [dict(zip(('tasks', 'regimes', 'only', 'rates', 'seeds'), (*o, n))) for o in groups]
+plans = dict(base=[o for groups,n in ((base_core+base_more, 1), (base_core, 3), (base_more, 3), (base_rest, 3), (base_core, 5), (base_more[2:4], 5)) for o in with_seeds(groups, n)],
+             pico=[o for groups,n in ((pico_core, 3), (pico_more, 3), (pico_core, 5), (pico_rest, 3)) for o in with_seeds(groups, n)],
+             alone=with_seeds(alone, 2))
 
 @call_parse
 def main(
@@ -271,8 +324,9 @@ def main(
     base:Path=Path(tempfile.gettempdir())/'ist_quality_base', # Where the pretrained base is, or goes
     model:str='',         # In its place a model of the hub, or a folder; at the scale base, with the type of its own weights
     minutes:float=2.5,    # Of pretraining
-    tasks:str='',         # Which of book, domain and choice; all if empty, or with a GPU what `plan` says
-    regimes:str='',       # Which of under, matched and over; likewise
+    plan:str='',          # Runs to make, a name in `plans`; that of the scale if empty
+    tasks:str='',         # In place of a plan: which of book, domain and choice; all if empty
+    regimes:str='',       # Which of under, matched and over; all if empty
     only:str='',          # Contenders separated by semicolons; all if empty
     rates:str='1e-3 2e-3 4e-3', # Learning rates, each tried with the first seed
     seeds:int=5,          # Seeds
@@ -283,26 +337,32 @@ def main(
     mp.set_start_method('spawn')
     gpu = torch.cuda.is_available()
     scale,deadline = scale or ('base' if gpu or model else 'pico'),time.time()+seconds
-    out = out or here/'results'/f"quality_{model.rstrip('/').split('/')[-1] or scale}.json"
+    out = out or here/'results'/f"quality_{model.rstrip('/').split('/')[-1] or (plan if plan not in scales else '') or scale}.json"
     old = json.loads(out.read_text()) if out.exists() else {}
     runs,failed = old.get('runs', []),[]
     made = old.get('base')
     if model: made = dict(model=model)
-    elif scale=='base' and not (base/'config.json').exists(): made = pretrain(data, base, minutes)
+    elif scale=='base' and not (base/'config.json').exists():
+        made = pretrain(data, base, minutes)
+        (base/'made.json').write_text(json.dumps(made))
+    elif scale=='base' and (base/'made.json').exists(): made = json.loads((base/'made.json').read_text())
     args = dict(scale=scale, data=str(data), base=model or (str(base) if scale=='base' else ''), device='cuda' if gpu else 'cpu', dtype='auto' if model else torch.bfloat16 if scale=='base' else torch.float32)
-    groups = plan if scale=='base' and not (model or tasks or regimes or only) else [dict(tasks=tasks or 'book domain choice', regimes=regimes or 'under matched over', only=only, rates=rates, seeds=seeds)]
+    groups = plans[plan or scale] if (plan or scale) in plans and not (model or tasks or regimes or only) else [dict(tasks=tasks or 'book domain choice', regimes=regimes or 'under matched over', only=only, rates=rates, seeds=seeds)]
     ended = set()
     start = time.perf_counter()
+    this = dict(command=typed('quality').replace(str(data), 'DATA'), hardware=f'{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, {workers} runs side by side' if gpu else f'{platform.machine()} CPU, one thread a run, seconds of the processor',
+                versions={'python':platform.python_version()} | {o:version(o) for o in ('torch', 'transformers', 'peft')})
+    calls = old.get('calls', [])   # runs add up, and each knows the call that made it
+    if this not in calls: calls = [*calls, this]
     def save():
         order = {k:i for i,k in enumerate(contenders)}
         runs.sort(key=lambda r: (kinds.index(r['task']), r['regime'], order[r['method']], r['lr'], r['seed']))
-        head = dict(command=typed('quality').replace(str(data), 'DATA'), hardware=f'{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, {workers} runs side by side' if gpu else f'{platform.machine()} CPU, one thread a run, seconds of the processor', settings={k:(list(v) if isinstance(v, tuple) else v) for k,v in scales[scale].items()},
-                    versions={'python':platform.python_version()} | {o:version(o) for o in ('torch', 'transformers', 'peft')}, base=made, books=books[scale])
+        head = dict(calls=calls, settings={k:(list(v) if isinstance(v, tuple) else v) for k,v in scales[scale].items()}, base=made, books=books[scale])
         out.write_text(json.dumps(head | dict(runs=runs), indent=None, separators=(',', ':')).replace('{"method"', '\n{"method"')+'\n')
     def keep(r):
         ended.add(tuple(r['job']) if 'job' in r else (r['method'], r['task'], r['regime'], r['lr'], r['seed']))
         if 'error' in r: failed.append(r); print('FAILED', r, flush=True); return
-        runs.append(r); save()
+        runs.append(r | dict(call=calls.index(this))); save()
         print(f"[{time.perf_counter()-start:.0f} s] {r['task']} {r['regime']} {r['method']} lr {r['lr']:g} seed {r['seed']}: {r['test']:.4f} (best {r['stopped']['test']:.4f} at {r['stopped']['step']}) in {r['seconds']:.1f} s, depth {r['depth']:.2f}, scores {r['share']:.1%}", flush=True)
     parallel(planner(groups, runs, ended), workers, args, deadline, keep)
     save()

@@ -180,8 +180,8 @@ def rst(cls:ISTConfig,
 def recommended(cls:ISTConfig,
     **kwargs, # Fields to set otherwise
 ) -> ISTConfig: # Goes by the length of the run, as every `schedule` does
-    "What nbs/results/quality.ipynb recommends where loss and seconds count"
-    return cls(**(dict(n_active=0.4, sampler='depth', scorer='fisher', score_interval=20, schedule='shrink', fast=True) | kwargs))
+    "All layers at first, then frozen one by one from below: the best sparse setting of nbs/results/quality.ipynb"
+    return cls(**(dict(n_active=0.4, sampler='top', schedule='shrink', fast=True) | kwargs))
 
 # %% ../nbs/00_config.ipynb #e94a0296
 @patch(cls_method=True)

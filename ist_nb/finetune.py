@@ -28,7 +28,7 @@ class FinetuneArguments:
     test_data:str|None = None # Data to measure the held-out loss on; by default the test split of the data, or else a share of it
     test_fraction:float = 0.1 # The share that is held out when there is no test data
     max_rows:int|None = None # Use at most so many rows of the data
-    method:str = field(default='ist', metadata=dict(choices=['ist', 'recommended', 'paper', 'rst', 'dense'])) # 'ist': by importance; 'recommended': many layers early, few late; 'paper': the released algorithm; 'rst': random layers; 'dense': all layers
+    method:str = field(default='ist', metadata=dict(choices=['ist', 'recommended', 'paper', 'rst', 'dense'])) # 'ist': by importance; 'recommended': all layers at first, then frozen from below; 'paper': the released algorithm; 'rst': random layers; 'dense': all layers
     peft:str = 'lora' # The kind of adapter: 'lora', 'dora', 'bottleneck', 'oft', 'ia3', or any other method of PEFT by its name
     peft_options:str|None = None # Settings of that method as JSON, such as '{"oft_block_size": 16}'; every field of its configuration
     lora_r:int = 32 # Rank of the adapter, for lora and dora
@@ -297,7 +297,7 @@ def make_trainer(
     with _clear_errors():
         trainer = SFTTrainer(model, sft, train_dataset=data.train, eval_dataset=data.test, processing_class=tokenizer, peft_config=adapter_config(args), callbacks=callbacks)
     n = len(trainer.train_dataset)
-    if cfg and cfg.sampler!='uniform' and not getattr(scorers[cfg.scorer], 'observes', None) and n<cfg.score_batch_size:
+    if cfg and cfg.sampler!='uniform' and getattr(scorers[cfg.scorer], 'observes', None)!='backward' and n<cfg.score_batch_size:
         raise ISTError(f"The data makes {n} training rows of at most {sft.max_length} tokens, fewer than a probe batch of score_batch_size={cfg.score_batch_size}. "
                        f"Give more data, or --score_batch_size {max(n, 1)}, or --method rst, which needs no probe.")
     for name,rows in (('training', trainer.train_dataset), ('held-out', trainer.eval_dataset)):

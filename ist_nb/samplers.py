@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['uniform_sampler', 'importance_sampler', 'inclusion_probabilities', 'solve', 'stop_probabilities', 'depth_plan',
-           'depth_sampler', 'inclusion_by_depth', 'sampler_profile']
+           'depth_sampler', 'inclusion_by_depth', 'top_sampler', 'sampler_profile']
 
 # %% ../nbs/03_samplers.ipynb #5a77c2e6
 import torch
@@ -113,6 +113,10 @@ def inclusion_by_depth(
     "Exact probability that `depth_sampler` trains each layer (ours)"
     dense,q,p = depth_plan(tuple(importance.tolist()), n, config.explore, config.depth)
     return dense + (1-dense)*(q+p*(q.cumsum(0)-q))
+
+# %% ../nbs/03_samplers.ipynb #a8aa8ece
+@samplers.register('top', "The highest layers; with schedule='shrink', layers are frozen from below, for good; nothing is scored", needs_importance=False)
+def top_sampler(importance, n, config, generator): return torch.arange(len(importance)-n, len(importance))
 
 # %% ../nbs/03_samplers.ipynb #697a3af5
 def sampler_profile(

@@ -123,7 +123,7 @@ def floor_probability(
     return explore*n/N + (1-explore)*inclusion_bound(kappa, n, N)
 
 def guarantee(
-    config:ISTConfig, # Any configuration with a scorer that `update_bound` knows, or the sampler 'uniform' or 'depth'
+    config:ISTConfig, # Any configuration with a scorer that `update_bound` knows, or the sampler 'uniform', 'depth' or 'top'
     N:int, # Layers
     m:int|None=None, # After how many importance updates; None: for ever
 ) -> dict: # `pi_min`; `rst`, that of random sparse tuning; `constant`, how many times RST's bound the bound of Corollary 1 is
@@ -132,6 +132,7 @@ def guarantee(
     n = 1 if config.schedule=='shrink' else mean   # the fewest of any step
     if config.sampler=='uniform': pi = n/N
     elif config.sampler=='depth': pi = config.explore*n/N   # of the steps that train all layers
+    elif config.sampler=='top': pi = float(n==N)            # the lowest layer is trained at every step or, from some step on, never
     else: pi = floor_probability(config.explore, n, N, 0. if m is None else math.exp(-importance_bound(m, update_bound(config))))
     return dict(n=n, pi_min=pi, rst=mean/N, constant=mean/N/pi if pi else math.inf)
 

@@ -55,3 +55,33 @@ def test_lazy_names():
     import ist_nb
     assert {'IST', 'ISTConfig', 'ISTCallback', 'find_layers'} <= set(dir(ist_nb))
     with pytest.raises(AttributeError): ist_nb.nothing
+
+def test_recommended_freezes_from_below_for_good():
+    "A layer is trained from the first step to its last, and its adapter is bit-identical from then on, though AdamW has moments of it; the loss still falls"
+    torch.manual_seed(0)
+    class Chain(Stack):
+        def forward(self, x):
+            for o in self.blocks: x = x+torch.tanh(o.up(x))
+            return x
+    model = get_peft_model(Chain(5), LoraConfig(r=2, target_modules=['up']))
+    x,y,T = torch.randn(16, 4),torch.randn(16, 4),40
+    opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05, weight_decay=0.1)
+    ist = IST(model, ISTConfig.recommended(fast='fold'), n_steps=T)
+    sets,weights,losses = [],[],[]
+    for _ in range(T):
+        with ist.step():
+            loss = (model(x)-y).square().mean(); loss.backward()
+            opt.step(); opt.zero_grad()
+        sets.append(ist.active.tolist()); losses.append(loss.item())
+        weights.append([torch.cat([p.detach().flatten() for p in o.params]) for o in ist.layers])
+    assert sets[0]==[0, 1, 2, 3, 4] and sets[-1]==[4] and all(set(b)<=set(a) for a,b in zip(sets, sets[1:]))
+    assert abs(ist.times_active.sum().item()/T/5-0.4)<0.05 and losses[-1]<losses[0]-0.1
+    for i in range(4):
+        last = max(t for t,s in enumerate(sets) if i in s)
+        assert last<T-1 and all(torch.equal(w[i], weights[last][i]) for w in weights[last:])
+        assert not torch.equal(weights[last][i], weights[0][i])
+    assert not ist.history                                     # nothing is scored
+
+def test_sampler_top_with_a_number_that_stays():
+    ist = steps(IST(stack(6), ISTConfig(sampler='top', n_active=2)), 5)
+    assert ist.times_active.tolist()==[0, 0, 0, 0, 5, 5]

@@ -14,10 +14,10 @@ def test_contender(name):
     steps = r['curve'][-1]['step']
     assert steps==round(6*quality.contenders[name][1].get('part', 1)) and sum(r['times_active'])==round(steps*r['active'])
     if 'static' in name: assert set(r['times_active'])=={0, 6}
-    if 'to top' in name: assert r['times_active']==sorted(r['times_active']) and r['times_active'][-1]==6 and r['times_active'][0]<6
+    if 'to top' in name: assert r['times_active']==sorted(r['times_active']) and r['times_active'][-1]==steps and r['times_active'][0]<steps
     if name=='anneal to depth': assert min(r['times_active'])>=2 and r['depth']<1
     if name=='LISA schedule': assert len({n for n in r['times_active']})==2   # one draw, held for all of six steps
-    assert r==quality.run((name, 'book', 'under', 1e-3, 0), 'smoke', str(data), '', 'cpu') | {k:r[k] for k in ('seconds', 'curve', 'share', 'stopped')}   # the same again, but for the time
+    assert r==quality.run((name, 'book', 'under', 1e-3, 0), 'smoke', str(data), '', 'cpu') | {k:r[k] for k in ('seconds', 'steady', 'curve', 'share', 'stopped')}   # the same again, but for the time
 
 @pytest.mark.parametrize('kind', ['domain', 'choice'])
 def test_task(kind):
@@ -35,12 +35,12 @@ def test_a_model_from_elsewhere(tmp_path):
     assert len(r['importance'])==4 and math.isfinite(r['test'])
 
 def test_rates_are_chosen_on_validation_rows_of_the_first_seed():
-    run = lambda lr, seed, valid, test: dict(method='a', task='book', regime='under', lr=lr, seed=seed, valid=valid, test=test)
-    assert quality.best_rates([run(1, 0, 2., 9.), run(2, 0, 3., 1.), run(3, 1, 0., 0.)])=={('a', 'book', 'under'):1}
+    run = lambda lr, seed, valid, test, best: dict(method='a', task='book', regime='under', lr=lr, seed=seed, valid=valid, test=test, stopped=dict(valid=best))
+    assert quality.best_rates([run(1, 0, 2., 9., 2.), run(2, 0, 1., 1., 1.5), run(3, 0, 3., 1., 1.), run(4, 1, 0., 0., 0.)])=={('a', 'book', 'under'):3}   # the best of the run, not its end
 
 def test_plan():
     "Every learning rate with the first seed, then the other seeds with the best of them, which is waited for; what is known is not run again"
-    run = lambda m, lr, seed, valid=1.: dict(method=m, task='book', regime='under', lr=lr, seed=seed, valid=valid)
+    run = lambda m, lr, seed, valid=1.: dict(method=m, task='book', regime='under', lr=lr, seed=seed, stopped=dict(valid=valid))
     runs,ended = [run('LoRA', 1., 0, 3.)],set()
     ask = quality.planner([dict(tasks='book', regimes='under', only='LoRA;RST', rates='1 2', seeds=3)], runs, ended)
     assert [ask() for _ in range(4)]==[('LoRA', 'book', 'under', 2., 0), ('RST', 'book', 'under', 1., 0), ('RST', 'book', 'under', 2., 0), None]
@@ -49,4 +49,4 @@ def test_plan():
     ended |= {('RST', 'book', 'under', 1., 0), ('RST', 'book', 'under', 2., 0)}             # one of them failed
     runs.append(run('RST', 1., 0))
     assert [ask() for _ in range(4)]==[('RST', 'book', 'under', 1., 1), ('LoRA', 'book', 'under', 2., 2), ('RST', 'book', 'under', 1., 2), None]
-    assert all(o['only'] and {n.strip() for n in o['only'].split(';')}<=set(quality.contenders) for o in quality.plan)
+    for plan in quality.plans.values(): assert all(o['only'] and {n.strip() for n in o['only'].split(';')}<=set(quality.contenders) for o in plan)
