@@ -6,7 +6,7 @@ import importlib,json,os,sys
 from fastcore.script import call_parse
 from ist_nb import IST,ISTConfig
 
-default = dict(sampler='depth', scorer='fisher', score_interval=20, fast='fold')
+default = dict(n_active=0.4, sampler='top', schedule='shrink', fast='fold')   # ISTConfig.recommended(), without the minute that compiling takes: their clock runs
 
 def attach(
     run, # Their script, as a module
@@ -16,7 +16,7 @@ def attach(
     make,made = run.get_optimizer_and_scheduler,[]
     def with_ist(model, **kwargs):
         optimizer,scheduler = make(model, **kwargs)
-        ist,zero = IST(model, config, optimizer=optimizer),optimizer.zero_grad
+        ist,zero = IST(model, config, optimizer=optimizer, n_steps=kwargs.get('max_steps')),optimizer.zero_grad
         def zero_grad(*args, **kw):
             zero(*args, **kw)
             if ist.in_step: ist.end_step(False)   # a loss scaler has skipped the last one

@@ -9,12 +9,12 @@ import metamath
 def script(skip=()):
     "What `attach` relies on: the optimizer comes from a function of the module, a step begins with zero_grad, evaluation comes between steps"
     run = types.SimpleNamespace(seen=[])
-    def get_optimizer_and_scheduler(model, *, lr):
+    def get_optimizer_and_scheduler(model, *, lr, max_steps):
         opt = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.1)
         return opt,torch.optim.lr_scheduler.LinearLR(opt)
     run.get_optimizer_and_scheduler = get_optimizer_and_scheduler
     def train(model, batches):
-        opt,sched = run.get_optimizer_and_scheduler(model, lr=1e-2)
+        opt,sched = run.get_optimizer_and_scheduler(model, lr=1e-2, max_steps=len(batches))
         for i,ids in enumerate(batches):
             opt.zero_grad()
             before = {n:p.detach().clone() for n,p in model.named_parameters()}
@@ -35,7 +35,7 @@ batches = torch.randint(0, 64, (12, 4, 10), generator=torch.Generator().manual_s
 
 def test_their_steps_train_what_is_drawn():
     run = script(skip={4}); drawn = []
-    made = metamath.attach(run, ISTConfig.from_dict(metamath.default | dict(score_interval=3)))
+    made = metamath.attach(run, ISTConfig(sampler='depth', scorer='fisher', score_interval=3, fast='fold'))
     assert not made
     real = metamath.IST.draw
     with pytest.MonkeyPatch.context() as mp:
@@ -58,3 +58,13 @@ def test_a_scorer_that_needs_a_probe_is_refused():
     run = script()
     metamath.attach(run, ISTConfig(scorer='gate'))
     with pytest.raises(ISTError, match='probe'): run.train(tiny(), batches)
+
+def test_default_knows_the_length_of_their_run():
+    "All layers at their first step, the top one at the last, and none comes back"
+    assert ISTConfig.from_dict(metamath.default)==ISTConfig.recommended(fast='fold')
+    run = script()
+    made = metamath.attach(run, ISTConfig.from_dict(metamath.default))
+    run.train(tiny(), batches)
+    ist, = made
+    assert run.seen[0]=={0, 1, 2, 3} and run.seen[-1]=={3} and all(b<=a for a,b in zip(run.seen, run.seen[1:]))
+    assert ist.t==12 and not ist.history
