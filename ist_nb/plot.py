@@ -24,11 +24,12 @@ def layer_table(
     state:dict, # From `IST.state_dict`
     width:int=20, # Longest bar, in characters
 ) -> str:
-    "Layers with their importance and how often each was trained, as text"
+    "Layers with how often each was trained, and their importance if any was scored, as text"
     I,n = np.array(state['importance']),state['times_active']
-    low,high = I.min(),max(I.max(), I.min()+1e-9)
-    bars = ['█'*round(width*(o-low)/(high-low)) for o in I] if I.any() else ['']*len(I)
     w = max(5, *(len(str(i)) for i in state['layers']))
+    if not I.any(): return '\n'.join([f"{'layer':>{w}}  {'trained':>7}", *(f"{i:>{w}}  {t:7}  {'█'*round(width*t/max(*n, 1))}" for i,t in zip(state['layers'], n))])
+    low,high = I.min(),max(I.max(), I.min()+1e-9)
+    bars = ['█'*round(width*(o-low)/(high-low)) for o in I]
     rows = [f'{i:>{w}}  {t:7}  {o:10.2f}  {b}' for i,t,o,b in zip(state['layers'], n, I, bars)]
     return '\n'.join([f"{'layer':>{w}}  {'trained':>7}  {'importance':>10}", *rows])
 
@@ -159,10 +160,12 @@ def _times(ax, state):
     n,layers,(mean,low,high) = np.array(state['times_active']),state['layers'],by_chance(state).T
     y = np.arange(len(n))
     more,less = n>high,n<low
-    ax.fill_betweenx(np.repeat(y, 2)+np.tile([-0.5, 0.5], len(y)), np.repeat(low, 2), np.repeat(high, 2), color=_faint, lw=0, label='chance (95% of runs)')
-    ax.barh(y, n, height=0.62, color=[palette['blue'] if m else palette['sand'] if l else '#8899AA' for m,l in zip(more, less)])
+    drawn = state.get('config', {}).get('sampler')!='top'
+    if drawn: ax.fill_betweenx(np.repeat(y, 2)+np.tile([-0.5, 0.5], len(y)), np.repeat(low, 2), np.repeat(high, 2), color=_faint, lw=0, label='chance (95% of runs)')
+    ax.barh(y, n, height=0.62, color=[palette['blue'] if m else palette['sand'] if l else '#8899AA' for m,l in zip(more, less)] if drawn else palette['blue'])
     ax.step(np.append(mean, mean[-1]), np.append(y, len(n))-0.5, where='post', color='k', lw=0.9, ls='--', label='uniform (RST)')
     ax.set(xlabel='steps that trained it', xlim=(0, max(n.max(), high.max())*1.04 or 1)); _layer_axis(ax, layers)
+    if not drawn: return f"{_sentence(name_layers(np.flatnonzero(n==n.max()), layers))} in {n.max()} of {state['t']} steps, {name_layers(np.flatnonzero(n==n.min()), layers)} in {n.min()}: what is below is frozen"
     if not (more | less).any(): return 'Every layer was trained about as often as by chance'
     parts = [f'{name_layers(np.flatnonzero(o), layers)} {word}' for o,word in ((more, 'more often'), (less, 'less often')) if o.any()]
     return _sentence(f"{', '.join(parts)} than by chance")
@@ -207,17 +210,20 @@ def plot_importance(
     title:str='', # A line below the finding, such as the name of the run
     width:float=8., # Inches
 ): # A matplotlib figure
-    "Importance over time as a heat map, and how often each layer was trained"
+    "Importance over time as a heat map, and how often each layer was trained; the latter alone where no importance was scored"
     import matplotlib.pyplot as plt
     history,layers = state['history'],state['layers']
+    if not history:
+        fig = plot_times_active(state, width=0.6*width)
+        fig.axes[0].set_title(title, color='0.35')
+        return fig
     fig,(a,b) = plt.subplots(1, 2, figsize=(width, 1.2+0.15*max(10, len(layers))), width_ratios=(2.6, 1))
-    if history: _heat(fig, a, history, layers)
-    else: a.text(0.5, 0.5, 'no importance was scored', ha='center', va='center', transform=a.transAxes); a.set_axis_off()
-    words = _times(b, state)
+    _heat(fig, a, history, layers)
+    _times(b, state)
     b.set(xlabel='steps trained', ylabel='', yticklabels=[])
     fig.legend(loc='outside lower right', ncols=2)
     a.set_title(title, color='0.35')
-    fig.suptitle(_wrap(finding(state['importance'], layers) if history else words, width), x=0.01, ha='left')
+    fig.suptitle(_wrap(finding(state['importance'], layers), width), x=0.01, ha='left')
     return fig
 
 # %% ../nbs/09_plot.ipynb #0ec00450

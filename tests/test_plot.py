@@ -119,6 +119,11 @@ def test_titles_follow_the_numbers():
     assert P.plot_importance(made([-2., 0., 0., 3., 3.1])).get_suptitle()=='Layers 3 and 4 matter most, layer 0 least'
     assert P.plot_times_active(made([0.]*4, [100, 900, 500, 500], 2000)).get_suptitle().replace('\n', ' ')=='Layer 1 more often, layer 0 less often than by chance'
     assert P.plot_times_active(made([0.]*4, [500, 510, 490, 500], 2000)).get_suptitle().replace('\n', ' ')=='Every layer was trained about as often as by chance'
+    frozen = made([0.]*4, [1, 4, 9, 20], 20, config=dict(sampler='top'), history=[])
+    assert P.plot_times_active(frozen).get_suptitle().replace('\n', ' ')=='Layer 3 in 20 of 20 steps, layer 0 in 1: what is below is frozen'
+    alone = P.plot_importance(frozen, 'a run')                    # nothing was scored: no empty half, and no word of chance
+    assert len(alone.axes)==1 and alone.axes[0].get_title('left')=='a run' and 'chance' not in alone.axes[0].get_legend_handles_labels()[1][0]
+    assert 'importance' not in P.layer_table(frozen) and P.layer_table(frozen).splitlines()[-1].split()[:2]==['3', '20']
     up = list(range(12))
     assert 'Importance ranks the layers' in P.plot_fidelity(up, up).get_suptitle().replace('\n', ' ')
     assert 'does not rank' in P.plot_fidelity(up, [(7*i)%12 for i in up]).get_suptitle().replace('\n', ' ')
