@@ -310,7 +310,7 @@ pico_core = [
 pico_more = [('book', 'over', data_are_few, '5e-4 1e-3'), ('book', 'under', few, '2e-3 4e-3'), ('domain', 'under', few, '2.5e-4 5e-4 1e-3')]
 pico_rest = [
     ('book', 'matched', others, '2e-3 4e-3'), ('book', 'matched', 'rsLoRA', '5e-4 1e-3'), ('book', 'matched', 'AdaLoRA', '8e-3 1.6e-2'),
-    ('book', 'matched', ';'.join(f'importance with {k}={v}' for k,v in ablations), '2e-3'), ('book', 'matched', ideas, '2e-3')]
+    ('book', 'matched', ';'.join(f'importance with {k}={v}' for k,v in ablations), '4e-3'), ('book', 'matched', ideas, '2e-3')]
 alone = [('book', 'under', 'LoRA;LoRA, levers;LoRA, checkpointing;LoRA, half the activations;RST;shrink to depth;shrink to depth, levers;shrink to top;shrink to top, levers;shrink to top, half the activations', '1e-3')]
 def with_seeds(groups, n): return [dict(zip(('tasks', 'regimes', 'only', 'rates', 'seeds'), (*o, n))) for o in groups]
 plans = dict(base=[o for groups,n in ((base_core+base_more, 1), (base_core, 3), (base_more, 3), (base_rest, 3), (base_core, 5), (base_more[2:4], 5)) for o in with_seeds(groups, n)],
