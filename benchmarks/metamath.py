@@ -6,7 +6,7 @@ import importlib,json,os,sys
 from fastcore.script import call_parse
 from ist_nb import IST,ISTConfig
 
-default = dict(n_active=0.4, sampler='top', schedule='shrink', fast='fold')   # ISTConfig.recommended(), without the minute that compiling takes: their clock runs
+default = vars(ISTConfig.recommended(fast='fold'))   # without the minute that compiling takes: their clock runs
 
 def attach(
     run, # Their script, as a module

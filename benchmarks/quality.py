@@ -334,6 +334,7 @@ def main(
     seconds:float=1e9,    # Begin no run after so many seconds
     out:Path=None,        # Where the numbers go; what is there is kept and not run again
 ):
+    if plan and plan not in plans: sys.exit(f"plan={plan!r} is unknown. Allowed: {', '.join(plans)}.")
     mp.set_start_method('spawn')
     gpu = torch.cuda.is_available()
     scale,deadline = scale or ('base' if gpu or model else 'pico'),time.time()+seconds

@@ -3,6 +3,7 @@ import json,math
 from pathlib import Path
 import pytest
 import quality
+from ist_nb import ISTConfig
 
 data = Path(__file__).parent.parent.parent/'shared'/'data'
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not data.exists(), reason='needs the textbooks and the commonsense files in ../shared/data, which are not part of the repository')]
@@ -49,4 +50,5 @@ def test_plan():
     ended |= {('RST', 'book', 'under', 1., 0), ('RST', 'book', 'under', 2., 0)}             # one of them failed
     runs.append(run('RST', 1., 0))
     assert [ask() for _ in range(4)]==[('RST', 'book', 'under', 1., 1), ('LoRA', 'book', 'under', 2., 2), ('RST', 'book', 'under', 1., 2), None]
+    assert ISTConfig(**quality.contenders['shrink to top'][0])==ISTConfig.recommended(fast=False)      # what the pages call the recommended setting
     for plan in quality.plans.values(): assert all(o['only'] and {n.strip() for n in o['only'].split(';')}<=set(quality.contenders) for o in plan)
