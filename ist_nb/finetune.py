@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['recipe', 'recipe_pico', 'recipe_demo', 'assets', 'FinetuneArguments', 'number', 'ist_arguments', 'defaults_for',
-           'fresh_folder', 'make_parser', 'read_config', 'parse', 'ist_config', 'help_page', 'load_model',
-           'adapter_config', 'peft_options', 'check_folder', 'clear_folder', 'check_space', 'progress_bar',
-           'make_trainer', 'finetune', 'Stopped', 'check_stopped', 'finished', 'describe', 'peak_memory', 'save_run',
-           'main']
+           'fresh_folder', 'make_parser', 'from_config', 'check_names', 'parse', 'check_training', 'ist_config',
+           'help_page', 'load_model', 'adapter_config', 'peft_options', 'check_folder', 'check_overwrite',
+           'clear_folder', 'check_space', 'outcome_settings', 'progress_bar', 'make_trainer', 'check_template',
+           'rows_report', 'finetune', 'take_finished', 'Stopped', 'check_stopped', 'finished', 'describe',
+           'peak_memory', 'model_card', 'save_run', 'main']
 
 # %% ../nbs/10_finetune.ipynb #b4355096
-import json,os,re,shutil,sys,time
+import ast,json,math,os,re,shutil,sys
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
+from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 from fastcore.docments import docments
@@ -34,11 +36,11 @@ class FinetuneArguments:
     lora_r:int = 32 # Rank of the adapter, for lora and dora
     lora_alpha:int = 64 # Its scaling is lora_alpha/lora_r
     lora_dropout:float = 0.05 # Dropout on the input of the adapter
-    lora_target_modules:list[str]|None = field(default=None, metadata=dict(aliases=['--target_modules'])) # Modules to adapt, by the end of their names; by default all linear layers but the output head, or what the method itself takes
+    lora_target_modules:list[str]|None = field(default=None, metadata=dict(aliases=['--target_modules'])) # Modules to adapt: the ends of their names, one regular expression, or all-linear; by default all linear layers but the output head, or what the method itself takes
     stack:str|None = None # Which stack of blocks, for models that have several
     overwrite:bool = False # Allow a run to replace what is in its folder
-    resume:bool = False # Go on from the last whole checkpoint in the folder
-    auto_resume:bool = False # Go on if there is a checkpoint, else begin: one command for the first start and for every restart
+    resume:bool = False # Continue from the last intact checkpoint in the folder
+    auto_resume:bool = False # Resume if there is a checkpoint, else begin: one command for the first start and for every restart
 
 # %% ../nbs/10_finetune.ipynb #e8103621
 def number(
@@ -87,42 +89,86 @@ def fresh_folder(
 # %% ../nbs/10_finetune.ipynb #d4b87c61
 def make_parser(
     *groups, # Dataclasses
-): # A `TrlParser` that raises `ISTError` in place of printing its usage
+): # An `HfArgumentParser` that raises `ISTError` in place of printing its usage
     "A parser for the fields of `groups`"
-    from trl import TrlParser
-    class Parser(TrlParser):
+    from transformers import HfArgumentParser
+    class Parser(HfArgumentParser):
         def error(self, message): raise ISTError(f'{message[0].upper()}{message[1:]}. See `ist_finetune --help`.')
     return Parser(groups, prog='ist_finetune', allow_abbrev=False, add_help=False)
 
-def read_config(
+def from_config(
     argv:list[str], # The command line
-): # Raises `ISTError` if its YAML file cannot be read
-    "Look at the file named by `--config`, if there is one, before anything else does"
-    import yaml
-    if '--config' not in argv: return
-    path = Path((argv[argv.index('--config')+1:] or [''])[0])
+) -> list[str]: # The same with the settings of its YAML file in front; raises `ISTError`
+    "Read the file named by `--config`, if there is one"
+    argv = [part for o in argv for part in (o.split('=', 1) if o.startswith('--config=') else [o])]
+    if '--config' not in argv: return argv
+    at = argv.index('--config')
+    path,rest = Path(argv[at+1] if len(argv)>at+1 else ''),argv[:at]+argv[at+2:]
+    if '--config' in rest: raise ISTError("--config is given twice. Put all settings into one file.")
     if not path.is_file(): raise ISTError(f"There is no file {str(path)!r} to read the settings from. Give --config a YAML file such as: method: ist")
+    import yaml
     try: found = yaml.safe_load(path.read_text(encoding='utf-8'))
-    except (yaml.YAMLError, UnicodeDecodeError) as e: raise ISTError(f"{path} is not YAML: {' '.join(str(e).split())}. Write one `name: value` in a line.") from None
+    except (yaml.YAMLError, UnicodeError, RecursionError, ValueError) as e:
+        raise ISTError(f"{path} is not YAML: {' '.join(str(e).split())[:300]}. Write one `name: value` in a line.") from None
     if not isinstance(found, dict): raise ISTError(f"{path} holds {type(found).__name__}, not settings. Write one `name: value` in a line.")
+    return [o for k,v in found.items() for o in _flag(k, v, path)] + rest
+
+def _flag(name, value, path):
+    "A setting of a YAML file as it would be typed"
+    if not isinstance(name, str) or not re.fullmatch(r'[a-z]\w*', name, re.A): raise ISTError(f"{path}: {str(name)[:80]!r} is not the name of a setting. Write one `name: value` in a line.")
+    if value is None: raise ISTError(f"{path}: {name} has no value. Give one, or leave the line out for the default.")
+    if isinstance(value, dict): return [f'--{name}={json.dumps(value, default=str)}']
+    if not isinstance(value, list): return [f'--{name}={value}']
+    if not value or not all(isinstance(o, (str, int, float)) for o in value): raise ISTError(f"{path}: {name} is a list of something else than words and numbers. Give one or more of these.")
+    return [f'--{name}={value[0]}'] if len(value)==1 else [f'--{name}', *map(str, value)]
+
+def check_names(
+    argv:list[str], # The command line
+): # Raises `ISTError` for a flag that is no setting
+    "Look at the names of flags before anything slow is imported"
+    known = {f.name for o in (FinetuneArguments, ISTConfig) for f in fields(o)} | {'target_modules', 'model_name_or_path', 'dataset_name'}
+    sources = [('transformers', 'training_args.py'), ('trl', 'trainer/base_config.py'), ('trl', 'trainer/sft_config.py')]
+    paths = [Path((find_spec(o) or find_spec('ist_nb')).submodule_search_locations[0])/f for o,f in sources]
+    if not all(p.is_file() for p in paths): return          # another release has them elsewhere: its parser will tell
+    for p in paths:
+        for c in ast.parse(p.read_text(encoding='utf-8')).body:
+            if isinstance(c, ast.ClassDef): known |= {o.target.id for o in c.body if isinstance(o, ast.AnnAssign)}
+    for o in argv:
+        name = o[2:].partition('=')[0].replace('-', '_')
+        if o.startswith('--') and name not in known and name.removeprefix('no_') not in known:
+            raise ISTError(f"{o.partition('=')[0][:80]!r} is not an argument of ist_finetune{suggest(f'--{name}'[:80], [f'--{k}' for k in known])} See `ist_finetune --help`.")
+
 
 # %% ../nbs/10_finetune.ipynb #b4c9c355
 def parse(
     argv:list[str], # The command line, without the program's name
 ): # `FinetuneArguments`, an `ISTConfig` or None for a dense run, and an `SFTConfig`; raises `ISTError`
     "Read the command line and the YAML file"
+    argv = from_config(argv)
+    check_names(argv)
     from trl import SFTConfig
-    argv = [part for o in argv for part in (o.split('=', 1) if re.match(r'--config=', o) else [o])]
-    read_config(argv)
-    first,_ = make_parser(FinetuneArguments).parse_args_and_config(argv, return_remaining_strings=True)
+    first,_ = make_parser(FinetuneArguments).parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    for flag in ('model', 'data', 'test_data'): _check_path(getattr(first, flag), f'--{flag}')
     parser = make_parser(FinetuneArguments, ist_arguments(), SFTConfig)
     parser.set_defaults(**defaults_for(first))
-    with _clear_errors(): *found,rest = parser.parse_args_and_config(argv, return_remaining_strings=True)
-    if rest:
-        known = [o for a in parser._actions for o in a.option_strings]
-        raise ISTError(f"{rest[0]!r} is not an argument of ist_finetune{suggest(rest[0], known)} See `ist_finetune --help`.")
-    args,given,sft = found
+    with _clear_errors(): args,given,sft,rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if rest: raise ISTError(f"{rest[0][:80]!r} is not an argument of ist_finetune. See `ist_finetune --help`.")
+    _check_path(sft.output_dir, '--output_dir')
+    check_training(sft)
     return args,ist_config(args, {k:number(v) for k,v in asdict(given).items() if v is not None}, sft.seed),sft
+
+def _check_path(path, flag):
+    "Whether a name can be that of a file at all"
+    if path is None: return
+    try:
+        if not path.strip(): raise ISTError(f"{flag} is empty. Give a name, or leave it out.")
+        if '\0' in path: raise ValueError
+        path.encode()
+        if max(map(len, path.encode().split(b'/')))>255 or len(path)>4000: raise ISTError(f"{flag} {path[:40]}... is too long for a file name (255 bytes between two slashes). Give a shorter one.")
+    except (UnicodeError, ValueError) as e:
+        if isinstance(e, ISTError): raise
+        raise ISTError(f"{flag} {path.encode(errors='replace').decode()[:80]!r} has characters that no file name can hold. Give another name.") from None
+
 
 # %% ../nbs/10_finetune.ipynb #5629997f
 @contextmanager
@@ -131,6 +177,23 @@ def _clear_errors():
     try: yield
     except ISTError: raise
     except (ValueError, TypeError, ImportError) as e: raise ISTError(f"{' '.join(str(e).split())} See `ist_finetune --help`.") from e
+
+_count = 'a whole number of at least 1',lambda v: v>=1
+_share = 'a number in [0, 1)',lambda v: 0<=v<1
+_training_allowed = dict(
+    learning_rate=('a number of at least 0', lambda v: v>=0 and math.isfinite(v)),
+    per_device_train_batch_size=_count, per_device_eval_batch_size=_count, gradient_accumulation_steps=_count,
+    num_train_epochs=('a number above 0', lambda v: v>0 and math.isfinite(v)), max_length=('a whole number of at least 2', lambda v: v is None or v>=2),
+    adam_beta1=_share, adam_beta2=_share, adam_epsilon=('a number of at least 0', lambda v: v>=0), weight_decay=('a number of at least 0', lambda v: v>=0),
+    max_steps=('a whole number of at least 1, or -1 for whole epochs', lambda v: v>=1 or v==-1),
+    dataloader_num_workers=('a whole number from 0 to four for each processor', lambda v: 0<=v<=4*(os.cpu_count() or 1)))
+
+def check_training(
+    sft, # An `SFTConfig`
+): # Raises `ISTError` naming the setting, its value and what is allowed
+    "Check the numbers that the libraries would look at much later, or not at all"
+    for name,(words,ok) in _training_allowed.items():
+        if not ok(v := getattr(sft, name)): raise ISTError(f"--{name} {v} is not allowed. Give {words}.")
 
 def ist_config(
     args:FinetuneArguments, # For the method
@@ -151,8 +214,8 @@ _examples = '''Fine-tune a language model with Importance-aware Sparse Tuning (I
   ist_finetune --data FILE --method dense             the same without IST, to compare with
   ist_finetune --config run.yaml --lora_r 8           settings from a file, some of them overruled
   ist_finetune --peft oft                             another method of PEFT; --peft_options are its settings
-  ist_finetune --output_dir FOLDER --resume           go on from the last whole checkpoint
-  ist_finetune --output_dir FOLDER --auto_resume      begin, or go on: the same command for every restart
+  ist_finetune --output_dir FOLDER --resume           continue from the last intact checkpoint
+  ist_finetune --output_dir FOLDER --auto_resume      begin, or resume: the same command for every restart
 '''
 _training = dict(output_dir='Where everything goes; a new folder under runs/ by default', learning_rate='Of AdamW', num_train_epochs='Passes over the data',
                  max_steps='Optimizer steps, in place of passes', per_device_train_batch_size='Rows in a batch', gradient_accumulation_steps='Batches in a step',
@@ -171,7 +234,8 @@ def help_page() -> str:
     return '\n'.join([_examples, 'What to train, on what, and how', *of(FinetuneArguments), '',
                       'Importance-aware Sparse Tuning (fields of ISTConfig)', *of(ISTConfig, skip=['seed']), '',
                       "Training (every argument of transformers' TrainingArguments and TRL's SFTConfig is accepted; these are the most used)", *training, '',
-                      '  --help_all prints every argument there is; with --config FILE all of them can be given in YAML.'])
+                      '  --help_all prints every argument there is; with --config FILE all of them can be given in YAML.',
+                      '  --version prints the versions of this package and of those below it; --debug shows the traceback of an error.'])
 
 # %% ../nbs/10_finetune.ipynb #e2166fd9
 assets = Path(__file__).parent/'assets' if '__file__' in globals() else Path('../ist_nb/assets')
@@ -184,12 +248,15 @@ def load_model(
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     name = str(assets/'pico') if args.model=='pico' else args.model
-    kwargs = dict(dtype='auto' if torch.cuda.is_available() else torch.float32, trust_remote_code=sft.trust_remote_code) | (sft.model_init_kwargs or {})
-    try: return AutoModelForCausalLM.from_pretrained(name, **kwargs),AutoTokenizer.from_pretrained(name, trust_remote_code=sft.trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as e:
+    if re.match(r'[./~]', name) and not Path(name).expanduser().is_dir(): raise ISTError(f"--model {args.model}: there is no such folder. Give a folder with config.json, weights and tokenizer, a hub id, or 'pico'.")
+    if not isinstance(sft.model_init_kwargs or {}, dict): raise ISTError(f"--model_init_kwargs {sft.model_init_kwargs!r} is not a dictionary. Write it as in '{{\"dtype\": \"bfloat16\"}}'.")
+    code = bool(sft.trust_remote_code)      # not None, which asks on the terminal
+    kwargs = dict(dtype='auto' if torch.cuda.is_available() else torch.float32, trust_remote_code=code) | (sft.model_init_kwargs or {})
+    try: return AutoModelForCausalLM.from_pretrained(name, **kwargs),AutoTokenizer.from_pretrained(name, trust_remote_code=code)
+    except Exception as e:
         why = ' '.join(str(e).split())[:300]
         raise ISTError(f"The model {args.model!r} cannot be loaded{suggest(args.model, ['pico'])} Give 'pico', a folder with config.json, weights and tokenizer, "
-                       f"or a hub id of a causal language model that this machine can reach. ({why})") from e
+                       f"or a hub id of a causal language model that this machine can reach. ({type(e).__name__}: {why})") from e
 
 # %% ../nbs/10_finetune.ipynb #e3ff520b
 def adapter_config(
@@ -204,10 +271,15 @@ def adapter_config(
     given = dict(r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, use_dora=args.peft=='dora') if lora else {}
     known = [f.name for f in fields(cls)]
     every = 'all-linear' if lora or args.peft=='bottleneck' else None   # other methods have modules of their own for each kind of model
-    if 'target_modules' in known: given['target_modules'] = args.lora_target_modules or every
+    if 'target_modules' in known: given['target_modules'] = _modules(args.lora_target_modules) or every
     given |= peft_options(args, known)
     try: return cls(task_type='CAUSAL_LM', **given)
-    except (ValueError, TypeError, ImportError) as e: raise ISTError(f"--peft {args.peft}: {' '.join(str(e).split())}") from e
+    except Exception as e: raise ISTError(f"--peft {args.peft}: {' '.join(str(e).split())} ({type(e).__name__})") from e
+
+def _modules(names):
+    "A single name may be a regular expression, or PEFT's word for all linear layers; several are the ends of names"
+    one = names[0] if names and len(names)==1 else ''
+    return one if one=='all-linear' or re.search(r'[*+?|()\[\]\\^$]', one) else names
 
 # %% ../nbs/10_finetune.ipynb #c95ebdab
 def _method(name):
@@ -226,13 +298,17 @@ def peft_options(
     given = args.peft_options or {}
     if isinstance(given, str):
         try: given = json.loads(given)
-        except json.JSONDecodeError as e: raise ISTError(f"--peft_options {args.peft_options!r} is not JSON ({e}). Write it as in '{{\"r\": 8}}'.") from e
+        except (ValueError, RecursionError) as e: raise ISTError(f"--peft_options {args.peft_options[:200]!r} is not JSON ({str(e)[:100]}). Write it as in '{{\"r\": 8}}'.") from e
     if not isinstance(given, dict): raise ISTError(f"--peft_options {args.peft_options!r} is not a dictionary. Write it as in '{{\"r\": 8}}'.")
     for k in given:
         if k not in known: raise ISTError(f"--peft_options: {k!r} is not a setting of {args.peft}{suggest(k, known)} Its settings: {', '.join(known)}.")
     return given
 
 # %% ../nbs/10_finetune.ipynb #7ba8c141
+_run_files = set('run.json results.json ist_state.json importance.png adapter_config.json adapter_model.safetensors adapter_model.bin README.md '
+                 'chat_template.jinja tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json training_args.bin'.split())
+_not_yet = {'.ist_lock', 'run.json.part'}      # what a run leaves that died before it began
+
 def check_folder(
     folder:Path, # The run's folder
     args:FinetuneArguments, # For `overwrite` and `resume`
@@ -240,24 +316,43 @@ def check_folder(
     "Whether a run may use `folder`"
     from ist_nb.runs import checkpoints, last_checkpoint
     if folder.exists() and not folder.is_dir(): raise ISTError(f"--output_dir {folder} is a file. Give a folder.")
-    if args.overwrite and (args.resume or args.auto_resume): raise ISTError("--overwrite replaces what is in the folder, and --resume goes on from it. Give one of them.")
-    inside = {p.name for p in folder.iterdir()}-{'.ist_lock'} if folder.is_dir() else set()
+    if args.overwrite and (args.resume or args.auto_resume): raise ISTError("--overwrite replaces what is in the folder, and --resume continues it. Give one of them.")
+    inside = {p.name for p in folder.iterdir()}-_not_yet if folder.is_dir() else set()
     if args.resume or args.auto_resume:
         if last := last_checkpoint(folder): return last
         torn = [p.name for p in checkpoints(folder)]
-        if args.resume: raise ISTError(f"--resume found no {'whole ' if torn else ''}checkpoint in {folder}{' ('+', '.join(torn)+' cannot be gone on from)' if torn else ''}. "
+        if args.resume: raise ISTError(f"--resume found no {'intact ' if torn else ''}checkpoint in {folder}{' ('+', '.join(torn)+' cannot be resumed)' if torn else ''}. "
                                        "Give the --output_dir of the run that was interrupted (it saves one every --save_steps steps), or leave --resume out.")
-        if 'run.json' in inside or torn: return None   # the run died before its first checkpoint
+        if 'run.json' in inside: return None   # the run died before its first checkpoint
     if inside and not args.overwrite:
-        raise ISTError(f"--output_dir {folder} is not empty, and nothing in it will be overwritten. Give another folder, or --overwrite to replace it, or --resume to go on.")
+        raise ISTError(f"--output_dir {folder} is not empty, and nothing in it will be overwritten. Give another folder, or --overwrite to replace an earlier run, or --resume to continue it.")
+    if args.overwrite: check_overwrite(folder)
+
+def _is_run(folder):
+    "Whether a run of ours began here: both files that it writes say by their keys what they are"
+    from ist_nb.runs import read_json
+    found = [o for o in map(read_json, (folder/'run.json', folder/'results.json')) if isinstance(o, dict)]
+    return any('versions' in o and ('settings' in o or 'config' in o) for o in found)
+
+def check_overwrite(
+    folder:Path, # The run's folder
+): # Raises `ISTError` if a run would overwrite what no run has left
+    "Whether what is in the way in `folder` is a run's"
+    for p in sorted(folder.iterdir()) if folder.is_dir() else ():
+        checkpoint = re.fullmatch('checkpoint-[0-9]+', p.name)
+        if p.name not in _run_files and not checkpoint: continue
+        what = 'is a link' if p.is_symlink() else f"is a {'folder' if p.is_dir() else 'file'}" if p.is_dir()!=bool(checkpoint) else ''
+        if not what and not _is_run(folder): what = 'was not left by a run of ist_finetune: there is no run.json beside it'
+        if what: raise ISTError(f"--overwrite: {p} {what}, so it is not removed. Move it away, or give another folder.")
 
 # %% ../nbs/10_finetune.ipynb #9cd6a8b4
 def clear_folder(
-    folder:Path, # The run's folder
+    folder:Path, # The run's folder, as `check_overwrite` allows it
 ):
     "Remove the files and checkpoints of an earlier run; leave everything else"
-    for p in folder.glob('checkpoint-*'): shutil.rmtree(p)
-    for name in 'run.json results.json ist_state.json importance.png adapter_config.json adapter_model.safetensors'.split(): (folder/name).unlink(missing_ok=True)
+    from ist_nb.runs import checkpoints, remove_checkpoint
+    for p in checkpoints(folder): remove_checkpoint(p)
+    for name in _run_files: (folder/name).unlink(missing_ok=True)
 
 def check_space(
     folder:Path, # The run's folder, perhaps not there yet
@@ -265,8 +360,23 @@ def check_space(
 ): # Raises `ISTError` if the disk is too full
     "Whether what a run saves will fit: weights, three checkpoints with two moments each, and a little more"
     need,there = 4*n_params*(1+3*3)+2**24,next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    need -= sum(p.stat().st_size for p in folder.rglob('*') if p.is_file())      # of a run that is resumed or replaced
     free = shutil.disk_usage(there).free
     if free<need: raise ISTError(f"The disk of --output_dir {folder} has {free/2**20:.0f} MiB free, and this run may need {need/2**20:.0f} MiB. Free some space, or give a folder on another disk.")
+
+# %% ../nbs/10_finetune.ipynb #0050d437
+_free = ('output_dir', 'overwrite', 'resume', 'auto_resume', 'logging_', 'report_to', 'run_name', 'project', 'trackio', 'disable_tqdm', 'save_', 'log_level', 'push_to_hub',
+         'hub_', 'local_rank', 'ddp_timeout', 'include_', 'debug', 'dataloader_num_workers', 'dataloader_prefetch', 'dataloader_persistent', 'dataloader_pin', 'skip_memory',
+         'dataset_num_proc', 'per_device_eval_batch_size', 'do_', 'load_best', 'restore_callback', 'enable_jit')
+
+def outcome_settings(
+    args:FinetuneArguments, # The three groups of arguments
+    cfg, # An `ISTConfig` or None
+    sft, # An `SFTConfig`
+) -> dict: # Names and values that JSON can hold
+    "The settings that decide what a run ends with"
+    every = json.loads(sft.to_json_string()) | asdict(args) | (asdict(cfg) if cfg else {}) | dict(processes=sft.world_size)
+    return {k:v for k,v in every.items() if not k.startswith(_free)}
 
 # %% ../nbs/10_finetune.ipynb #79a1734e
 def progress_bar():
@@ -287,15 +397,17 @@ def make_trainer(
     from transformers.trainer_callback import ProgressCallback
     from trl import SFTTrainer
     from ist_nb.callback import ISTCallback
-    from ist_nb.runs import RunGuard
+    from ist_nb.runs import RunGuard, during
     model,tokenizer = load_model(args, sft)
-    if data.kind=='messages' and not (tokenizer.chat_template or sft.chat_template_path):
-        raise ISTError(f"The data are chats, and the tokenizer of {args.model!r} has no chat template. Give --chat_template_path, or data with a prompt and a completion.")
+    if len(tokenizer)>model.get_input_embeddings().num_embeddings:
+        raise ISTError(f"The tokenizer of {args.model!r} has {len(tokenizer)} tokens, and the model only {model.get_input_embeddings().num_embeddings}. Give a model and the tokenizer that it was trained with.")
+    if data.kind=='messages': check_template(tokenizer, sft, args.model, data.train)
     if data.kind=='text': sft.packing,sft.packing_strategy = True,'wrapped'   # long texts are cut into rows rather than cut off
     callbacks = [ISTCallback(cfg, stack=args.stack)] if cfg else []
     callbacks.append(RunGuard(reraise=False, how='the same command with --resume'))
-    with _clear_errors():
+    with during('putting the trainer together'):
         trainer = SFTTrainer(model, sft, train_dataset=data.train, eval_dataset=data.test, processing_class=tokenizer, peft_config=adapter_config(args), callbacks=callbacks)
+    trainer.create_model_card = lambda *args, **kwargs: None      # TRL's knows nothing of IST; `save_run` writes ours
     n = len(trainer.train_dataset)
     if cfg and cfg.sampler!='uniform' and getattr(scorers[cfg.scorer], 'observes', None)!='backward' and n<cfg.score_batch_size:
         raise ISTError(f"The data makes {n} training rows of at most {sft.max_length} tokens, fewer than a probe batch of score_batch_size={cfg.score_batch_size}. "
@@ -305,6 +417,37 @@ def make_trainer(
                                          "and prompts that fill max_length leave nothing to learn. Give more data, or another --max_length.")
     if trainer.pop_callback(ProgressCallback): trainer.add_callback(progress_bar())
     return trainer
+
+# %% ../nbs/10_finetune.ipynb #db33a512
+def check_template(
+    tokenizer, # Of the model
+    sft, # An `SFTConfig`, for `chat_template_path`
+    model:str, # Its name, for the message
+    chats, # Rows with `messages`; the first 2,000 are tried
+): # Raises `ISTError` if the chat template fails, or needs more than seconds and a gibibyte
+    "Whether the chat template takes the chats"
+    from ist_nb.runs import bounded
+    if sft.chat_template_path: return
+    if not tokenizer.chat_template: raise ISTError(f"The data are chats, and the tokenizer of {model!r} has no chat template. Give --chat_template_path, or data with a prompt and a completion.")
+    def render():
+        for i,chat in enumerate(chats['messages'][:2000], 1):
+            try: tokenizer.apply_chat_template(chat, tokenize=False)
+            except MemoryError: raise
+            except Exception as e: raise ValueError(f'chat {i} of the training rows: {e}') from e
+    if why := bounded(render): raise ISTError(f"The chat template of {model!r} does not take the chats: {why}. Change the chats, or give --chat_template_path of a model whose template fits.")
+
+def rows_report(
+    data, # From `load_data`
+    trainer, # An `SFTTrainer`
+) -> str: # Empty if every row is there whole
+    "What became of the rows when they were made tokens"
+    said,most = [],trainer.args.max_length
+    if trainer.args.packing or most is None: return ''      # joined and cut into rows, without a loss
+    for name,before,after in (('training', data.train, trainer.train_dataset), ('held-out', data.test, trainer.eval_dataset)):
+        full = sum(len(o)>=most for o in after['input_ids'])
+        if n := len(before)-len(after): said.append(f'{n:,} of {len(before):,} {name} rows are left out, because their prompt alone fills max_length={most}')
+        if full: said.append(f'{full:,} {name} rows fill max_length={most}, and what may lie beyond it was cut off')
+    return '; '.join(said)
 
 # %% ../nbs/10_finetune.ipynb #5f7a4165
 def _say(what):
@@ -349,56 +492,85 @@ def finetune(
     "Fine-tune, save, and say what happened"
     from ist_nb.data import load_data, physics
     from ist_nb.evaluate import held_out_loss
-    from ist_nb.runs import digest, locked, same_data, write_json
+    from ist_nb.runs import check_moments, digest, during, locked, same_run, write_json
     ranks = _one_folder(sft)
     _one_gpu(sft)
-    folder = Path(sft.output_dir)
-    if args.auto_resume and (done := finished(folder)): return done
+    folder,settings = Path(sft.output_dir),outcome_settings(args, cfg, sft)
+    if (args.resume or args.auto_resume) and (done := finished(folder, settings)): return done
     check_folder(folder, args)   # before anything is loaded, and again when nobody else may change it
-    data = load_data(args.data, test=args.test_data, test_fraction=args.test_fraction, max_rows=args.max_rows, seed=sft.seed) if args.data else physics()
+    with during('reading the data'):
+        data = load_data(args.data, test=args.test_data, test_fraction=args.test_fraction, max_rows=args.max_rows, seed=sft.seed) if args.data else physics()
     _say(f'Data: {data.report}')
     with _no_empty_folders(folder), locked(folder):
         checkpoint = check_folder(folder, args)
         rows = digest(data.train, data.test)
         ranks.agree('the first step', checkpoint=checkpoint, data=rows)   # and nobody goes on before all have looked
-        if checkpoint: same_data(folder, rows, args.data or 'the physics text')
+        if checkpoint: same_run(folder, rows, settings, args.data or 'the physics text')
         trainer = make_trainer(args, cfg, sft, data)
         check_space(folder, sum(p.numel() for p in trainer.model.parameters() if p.requires_grad))
+        if said := rows_report(data, trainer): _say(f'Rows: {said}.')
         _say(f'Model: {describe(trainer.model, args)}')
-        if checkpoint: _say(f'Going on from {checkpoint}')
+        if checkpoint: _say(f'Resuming from {checkpoint}')
         if args.overwrite and not checkpoint and not ranks.rank: clear_folder(folder)
-        if not ranks.rank: write_json(folder/'run.json', dict(data=rows, versions=versions()))
         batches = _whole_loader(trainer)
-        before = held_out_loss(trainer.model, batches)
+        with during('measuring the held-out loss'): before = held_out_loss(trainer.model, batches)
         _say(f'Held-out loss before: {before:.4f}')
-        start = time.perf_counter()
-        trainer.train(resume_from_checkpoint=checkpoint)
-        seconds = time.perf_counter()-start
+        with during('making the optimizer'): trainer.create_optimizer()
+        if checkpoint: check_moments(checkpoint, [p for g in trainer.optimizer.param_groups for p in g['params']])
+        elif not ranks.rank: write_json(folder/'run.json', dict(data=rows, settings=settings, versions=versions()))
+        with during('training'):
+            if not (checkpoint and take_finished(trainer, checkpoint)): trainer.train(resume_from_checkpoint=checkpoint)
         check_stopped(trainer)
-        trainer.save_model()   # on every process: a sharded model is put together by all; and now, before anything else can go wrong
-        after = held_out_loss(trainer.model, batches)
-        return save_run(trainer, args, cfg, dict(loss_before=before, loss_after=after, seconds=seconds), data)
+        with during('saving the adapter'): trainer.save_model()   # on every process: a sharded model is put together by all; and now, before anything else can go wrong
+        with during('measuring the held-out loss'): after = held_out_loss(trainer.model, batches)
+        return save_run(trainer, args, cfg, dict(loss_before=before, loss_after=after), data)
+
+def take_finished(
+    trainer, # From `make_trainer`
+    checkpoint, # Of this run
+) -> bool: # Whether it is of the last step, so that nothing is left to train
+    "Take over what was trained, where a run died between its last step and its last file: the Trainer would make one step more"
+    from transformers import TrainerState
+    from ist_nb.callback import ISTCallback
+    from ist_nb.ist import IST
+    from ist_nb.runs import RunGuard
+    state = TrainerState.load_from_json(str(Path(checkpoint)/'trainer_state.json'))
+    if state.global_step<state.max_steps: return False
+    trainer._load_from_checkpoint(checkpoint)
+    trainer.state = state
+    for cb in trainer.callback_handler.callbacks:
+        saved = state.stateful_callbacks.get(type(cb).__name__, {}).get('attributes')
+        if isinstance(cb, RunGuard) and saved: cb.before = saved['before']
+        if isinstance(cb, ISTCallback):
+            cb.ist = IST(trainer.model, cb.config, probe=trainer.get_train_dataloader(), stack=cb.stack, optimizer=trainer.optimizer, n_steps=state.max_steps)
+            cb.ist.load_state_dict(saved['saved'])
+    return True
 
 # %% ../nbs/10_finetune.ipynb #ec88b7e5
 class Stopped(Exception):
     "A signal has ended the training, after a checkpoint; `.args` holds its number"
 
+def _guard(trainer):
+    from ist_nb.runs import RunGuard
+    return next(c for c in trainer.callback_handler.callbacks if isinstance(c, RunGuard))
+
 def check_stopped(
     trainer, # After training
 ): # Raises `Stopped`
     "Whether the training has ended by a signal"
-    from ist_nb.runs import RunGuard
-    guard = next(c for c in trainer.callback_handler.callbacks if isinstance(c, RunGuard))
-    if guard.stopped_by: raise Stopped(int(guard.stopped_by))
+    if _guard(trainer).stopped_by: raise Stopped(int(_guard(trainer).stopped_by))
 
 def finished(
     folder:Path, # The run's folder
-) -> dict|None: # What is in its `results.json`
+    settings:dict, # Of this run, from `outcome_settings`
+) -> dict|None: # What is in its `results.json`; raises `ISTError` if it was made with other settings
     "A run that has been through to its end"
-    try:
-        res = json.loads((folder/'results.json').read_text(encoding='utf-8'))
-        _say(f"The run in {folder} is finished: held-out loss {res['loss_before']:.4f} -> {res['loss_after']:.4f} in {res['steps']} steps.")
-    except (OSError, ValueError, KeyError, TypeError): return None
+    from ist_nb.runs import read_json, same_run
+    res = read_json(folder/'results.json')
+    try: said = f"The run in {folder} is finished: held-out loss {res['loss_before']:.4f} -> {res['loss_after']:.4f} in {res['steps']} steps. Nothing was changed."
+    except (TypeError, KeyError, ValueError): return None
+    same_run(folder, None, settings)
+    _say(said)
     return res
 
 # %% ../nbs/10_finetune.ipynb #7b64e20a
@@ -407,7 +579,7 @@ def _no_empty_folders(folder):
     "The Trainer makes its folder when it is made; if it is not to be, the folder goes"
     new = [p for p in (folder, *folder.parents) if not p.exists()]
     try: yield
-    except ISTError:
+    except BaseException:
         for p in new:
             if p.is_dir() and not any(p.iterdir()): p.rmdir()
         raise
@@ -424,33 +596,105 @@ def peak_memory() -> int: # Bytes: of the GPU where there is one, else of this p
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform=='darwin' else 1024)
 
+# %% ../nbs/10_finetune.ipynb #ecbafb8a
+def model_card(
+    res:dict, # What is in `results.json`
+    name:str, # Of the run
+) -> str: # Markdown, with what the hub reads on top
+    "The model card of a run"
+    import yaml
+    args,sft,ist = (res['config'][o] for o in ('finetune', 'training', 'ist'))
+    model,hub = args['model'],not os.path.exists(args['model']) and args['model']!='pico'
+    head = dict(library_name='peft', pipeline_tag='text-generation', tags=['ist_nb', args['peft'], *(['importance-aware-sparse-tuning'] if ist else [])]) | (dict(base_model=model) if hub else {})
+    n,N = res['times_active'],len(res['times_active'] or ())
+    often = sorted(range(N), key=lambda i: -n[i])
+    trained = f"Of {N} layers, each step trained some: layer {often[0]} in {n[often[0]]} steps (the most), layer {often[-1]} in {n[often[-1]]} (the fewest), {sum(n)/N:.1f} on average." if N else 'Every step trained every layer.'
+    how = dict(ist='Importance-aware Sparse Tuning', recommended='progressive freezing from below', paper='the released algorithm of Importance-aware Sparse Tuning', rst='random sparse tuning', dense='dense fine-tuning')[args['method']]
+    base = "str(ist_nb.finetune.assets/'pico')" if model=='pico' else repr(model)
+    settings = {k:sft[k] for k in ('learning_rate', 'per_device_train_batch_size', 'gradient_accumulation_steps', 'max_length', 'seed')} | {k:args[k] for k in ('lora_r', 'lora_alpha', 'lora_dropout') if args['peft'] in ('lora', 'dora')}
+    settings |= {k:v for k,v in (ist or {}).items() if k in ('n_active', 'sampler', 'scorer', 'score_interval', 'schedule', 'explore')}
+    return f"""---
+{yaml.safe_dump(head, sort_keys=False).strip()}
+---
+
+# {name}
+
+A {dict(lora='LoRA', dora='DoRA').get(args['peft'], args['peft'])} adapter for `{model}`, made by {how} with [`ist_nb`](https://pypi.org/project/ist_nb) {res['versions']['ist_nb']}.
+
+| | |
+|---|---|
+| held-out loss, nats a token | {res['loss_before']:.4f} before, {res['loss_after']:.4f} after |
+| steps | {res['steps']} |
+| seconds of training | {res['seconds']:.0f} |
+{chr(10).join(f'| `{k}` | {v} |' for k,v in settings.items())}
+
+**Data.** {res['data']}
+
+**What was trained.** {trained} All settings, and the counts of each layer, are in `results.json`.
+
+## Load it
+
+```python
+{'import ist_nb.finetune' if model=='pico' else ''}
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+base = AutoModelForCausalLM.from_pretrained({base})
+model,tokenizer = PeftModel.from_pretrained(base, 'FOLDER'),AutoTokenizer.from_pretrained('FOLDER')     # this folder
+```
+
+## Made with
+
+{', '.join(f'{k} {v}' for k,v in res['versions'].items())}.
+
+```bibtex
+@inproceedings{{yao2024layerwise,
+  title={{Layer-wise Importance Matters: Less Memory for Better Performance in Parameter-efficient Fine-tuning of Large Language Models}},
+  author={{Yao and Gao and Li and Zhao and Wang and Wang and Zhu}},
+  booktitle={{Findings of the Association for Computational Linguistics: EMNLP 2024}}, pages={{1977--1992}}, year={{2024}}, eprint={{2410.11772}}, archivePrefix={{arXiv}}
+}}
+```
+""".replace('```python\n\n', '```python\n')
+
 # %% ../nbs/10_finetune.ipynb #30b92f8c
 def save_run(
     trainer, # After training
     args:FinetuneArguments, # As given
     cfg, # An `ISTConfig` or None
-    measured:dict, # Losses and seconds
+    measured:dict, # The losses before and after
     data, # From `load_data`
 ) -> dict: # What is in `results.json`
     "Write the run's folder and print the summary"
     from ist_nb.callback import ISTCallback
-    from ist_nb.plot import layer_table, plot_importance
+    from ist_nb.plot import layer_table
     from ist_nb.runs import write_json
     folder,sft = Path(trainer.args.output_dir),trainer.args
     ist = next((c.ist for c in trainer.callback_handler.callbacks if isinstance(c, ISTCallback)), None)
     state = ist.state_dict() if ist else dict(importance=None, times_active=None, n_dropped=0)
-    res = measured | dict(steps=trainer.state.global_step, peak_memory_bytes=peak_memory(), importance=state['importance'], times_active=state['times_active'],
+    res = measured | dict(seconds=_guard(trainer).seconds, steps=trainer.state.global_step, peak_memory_bytes=peak_memory(), importance=state['importance'], times_active=state['times_active'],
                           probes_dropped=state['n_dropped'], score_seconds=ist.score_seconds if ist else 0., data=data.report,
                           config=dict(finetune=asdict(args), ist=asdict(cfg) if cfg else None, training=json.loads(sft.to_json_string())), versions=versions())
     if not trainer.is_world_process_zero(): return res
-    if ist:
-        write_json(folder/'ist_state.json', state)
-        plot_importance(state, f'{args.model}, {args.method}: {ist.t} steps').savefig(folder/'importance.png', dpi=150)
-        print(f"{ist}\n{layer_table(state)}")
+    if ist: write_json(folder/'ist_state.json', state)
+    (folder/'README.md').write_text(model_card(res, folder.absolute().name), encoding='utf-8')
     write_json(folder/'results.json', res)
-    print(f"Held-out loss: {res['loss_before']:.4f} -> {res['loss_after']:.4f} in {res['steps']} steps and {res['seconds']:.0f} s"
-          f"\nSaved in {folder}: {', '.join(sorted(p.name for p in folder.iterdir() if p.is_file() and p.name[0]!='.'))}")
+    if ist:
+        _picture(state, f'{args.model}, {args.method}: {ist.t} steps', folder/'importance.png')
+        print(f"{ist}\n{layer_table(state)}")
+    print(f"Held-out loss: {res['loss_before']:.4f} -> {res['loss_after']:.4f} in {res['steps']} steps and {res['seconds']:.0f} s\n{_left(folder, args)}")
     return res
+
+def _picture(state, title, path):
+    "A picture must not fail a run that is done"
+    from ist_nb.plot import plot_importance
+    try: plot_importance(state, title.replace('$', r'\$')).savefig(path, dpi=150)
+    except Exception as e: print(f'The picture {path} could not be drawn ({type(e).__name__}: {e}).', file=sys.stderr)
+
+def _left(folder, args):
+    "What a run has left, and what one can do with it"
+    names = sorted(p.name+'/'*p.is_dir() for p in folder.iterdir() if p.name!='.ist_lock')
+    return f"""Saved in {folder}: {', '.join(names)}
+Next: its model card, {folder/'README.md'}, says how to load it.
+  ist_evaluate --model {folder} --data FOLDER     accuracy on the tasks of the LLM-Adapters collection"""
 
 # %% ../nbs/10_finetune.ipynb #c080cea6
 def main(
@@ -459,18 +703,20 @@ def main(
     "The command `ist_finetune`"
     argv = sys.argv[1:] if argv is None else list(argv)
     if {'-h', '--help'} & set(argv): return print(help_page()) or 0
+    if '--version' in argv: return print(', '.join(f'{k} {v}' for k,v in versions().items())) or 0
+    debug = [i for i,o in enumerate(argv) if o=='--debug' and (i+1==len(argv) or argv[i+1].startswith('--'))]   # transformers has a --debug too, with a value
+    argv = [o for i,o in enumerate(argv) if i not in debug]
     try:
         if '--help_all' in argv: return _help_all()
         _quiet()
         finetune(*parse(argv))
         return 0
-    except ISTError as e: return _fail(e)
     except Stopped as e: return 128+e.args[0]
-    except KeyboardInterrupt: return _fail('interrupted. Checkpoints already written stay; --resume goes on from the last one.', 130)
-    except Exception as e:
-        from ist_nb.runs import storage_trouble
-        if not (why := storage_trouble(e)): raise
-        return _fail(f"{why} ({' '.join(str(e).split())[:300]}). What was saved before stays. Mend that, then go on with --resume, or give --output_dir on another disk.")
+    except KeyboardInterrupt: return _fail('interrupted. Checkpoints already written stay; --resume continues from the last one.', 130)
+    except BaseException as e:      # Rust code in tokenizers panics with one that is no Exception
+        if debug or isinstance(e, (GeneratorExit, SystemExit)): raise
+        from ist_nb.runs import explain
+        return _fail(e if isinstance(e, ISTError) else explain(e, argv))
 
 # %% ../nbs/10_finetune.ipynb #451290be
 def _fail(e, status=2):
@@ -483,9 +729,11 @@ def _help_all():
     return 0
 
 def _quiet():
-    "Leave the terminal to the progress bar and the summary"
-    import datasets,transformers,warnings
-    warnings.simplefilter('ignore', FutureWarning)   # of the libraries, about their own arguments
+    "Leave the terminal to the progress bar and the summary: what libraries say to their own callers is of no use to a user"
+    import logging,warnings
+    for o in ('bitsandbytes', 'torchao', 'kernels'): logging.getLogger(o).setLevel(logging.ERROR)
+    import datasets,transformers
+    warnings.filterwarnings('ignore', module=r'(?!ist_nb)')
     datasets.disable_progress_bars()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
