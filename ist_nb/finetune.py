@@ -274,6 +274,7 @@ def adapter_config(
     if 'target_modules' in known: given['target_modules'] = _modules(args.lora_target_modules) or every
     given |= peft_options(args, known)
     try: return cls(task_type='CAUSAL_LM', **given)
+    except ISTError as e: raise ISTError(f'--peft {args.peft}: {e}') from None
     except Exception as e: raise ISTError(f"--peft {args.peft}: {' '.join(str(e).split())} ({type(e).__name__})") from e
 
 def _modules(names):
@@ -407,6 +408,9 @@ def make_trainer(
     callbacks.append(RunGuard(reraise=False, how='the same command with --resume'))
     with during('putting the trainer together'):
         trainer = SFTTrainer(model, sft, train_dataset=data.train, eval_dataset=data.test, processing_class=tokenizer, peft_config=adapter_config(args), callbacks=callbacks)
+    if not hasattr(trainer.model.get_output_embeddings(), 'bias'):
+        raise ISTError("The output head was wrapped by PEFT (trainable_token_indices on a model with tied embeddings), and TRL's trainer cannot compute a loss with it. "
+                       "Leave trainable_token_indices out, or train with a Trainer of your own and ISTCallback.")
     trainer.create_model_card = lambda *args, **kwargs: None      # TRL's knows nothing of IST; `save_run` writes ours
     n = len(trainer.train_dataset)
     if cfg and cfg.sampler!='uniform' and getattr(scorers[cfg.scorer], 'observes', None)!='backward' and n<cfg.score_batch_size:
@@ -576,10 +580,12 @@ def finished(
 # %% ../nbs/10_finetune.ipynb #7b64e20a
 @contextmanager
 def _no_empty_folders(folder):
-    "The Trainer makes its folder when it is made; if it is not to be, the folder goes"
-    new = [p for p in (folder, *folder.parents) if not p.exists()]
+    "A run that is refused before its first checkpoint leaves nothing"
+    from ist_nb.runs import checkpoints
+    new,began = [p for p in (folder, *folder.parents) if not p.exists()],(folder/'run.json').exists()
     try: yield
     except BaseException:
+        if not began and not checkpoints(folder): (folder/'run.json').unlink(missing_ok=True)
         for p in new:
             if p.is_dir() and not any(p.iterdir()): p.rmdir()
         raise
@@ -608,7 +614,8 @@ def model_card(
     head = dict(library_name='peft', pipeline_tag='text-generation', tags=['ist_nb', args['peft'], *(['importance-aware-sparse-tuning'] if ist else [])]) | (dict(base_model=model) if hub else {})
     n,N = res['times_active'],len(res['times_active'] or ())
     often = sorted(range(N), key=lambda i: -n[i])
-    trained = f"Of {N} layers, each step trained some: layer {often[0]} in {n[often[0]]} steps (the most), layer {often[-1]} in {n[often[-1]]} (the fewest), {sum(n)/N:.1f} on average." if N else 'Every step trained every layer.'
+    trained = (f"Of the {N} layers, layer {often[0]} was trained most often, in {n[often[0]]} of {res['steps']} steps, and layer {often[-1]} least often, in {n[often[-1]]}; "
+               f"a mean step trained {sum(n)/res['steps']:.1f} layers." if N else 'Every step trained every layer.')
     how = dict(ist='Importance-aware Sparse Tuning', recommended='progressive freezing from below', paper='the released algorithm of Importance-aware Sparse Tuning', rst='random sparse tuning', dense='dense fine-tuning')[args['method']]
     base = "str(ist_nb.finetune.assets/'pico')" if model=='pico' else repr(model)
     settings = {k:sft[k] for k in ('learning_rate', 'per_device_train_batch_size', 'gradient_accumulation_steps', 'max_length', 'seed')} | {k:args[k] for k in ('lora_r', 'lora_alpha', 'lora_dropout') if args['peft'] in ('lora', 'dora')}
@@ -708,15 +715,17 @@ def main(
     argv = [o for i,o in enumerate(argv) if i not in debug]
     try:
         if '--help_all' in argv: return _help_all()
-        _quiet()
-        finetune(*parse(argv))
+        argv = from_config(argv)
+        check_names(argv)               # before anything slow is imported
+        with _quiet(): finetune(*parse(argv))
         return 0
     except Stopped as e: return 128+e.args[0]
     except KeyboardInterrupt: return _fail('interrupted. Checkpoints already written stay; --resume continues from the last one.', 130)
     except BaseException as e:      # Rust code in tokenizers panics with one that is no Exception
         if debug or isinstance(e, (GeneratorExit, SystemExit)): raise
+        if isinstance(e, ISTError): return _fail(e)
         from ist_nb.runs import explain
-        return _fail(e if isinstance(e, ISTError) else explain(e, argv))
+        return _fail(explain(e, argv))
 
 # %% ../nbs/10_finetune.ipynb #451290be
 def _fail(e, status=2):
@@ -728,15 +737,23 @@ def _help_all():
     make_parser(FinetuneArguments, ist_arguments(), SFTConfig).print_help()
     return 0
 
+@contextmanager
 def _quiet():
     "Leave the terminal to the progress bar and the summary: what libraries say to their own callers is of no use to a user"
     import logging,warnings
     for o in ('bitsandbytes', 'torchao', 'kernels'): logging.getLogger(o).setLevel(logging.ERROR)
     import datasets,transformers
-    warnings.filterwarnings('ignore', module=r'(?!ist_nb)')
     datasets.disable_progress_bars()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    plain = warnings.formatwarning
+    warnings.formatwarning = lambda message, *args, **kwargs: f'Warning: {message}\n'     # no path and no line of code
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings('ignore', module=r'(?!ist_nb)')
+            yield
+    finally: warnings.formatwarning = plain
+
 
 # %% ../nbs/10_finetune.ipynb #c838ee4b
 if __name__=='__main__' and 'get_ipython' not in globals():

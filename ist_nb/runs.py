@@ -254,16 +254,16 @@ def explain(
     text = ' '.join(str(e).split())[:300].rstrip('.') or 'no message'
     if disk := storage_trouble(e): return f"{disk} ({text}). What was saved before stays. Make room, then add --resume to the same command, or give --output_dir on another disk."
     while e.__cause__ is not None and not hasattr(e, 'during'): e = e.__cause__
-    near = _settings_in(text, argv)
+    near,given = _settings_in(text, argv),[o.partition('=')[0][:80] for o in argv if o.startswith('--')]
     return (f"{getattr(e, 'during', 'the run')} failed: {text} ({type(e).__name__}). "
-            + (f"Look at {' and '.join(near)}. " if near else '') + 'Add --debug to see where it comes from.')
+            + (f"Look at {' and '.join(near)}. " if near else f"Given were {', '.join(given)}. " if given else '') + 'Add --debug to see where it comes from.')
 
 def _settings_in(text, argv):
     "The settings of a command line whose name or value is in a message"
     words,low = set(re.findall(r'[\w./+-]+', text)) | set(re.findall(r'\w+', text)),re.sub(r'[\W_]+', ' ', text.lower())
     pairs = [(a[2:].partition('=')[0], a.partition('=')[2] or (b if not b.startswith('--') else '')) for a,b in zip(argv, [*argv[1:], '']) if a.startswith('--')]
-    named = lambda name: f" {name.replace('_', ' ')} " in f' {low} '
-    held = lambda v: len(v)>1 and (v in words or v in text and len(v)>3) or _number(v) is not None and _number(v) in map(_number, words)
+    named = lambda name: f" {name.replace('_', ' ')}" in f' {low}' and len(name)>4      # 'optim' is in 'optimizers'
+    held = lambda v: v not in ('no', 'yes', 'true', 'false', 'auto') and len(v)>1 and (v in words or v in text and len(v)>3) or _number(v) is not None and _number(v) in map(_number, words)
     return [f'--{name} {v[:80]}'.rstrip() for name,v in pairs if named(name) or held(v)][:3]
 
 def _number(s):

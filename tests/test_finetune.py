@@ -1,6 +1,7 @@
 "The command line: bad input is answered by a sentence, good input by a run"
-import errno,json,os,shutil,subprocess,sys,time,pytest
+import errno,json,os,re,shutil,subprocess,sys,time,pytest
 from pathlib import Path
+from ist_nb import runs
 from ist_nb.finetune import finetune,main,parse
 
 rows = [dict(prompt=f'What is {i}? ', completion=f'It is number {i}.') for i in range(40)]
@@ -21,6 +22,21 @@ def tree(d): return {str(p.relative_to(d)):p.read_bytes() if p.is_file() else No
 def file(name, text): return lambda d: (d/name).write_bytes(text if isinstance(text, bytes) else text.encode())
 def mixed(d): (d/'mix').mkdir(); jsonl(d/'mix'/'a.jsonl', rows); jsonl(d/'mix'/'b.jsonl', [dict(text='x')]*3)
 def old_run(d): (d/'out').mkdir(); (d/'out'/'results.json').write_text('{}')
+def linked(d): (d/'out').mkdir(); (d/'mine.md').write_text('mine'); (d/'out'/'README.md').symlink_to(d/'mine.md')
+def strict(d):
+    "Folders with a model: its chat template refuses, loops or takes all memory; its weights are cut off"
+    from transformers import AutoTokenizer,LlamaConfig,LlamaForCausalLM
+    from ist_nb.finetune import assets
+    tok = AutoTokenizer.from_pretrained(assets/'pico')
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tok), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2))
+    for name,t in dict(strict="{% for m in messages %}{% if (m['role']=='user')!=(loop.index0%2==0) %}{{ raise_exception('Roles must alternate') }}{% endif %}{{ m['content'] }}{% endfor %}",
+                       endless='{{ 10**(10**9) }}', greedy="{{ 'x'*10**10 }}", cut='{{ messages }}').items():
+        tok.chat_template = t
+        tok.save_pretrained(d/name); model.save_pretrained(d/name)
+    cut = d/'cut'/'model.safetensors'
+    cut.write_bytes(cut.read_bytes()[:100])
+    jsonl(d/'chats.jsonl', [dict(messages=[dict(role=r, content='Hi') for r in rs]) for rs in (['user', 'assistant'], ['assistant', 'assistant'])*8])
+small = '--max_steps 2 --per_device_train_batch_size 2 --max_length 32 --lora_r 2 --score_batch_size 4'
 nothing = lambda d: None
 
 # id, what to prepare, the command line, what the sentence must contain: the thing given, and what to do
@@ -65,6 +81,28 @@ cases = [
     ('score_batch_size', nothing, '--score_batch_size 0', ['score_batch_size=0', 'at least 1']),
     ('explore', nothing, '--explore often', ["explore='often'", '[0, 1]']),
     ('seed', nothing, '--seed -1', ['seed=-1', 'at least 0']),
+    ('no such model folder', nothing, '--data good.jsonl --model ./nofolder', ['./nofolder', 'there is no such folder']),
+    ('learning rate', nothing, '--learning_rate -1', ['--learning_rate -1', 'at least 0']),
+    ('batch size', nothing, '--per_device_train_batch_size 0', ['--per_device_train_batch_size 0', 'at least 1']),
+    ('workers', nothing, '--dataloader_num_workers 100000', ['--dataloader_num_workers 100000', 'four for each processor']),
+    ('reporter not installed', nothing, f'--data good.jsonl --report_to wandb {small}', ['wandb', 'Look at --report_to wandb']),
+    ('optimizer not installed', nothing, f'--data good.jsonl --optim schedule_free_adamw {small}', ['schedulefree', 'making the optimizer', '--optim']),
+    ('scheduler refuses', nothing, '--data good.jsonl --lr_scheduler_kwargs {"nope":1} '+small, ['nope', 'training failed']),
+    ('PEFT refuses a pattern', nothing, '--data good.jsonl --peft_options {"target_modules":"("}', ['unterminated subpattern', '--peft_options']),
+    ('PEFT refuses a bias', nothing, '--data good.jsonl --peft_options {"bias":"zz"}', ['zz']),
+    ('template refuses', strict, '--data chats.jsonl --model strict', ['of the training rows', 'Roles must alternate']),
+    ('template takes for ever', strict, '--data chats.jsonl --model endless', ["chat template of 'endless'", 'seconds']),
+    ('template needs all memory', strict, '--data chats.jsonl --model greedy', ["chat template of 'greedy'", 'MiB']),
+    ('model folder is cut', strict, '--data good.jsonl --model cut', ["'cut' cannot be loaded"]),
+    ('name too long', nothing, '--data good.jsonl --output_dir '+'y'*5000, ['too long', '255 bytes']),
+    ('surrogates in a name', nothing, '--data good.jsonl --output_dir a\udcff', ['no file name can hold']),
+    ('empty name', nothing, '--data good.jsonl --output_dir=', ['--output_dir is empty']),
+    ('yaml without a value', file('n.yaml', 'model: null'), '--config n.yaml', ['model has no value']),
+    ('yaml with a number for a name', file('n.yaml', '5: 4'), '--config n.yaml', ["'5' is not the name of a setting"]),
+    ('yaml of a wrong type', file('n.yaml', 'max_rows: 2.5'), '--config n.yaml', ['2.5', 'max_rows']),
+    ('yaml nested', file('n.yaml', 'a: '+'['*5000), '--config n.yaml', ['n.yaml is not YAML']),
+    ('overwrite what is not a run', old_run, '--data good.jsonl --output_dir out --overwrite', ['results.json was not left by a run']),
+    ('overwrite a link', linked, '--data good.jsonl --output_dir out --overwrite', ['out/README.md is a link']),
     ('unknown argument', nothing, '--learnig_rate 1', ['--learnig_rate', '--learning_rate']),
     ('not a number', nothing, '--lora_r big', ['big', 'int']),
     ('not a choice', nothing, '--method sparse', ['sparse', 'dense']),
@@ -80,10 +118,11 @@ cases = [
 ]
 
 @pytest.mark.parametrize('prepare,line,parts', [c[1:] for c in cases], ids=[c[0] for c in cases])
-def test_bad_input(here, capsys, prepare, line, parts):
+def test_bad_input(here, capsys, monkeypatch, prepare, line, parts):
     prepare(here)
     before = tree(here)
-    assert main(line.split())==2
+    monkeypatch.setattr(runs.bounded, '__defaults__', (2, 1024))     # seconds
+    assert main(line.split(' '))==2
     err = capsys.readouterr().err.strip().splitlines()[-1]
     assert err.startswith('ist_finetune: ') and 'Traceback' not in err, err
     assert all(p in err for p in parts), err
@@ -163,3 +202,186 @@ def test_data_kinds(here):
     (here/'plain.txt').write_text('\n\n'.join(f'Paragraph {i} says that {i} is a number like any other number.' for i in range(80)))
     assert run('--data chat.jsonl', here/'a')['steps']==4
     assert run('--data plain.txt', here/'b')['steps']==4
+
+# a resumed run is the run that was interrupted, and a finished run is finished
+saving = '--save_strategy steps --save_steps 2 --lr_scheduler_type constant'
+@pytest.fixture(scope='module')
+def done(tmp_path_factory):
+    "A run of four steps with a checkpoint in the middle and one at the end"
+    d = tmp_path_factory.mktemp('done')
+    jsonl(d/'good.jsonl', rows)
+    run(f'--data {d}/good.jsonl {saving}', d/'out')
+    return d
+
+@pytest.fixture
+def half(done, tmp_path, monkeypatch):
+    "The same after it was interrupted"
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(done/'out', tmp_path/'half')
+    for o in ('results.json', 'adapter_model.safetensors', 'README.md'): (tmp_path/'half'/o).unlink()
+    shutil.rmtree(tmp_path/'half'/'checkpoint-4')
+    return tmp_path/'half'
+
+others = dict(lora_alpha='8', lora_r='4', lora_dropout='0.5', peft='dora', lora_target_modules='q_proj', learning_rate='0.5', per_device_train_batch_size='4', optim='sgd', max_length='64',
+              weight_decay='0.1', gradient_accumulation_steps='2', seed='7', max_steps='8', n_active='2', score_interval='3', sampler='uniform', method='rst', max_rows='20', lr_scheduler_type='linear')
+@pytest.mark.parametrize('name', others)
+def test_resume_with_another_setting(done, half, capsys, name):
+    before = tree(half)
+    assert main([*quick, *ist, '--data', f'{done}/good.jsonl', *saving.split(), '--output_dir', 'half', '--resume', f'--{name}', others[name]])==2
+    err = capsys.readouterr().err
+    assert re.search(rf"\b{name} was .* and is .*{re.escape(others[name])}", err), err
+    assert tree(half)==before
+
+def test_resume_with_other_output(done, half):
+    "What only says where things go and what is shown may change; seconds are those of both parts"
+    first = json.loads((half/'checkpoint-2'/'trainer_state.json').read_text())['stateful_callbacks']['RunGuard']['attributes']['before']
+    res = run(f'--data {done}/good.jsonl {saving} --logging_steps 1 --save_total_limit 5 --resume', half)
+    assert res['seconds']>first>0 and res['steps']==4
+    assert (half/'adapter_model.safetensors').read_bytes()==(done/'out'/'adapter_model.safetensors').read_bytes()
+
+@pytest.mark.parametrize('how', ['--resume', '--auto_resume'])
+@pytest.mark.parametrize('lost', [(), ('results.json', 'adapter_model.safetensors', 'ist_state.json')], ids=['finished', 'died at its end'])
+def test_finished_stays_finished(done, tmp_path, how, lost):
+    "Under a constant schedule one step more would show"
+    shutil.copytree(done/'out', tmp_path/'out')
+    for o in lost: (tmp_path/'out'/o).unlink()
+    before = tree(tmp_path/'out')
+    res = run(f'--data {done}/good.jsonl {saving} {how}', tmp_path/'out')
+    assert (tmp_path/'out'/'adapter_model.safetensors').read_bytes()==(done/'out'/'adapter_model.safetensors').read_bytes()
+    state,want = (json.loads((d/'out'/'ist_state.json').read_text()) for d in (tmp_path, done))
+    assert state==want
+    assert res['steps']==4 and sum(res['times_active'])==16
+    assert res['loss_after']==json.loads((done/'out'/'results.json').read_text())['loss_after']
+    if not lost: assert tree(tmp_path/'out')==before
+
+@pytest.mark.parametrize('name', ['adapter_model.safetensors', 'optimizer.pt', 'scheduler.pt', 'rng_state.pth', 'trainer_state.json'])
+def test_damaged_checkpoint_is_passed_over(done, tmp_path, name):
+    shutil.copytree(done/'out', tmp_path/'out')
+    path = tmp_path/'out'/'checkpoint-4'/name
+    b = bytearray(path.read_bytes()); b[len(b)//2] ^= 64; path.write_bytes(b)     # one bit
+    with pytest.warns(UserWarning, match=f'checkpoint-4 is passed over: {name} is not as it was saved'): last = runs.last_checkpoint(tmp_path/'out')
+    assert Path(last).name=='checkpoint-2'
+
+def test_another_runs_checkpoint(done, half, capsys):
+    "Intact, but of an adapter of another rank: torch would take its moments, and die of them"
+    run(f'--data {done}/good.jsonl {saving} --lora_r 3', half.parent/'other')
+    shutil.copytree(half.parent/'other'/'checkpoint-4', half/'checkpoint-4')
+    (half/'checkpoint-4'/'adapter_model.safetensors').write_bytes((done/'out'/'checkpoint-4'/'adapter_model.safetensors').read_bytes())
+    state = json.loads((half/'checkpoint-4'/'trainer_state.json').read_text())
+    (half/'checkpoint-4'/'trainer_state.json').write_text(json.dumps(state))
+    runs.seal(half/'checkpoint-4')
+    capsys.readouterr()
+    assert main([*quick, *ist, '--data', f'{done}/good.jsonl', *saving.split(), '--output_dir', str(half), '--resume'])==2
+    assert 'holds state of shape' in capsys.readouterr().err
+
+def test_overwrite_takes_only_its_own(done, tmp_path):
+    out = tmp_path/'out'
+    shutil.copytree(done/'out', out)
+    for o in ('checkpoint-notes/notes.txt', 'checkpoint-4/mine.txt', 'checkpoint-x.txt', 'sub/results.json'): (out/o).parent.mkdir(exist_ok=True); (out/o).write_text('mine')
+    run(f'--data {done}/good.jsonl --method dense --overwrite', out)
+    assert sorted(p.relative_to(out).as_posix() for p in out.rglob('*') if p.is_file() and p.read_bytes()==b'mine')==['checkpoint-4/mine.txt', 'checkpoint-notes/notes.txt', 'checkpoint-x.txt', 'sub/results.json']
+    assert not (out/'ist_state.json').exists() and not (out/'checkpoint-2').exists()
+
+def test_auto_resume_after_a_failed_start(here, monkeypatch):
+    "run.json could not be written; the same command begins when there is room again"
+    write = runs.write_json
+    def full(path, what):
+        if path.name=='run.json': path.with_name('run.json.part').touch(); raise OSError(errno.ENOSPC, 'No space left on device')
+        return write(path, what)
+    line = ['--data', 'good.jsonl', '--output_dir', 'out', *quick, *ist, '--auto_resume']
+    with monkeypatch.context() as m:
+        m.setattr(runs, 'write_json', full)
+        assert main(line)==2
+    (here/'out').mkdir(exist_ok=True); (here/'out'/'run.json.part').touch(); (here/'out'/'.ist_lock').touch()      # of a process that was killed there
+    assert main(line)==0 and json.loads((here/'out'/'results.json').read_text())['steps']==4
+
+def test_resume_fits_where_the_start_did(done, half, monkeypatch):
+    "The disk has room for what is still to be written, not for a whole new run"
+    from ist_nb.finetune import check_space
+    n = 10**6
+    (half/'checkpoint-2'/'optimizer.pt').write_bytes(bytes(8*n))
+    need = 4*n*10+2**24-sum(p.stat().st_size for p in half.rglob('*') if p.is_file())
+    for free in (need, need-1):
+        monkeypatch.setattr(shutil, 'disk_usage', lambda p: shutil._ntuple_diskusage(10**12, 0, free))
+        if free==need: check_space(half, n)
+        else:
+            with pytest.raises(ValueError, match='MiB free'): check_space(half, n)
+
+def test_losses_are_those_of_the_held_out_rows(done):
+    "Measured once more, on the rows that the report calls held out, by the adapter as it was saved"
+    import torch
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoTokenizer
+    from ist_nb.data import load_data
+    model,tok = AutoPeftModelForCausalLM.from_pretrained(done/'out'),AutoTokenizer.from_pretrained(done/'out')
+    data = load_data(f'{done}/good.jsonl', seed=42)
+    def loss(rows):
+        total,n = 0.,0
+        for r in rows:
+            prompt,whole = tok(r['prompt'])['input_ids'],tok(r['prompt']+r['completion'])['input_ids']+[tok.eos_token_id]
+            start = next(i for i,(a,b) in enumerate(zip(prompt+[None], whole)) if a!=b)      # where the completion begins
+            ids = torch.tensor([whole])
+            with torch.no_grad(): logp = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+            total,n = total-logp[range(start-1, len(whole)-1), whole[start:]].sum().item(),n+len(whole)-start
+        return total/n
+    res = json.loads((done/'out'/'results.json').read_text())
+    assert abs(res['loss_after']-loss(data.test))<1e-4<abs(res['loss_after']-loss(data.train))
+    with model.disable_adapter(): assert abs(res['loss_before']-loss(data.test))<1e-4
+
+def test_rows_that_do_not_fit_are_said(here, capsys):
+    from ist_nb.data import load_data
+    from ist_nb.finetune import make_trainer,rows_report
+    jsonl(here/'long.jsonl', [dict(prompt='word '*(60 if i%2 else 2)+f'{i}: ', completion=f'It is {i}.') for i in range(40)])
+    line = ['--data', 'long.jsonl', '--test_fraction', '0.3', '--output_dir', 'out', *quick, *ist]
+    data = load_data('long.jsonl', test_fraction=0.3, seed=42)
+    trainer = make_trainer(*parse(line), data)
+    for name,before,after in (('training', data.train, trainer.train_dataset), ('held-out', data.test, trainer.eval_dataset)):
+        lost = sum('word '*3 in r['prompt'] for r in before)
+        assert lost==len(before)-len(after)>0
+        assert f'{lost} of {len(before)} {name} rows are left out' in rows_report(data, trainer)
+
+def test_model_card(done):
+    from huggingface_hub import ModelCard
+    card = ModelCard.load(done/'out'/'README.md')
+    res = json.loads((done/'out'/'results.json').read_text())
+    assert card.data.library_name=='peft' and 'ist_nb' in card.data.tags and card.data.base_model is None     # pico is not on the hub
+    for o in (f"{res['loss_before']:.4f} before, {res['loss_after']:.4f} after", res['data'], 'Importance-aware Sparse Tuning', 'yao2024layerwise', f"in {max(res['times_active'])} of 4 steps"): assert o in card.text
+    assert 'None' not in card.text.replace('| None |', '') and str(done) not in card.text
+    code = card.text.split('```python')[1].split('```')[0].replace('FOLDER', str(done/'out'))
+    held = {}
+    exec(code, held)
+    assert len(held['model'].peft_config)==1 and held['tokenizer'].eos_token
+
+def test_what_a_run_says(here, capsys):
+    "Every file it left, and what to do next; nothing of other libraries"
+    run('--data good.jsonl', here/'out')
+    out,err = capsys.readouterr()
+    for p in (here/'out').iterdir(): assert p.name in out
+    assert 'ist_evaluate --model' in out and 'Warning' not in err and 'kernels' not in err
+
+def test_a_picture_does_not_fail_a_run(here, monkeypatch, capsys):
+    from ist_nb import plot
+    monkeypatch.setattr(plot, 'plot_importance', lambda *args: 1/0)
+    assert run('--data good.jsonl', here/'out')['steps']==4
+    assert 'could not be drawn' in capsys.readouterr().err and not (here/'out'/'importance.png').exists()
+
+def test_fast_answers(here):
+    "--version, and a mistyped flag, before anything slow is imported"
+    for argv,status,said in ((['--version'], 0, 'ist_nb'), (['--learnig_rate', '1'], 2, '--learning_rate')):
+        code = f"import sys; from ist_nb.finetune import main; s = main({argv!r}); assert s=={status}, s; assert not {{'torch', 'transformers', 'datasets'}} & set(sys.modules)"
+        r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+        assert r.returncode==0 and said in r.stdout+r.stderr, r.stderr
+
+def test_names_of_flags_are_those_of_the_parser():
+    "What the fast check takes for a flag is what the parser takes"
+    from trl import SFTConfig
+    from ist_nb.finetune import FinetuneArguments,check_names,ist_arguments,make_parser
+    flags = [o for a in make_parser(FinetuneArguments, ist_arguments(), SFTConfig)._actions for o in a.option_strings]
+    assert len(flags)>300
+    check_names(flags)
+    for o in flags[::50]:
+        with pytest.raises(ValueError, match='is not an argument'): check_names([o+'x'])
+
+def test_debug_shows_the_traceback(here):
+    with pytest.raises(Exception) as e: main(['--data', 'good.jsonl', '--report_to', 'wandb', '--output_dir', 'out', '--debug', *quick, *ist])
+    assert 'wandb' in str(e.value) and not (here/'out').exists()

@@ -7,7 +7,7 @@ import fuzz as fz
 import kill_points as kp
 from ist_nb import ISTCallback,ISTConfig,ISTError
 from ist_nb.ist import IST
-from ist_nb.runs import checkpoints,last_checkpoint,torn
+from ist_nb.runs import RunGuard,checkpoints,last_checkpoint,torn
 
 fixtures = Path(__file__).parent/'fixtures'
 
@@ -126,8 +126,8 @@ def test_resume_is_never_a_silent_restart(tmp_path):
         with pytest.raises(ISTError): cb._restore(SimpleNamespace(global_step=3, stateful_callbacks=dict(ISTCallback=wrong)), None)
 
 def test_resume_without_the_optimizer_is_said(tmp_path):
-    trainer(tmp_path, ISTCallback(ISTConfig(score_interval=2)), save_only_model=True).train()
-    assert 'optimizer.pt' in torn(tmp_path/'checkpoint-3')
+    trainer(tmp_path, ISTCallback(ISTConfig(score_interval=2)), RunGuard(), save_only_model=True).train()
+    assert 'no optimizer state' in torn(tmp_path/'checkpoint-3')
     t = trainer(tmp_path/'new', ISTCallback(ISTConfig(score_interval=2)), save_strategy='no')
     with warnings.catch_warnings(record=True) as w:
         warnings.simplefilter('always')
@@ -150,11 +150,11 @@ def test_finetune_passes_over_a_torn_checkpoint(tmp_path, monkeypatch, capsys):
     with warnings.catch_warnings(record=True) as w:
         warnings.simplefilter('always')
         assert run('--output_dir', 'b', '--auto_resume')==0
-    assert any('checkpoint-6 is passed over' in str(o.message) for o in w) and 'Going on from b/checkpoint-4' in capsys.readouterr().out
+    assert any('checkpoint-6 is passed over' in str(o.message) for o in w) and 'Resuming from b/checkpoint-4' in capsys.readouterr().out
     assert (Path('a')/'adapter_model.safetensors').read_bytes()==(Path('b')/'adapter_model.safetensors').read_bytes()
     assert json.loads((Path('a')/'ist_state.json').read_text())==json.loads((Path('b')/'ist_state.json').read_text())
     for p in checkpoints('b'): (p/'trainer_state.json').unlink()
-    assert run('--output_dir', 'b', '--resume')==2 and 'no whole checkpoint in b (checkpoint-6, checkpoint-4 cannot' in capsys.readouterr().err
+    assert run('--output_dir', 'b', '--resume')==2 and 'no intact checkpoint in b (checkpoint-6, checkpoint-4 cannot' in capsys.readouterr().err
     assert run('--output_dir', 'a', '--resume', '--overwrite')==2 and 'Give one of them' in capsys.readouterr().err
 
 # nothing executes
@@ -168,9 +168,10 @@ def test_no_code_in_files():
             assert not names&banned, (path.name, names)
             if not isinstance(node, ast.Call): continue
             f = ast.unparse(node.func)
-            assert f not in ('eval', 'exec', 'compile', '__import__', 'torch.load', 'np.load', 'numpy.load', 'yaml.load', 'yaml.unsafe_load', 'yaml.full_load', 'os.system'), (path.name, node.lineno, f)
+            if f=='torch.load': assert any(k.arg=='weights_only' and ast.unparse(k.value)=='True' for k in node.keywords), (path.name, node.lineno)
+            assert f not in ('eval', 'exec', 'compile', '__import__', 'np.load', 'numpy.load', 'yaml.load', 'yaml.unsafe_load', 'yaml.full_load', 'os.system'), (path.name, node.lineno, f)
             for k in node.keywords:
-                if k.arg=='trust_remote_code': assert ast.unparse(k.value)=='sft.trust_remote_code', (path.name, node.lineno)
+                if k.arg=='trust_remote_code': assert ast.unparse(k.value)!='True', (path.name, node.lineno)
                 assert k.arg!='shell', (path.name, node.lineno)
 
 def watched(folder, point, out):
