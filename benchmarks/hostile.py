@@ -2,14 +2,14 @@
 
     python benchmarks/hostile.py before --package FOLDER    an older version, such as `git archive 70ac4b2 | tar -x -C FOLDER`
     python benchmarks/hostile.py after                      this version
-    python benchmarks/hostile.py after --only 'yaml env'    cases whose name holds that text: printed, not kept
+    python benchmarks/hostile.py after --only 'yaml env' --show    some cases, and all that they say
 
 A case is a folder of its own with an input that this script makes, and a command line. It has 30 seconds and 2 GB. Good is one
 sentence with status 2 that leaves the folder as it was, or a run that ends with the right outcome and leaves the user's files
 as they were. Each case is a process forked from one that has imported the libraries, which saves most of the time."""
-import argparse,gzip,hashlib,json,os,pickle,platform,shutil,signal,sys,tempfile,time,traceback
+import argparse,gzip,hashlib,json,math,os,pickle,platform,shutil,signal,sys,tempfile,time,traceback
 from collections import Counter
-from dataclasses import dataclass,field
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 import psutil,yaml
@@ -83,7 +83,8 @@ def argv(**values):
 
 # templates, made once by the package under test: a small model, an interrupted run with its two checkpoints, a finished run
 now,earlier = 'run/checkpoint-4','run/checkpoint-2'
-resumed = dict(output_dir='run', max_steps=6, save_strategy='steps', save_steps=2, save_total_limit=3, lr_scheduler_type='constant')
+resumed = dict(output_dir='run', max_steps=6, save_strategy='steps', save_steps=2, save_total_limit=3, logging_strategy='steps',
+               logging_steps=1, lr_scheduler_type='constant')
 def small_model(path, **config):
     import torch
     from transformers import AutoTokenizer,LlamaConfig,LlamaForCausalLM
@@ -111,6 +112,10 @@ def templates():
     write('d/boolq/test.json', json.dumps([dict(instruction=ask.format(o), input='', answer='true') for o in ('the sky', 'the sea')]))
     write('d/MultiArith/test.json', json.dumps([dict(instruction='What is 1 and 2?', input='', answer='3')]))
 
+def finite(home):
+    "Whether the losses of a run are numbers"
+    made = [json.loads(p.read_text()) for p in home.glob('*/results.json') if p.is_file()]
+    return all(math.isfinite(o['loss_after']) for o in made if isinstance(o, dict) and 'loss_after' in o)
 def same_adapter(said):
     "A resumed run ends where the whole one did"
     return '' if digest(Path('run/adapter_model.safetensors'))==digest(Path('done/adapter_model.safetensors')) else 'another adapter than without the interruption'
@@ -145,6 +150,21 @@ flag('peft_options', '{"bias": "zz"}')
 flag('peft_options', '{"exclude_modules": "("}')
 flag('peft_options', '{"runtime_config": 3}')
 case('flag', 'peft vera r huge', argv(peft='vera', peft_options='{"r": 100000000}'))
+# of the same kinds, beyond those that were found first
+for k,v in dict(warmup_steps='-1', weight_decay='nan', max_length='0', seed='-1', max_grad_norm='x', optim='zz', report_to='wandb',
+                lr_scheduler_type='zz', dataloader_prefetch_factor='2', deepspeed='nofile', fsdp='zz', eos_token='zz', pad_token='zz',
+                loss_type='zz', assistant_only_loss='true', packing_strategy='zz', resume_from_checkpoint='nofile', lora_dropout='nan',
+                test_fraction='nan', model='nofolder', peft_options='{"init_lora_weights": "zz"}').items(): flag(k, v)
+for k,v in dict(num_train_epochs='nan', dataset_num_proc='100000', max_rows='9'*30).items(): flag(k, v, want='either')
+flag('output_dir', '/proc/nothing')
+flag('output_dir', 'a.jsonl/x')
+flag('optim', 'schedule_free_adamw')
+flag('optim', 'lomo')
+flag('peft_options', '{"trainable_token_indices": [1, 2]}', want='either')
+flag('peft_options', '{"layers_to_transform": [99]}')
+flag('peft_options', '{"rank_pattern": 5}')
+flag('lora_target_modules', 'all-linear', want='runs')
+flag('lora_target_modules', '.*q_proj', want='either')
 
 # data
 def data(name, make, path='a.jsonl', want='refused', **values):
@@ -197,11 +217,12 @@ def state(name, make, program=None, kind='state', again=True, **kwargs):
     line = program or [*argv(**resumed), '--resume', 'true']
     settings = dict(want='either', check=lambda said: unharmed(said) or same_adapter(said)) | kwargs
     case(kind, f'{kind[:5].replace("secur", "sec")} {name}', line, make, **settings)
-    if again: case(kind, f'{kind[:5].replace("secur", "sec")} {name}, saved by an older version', line, lambda: (make(), forget()), **settings)
-def forget():
-    "Remove what says which files a checkpoint has, which older versions did not write"
-    for p in Path(now).glob('*.json'):
-        if p.is_file() and 'optimizer.pt' in p.read_text(): p.unlink()
+    if again: case(kind, f'{kind[:5].replace("secur", "sec")} {name}, sealed anew', line, lambda: (make(), sealed()), **settings)
+def sealed():
+    "Make the manifest of the checkpoint anew, as someone who means harm would; older versions have none"
+    try: from ist_nb.runs import seal
+    except ImportError: return
+    seal(Path(now))
 def trainer_state(**values): return lambda: edit(f'{now}/trainer_state.json', **values)
 def optimizer(f): return lambda: torch_edit(f'{now}/optimizer.pt', f)
 def fewer(o): o['param_groups'][0]['params'].pop()
@@ -238,10 +259,9 @@ def security(name, make, want='refused', **kwargs):
 for o in 'optimizer.pt scheduler.pt adapter_model.bin scaler.pt'.split(): state(f'pickle zip in {o}', pickled(o), kind='security')
 security('pytorch_model.bin in a local model', lambda: (drop('m/model.safetensors'), torch_save(dict(a=Evil()), 'm/pytorch_model.bin')))
 security('raw pickle pytorch_model.bin', lambda: (drop('m/model.safetensors'), write('m/pytorch_model.bin', pickle.dumps(dict(a=Evil())))))
-templates_ = dict(globals="{{ ''.__class__.__init__.__globals__ }}", strftime_globals='{{ strftime_now.__globals__ }}', range_1e9='{% for i in range(10**9) %}a{% endfor %}',
-                  str_1e10="{{ 'a'*10**10 }}", pow='{{ 9**9**9 }}', syntax_error='{{ }}', raise_exception="{{ raise_exception('no') }}", div_by_zero='{{ 1/0 }}')
-for k,v in templates_.items():
-    name = 'raise_exception' if k=='raise_exception' else k.replace('_', ' ')
+for name,v in {'globals':'{{ cycler.__init__.__globals__ }}', 'strftime globals':"{{ strftime_now.__globals__['os'] }}",
+               'range 1e9':'{% for i in range(10**9) %}a{% endfor %}', 'str 1e10':"{{ 'a'*10**10 }}", 'pow':'{{ 9**(9**9) }}', 'syntax error':'{{ }}',
+               'raise_exception':"{{ raise_exception('no') }}", 'div by zero':'{{ 1/0 }}'}.items():
     security(f'chat template: {name}', lambda v=v: write('m/chat_template.jinja', v), values=dict(data='chats.jsonl'))
 
 def weights(b): return lambda: write('m/model.safetensors', b)
@@ -267,14 +287,22 @@ security(f'model name {dollar}', lambda: shutil.copytree('m', dollar), 'runs', v
 
 # what a run finds in its folder and has not made
 def overwritten(name, make, kept, **kwargs): security(name, make, 'either', more=['--overwrite', 'true'], kept=kept, **kwargs)
-def link():
-    write('precious', 'mine'); Path('out').mkdir(); Path('out/adapter_model.safetensors').symlink_to('../precious')
+def link(name, to='precious'):
+    if to=='precious': write(to, 'mine')
+    else: write(f'{to}/mine.txt', 'mine')
+    Path('out').mkdir(); Path('out', name).symlink_to(f'../{to}')
 overwritten('overwrite keeps checkpoint-notes of the user', lambda: write('out/checkpoint-notes/notes.txt', 'mine'), ('out/checkpoint-notes',))
 overwritten('overwrite keeps a file named checkpoint-x.txt', lambda: write('out/checkpoint-x.txt', 'mine'), ('out/checkpoint-x.txt',))
-overwritten('overwrite adapter symlink', link, ('precious',))
+overwritten('overwrite adapter symlink', lambda: link('adapter_model.safetensors'), ('precious',))
+overwritten('overwrite README.md symlink', lambda: link('README.md'), ('precious',))
+overwritten('overwrite checkpoint symlink', lambda: link('checkpoint-2', 'folder'), ('folder',))
+overwritten("overwrite keeps the user's README.md", lambda: write('out/README.md', 'mine'), ('out/README.md',))
 overwritten('overwrite results.json is a folder', lambda: folder('out/results.json'), ('out/results.json',))
+def no_checkpoint(name):
+    shutil.copytree(earlier, f'run/{name}'); zeros(f'run/{name}/adapter_model.safetensors', .5, 1)
 for digits,label in (('\uff11\uff12', '\uff11\uff12 (full-width digits)'), ('9'*20, '9'*20)):
-    state(f'checkpoint-{label}', lambda d=digits: shutil.copytree(earlier, f'run/checkpoint-{d}'), kind='security', again=False, kept=(f'run/checkpoint-{digits}',), want='runs')
+    state(f'checkpoint-{label}', lambda d=digits: no_checkpoint(f'checkpoint-{d}'), kind='security', again=False,
+          kept=(f'run/checkpoint-{digits}',), want='runs')
 
 # evaluation
 def evaluate(name, make, want='refused', model='done', tasks='boolq', how='likelihood', d='d', more=(), **kwargs):
@@ -387,7 +415,7 @@ def judge(c, home, status, said, before):
         try: wrong = c.check(said)
         finally: os.chdir(here)
         if lost: return 'files changed',', '.join(lost)
-        if wrong: return 'wrong outcome',wrong
+        if wrong or not finite(home): return 'wrong outcome',wrong or 'a loss that is not a number'
         if c.want=='refused': return 'accepted',''
         return 'ran',''
     if 'Traceback (most recent call last)' in said: return 'traceback',''
@@ -428,6 +456,10 @@ def counts(rows, when):
         res[kind] = dict(cases=len(found), good=sum(o in good for o in found), outcomes=dict(Counter(found).most_common()))
     return res
 
+def versions():
+    names = 'torch transformers peft trl accelerate datasets safetensors pyarrow'.split()
+    return {'python':platform.python_version()} | {o:version(o) for o in names}
+
 def libraries():
     "Import what every case needs, once"
     import torch,transformers,trl,peft,datasets,matplotlib.pyplot
@@ -440,10 +472,12 @@ if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('when', choices=['before', 'after'])
     p.add_argument('--package', default=str(root), help='the folder that holds ist_nb')
-    p.add_argument('--only', help='cases whose kind and name hold this text; prints all they say, keeps nothing')
+    p.add_argument('--only', nargs='*', default=[''], help='cases whose kind and name hold one of these; the others stay in the file as they are')
+    p.add_argument('--show', action='store_true', help='print all that the commands say, and keep nothing')
+    p.add_argument('--out', default=out, type=Path)
     args = p.parse_args()
     sys.path.insert(0, args.package)
-    chosen = [c for c in cases if not args.only or args.only in f'{c.kind} {c.name}']
+    chosen = [c for c in cases if any(o in f'{c.kind} {c.name}' for o in args.only)]
     with tempfile.TemporaryDirectory() as d:
         os.environ['HF_HOME'] = f'{d}/hf'
         libraries()
@@ -452,16 +486,18 @@ if __name__=='__main__':
         if status!=0: sys.exit(f'The templates could not be made: {status}\n'+(Path(d)/'log').read_text(errors='replace'))
         found = {}
         for c in chosen:
-            found[c.name] = r = answer(c, base, show=bool(args.only))
+            found[c.name] = r = answer(c, base, args.show)
             line = f"{c.name[:70]}: {r['outcome']}, status {r['status']}, {r['seconds']} s, {r['peak_mb']} MB: {r['said'][:150]}"
             print('ok ' if r['outcome'] in good else 'BAD', line.encode('ascii', 'backslashreplace').decode(), flush=True)
-    if not args.only:
-        old = {r['case']:r for r in json.loads(out.read_text())['rows']} if out.exists() else {}
-        rows = [{k:v for k,v in old.get(c.name, {}).items() if k in ('before', 'after')} | dict(kind=c.kind, case=c.name, wanted=c.want) | {args.when:found[c.name]} for c in cases]
-        rows = [dict(kind=r['kind'], case=r['case'], wanted=r['wanted']) | {k:r[k] for k in ('before', 'after') if k in r} for r in rows]
-        made = dict(command='python benchmarks/hostile.py after', limits=dict(seconds=limit_s, bytes=limit_bytes),
-                    versions={'python':platform.python_version()} | {o:version(o) for o in 'torch transformers peft trl accelerate datasets safetensors pyarrow'.split()},
+    if not args.show:
+        old = {r['case']:r for r in json.loads(args.out.read_text())['rows']} if args.out.exists() else {}
+        rows = []
+        for c in cases:
+            known = {k:v for k,v in old.get(c.name, {}).items() if k in ('before', 'after')}
+            if c.name in found: known[args.when] = found[c.name]
+            rows.append(dict(kind=c.kind, case=c.name, wanted=c.want) | dict(sorted(known.items(), reverse=True)))
+        made = dict(command='python benchmarks/hostile.py after', limits=dict(seconds=limit_s, bytes=limit_bytes), versions=versions(),
                     hardware=f'{os.cpu_count()} CPU cores ({platform.machine()}), {platform.system()}, one thread')
         res = made | {k:counts(rows, k) for k in ('before', 'after') if any(k in r for r in rows)} | dict(rows=rows)
-        out.write_text(json.dumps(res, indent=1, ensure_ascii=True)+'\n')
+        args.out.write_text(json.dumps(res, indent=1)+'\n')
     print(json.dumps({k:(v['cases'], v['good'], v['outcomes']) for k,v in counts([dict(kind=c.kind, now=found[c.name]) for c in chosen], 'now').items()}, indent=1))
