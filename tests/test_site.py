@@ -103,3 +103,11 @@ def test_registered_names_have_a_line(site):
     rows = re.findall(r'^\| \[`([\w.]+)`\]\([^)]*\)(?: ★)? \| (.*) \|$', api, re.M)
     assert len(rows)>150
     assert 'Response suppression with standardised rewards' in dict(rows)['suppression_scorer']
+
+def test_the_build_says_what_it_built(tmp_path, monkeypatch):
+    "How many pages, where from here, and how to look at them"
+    monkeypatch.chdir(tmp_path)
+    for o in ('index.html', 'results/speed.html', '404.html'): (tmp_path/'_docs'/o).parent.mkdir(parents=True, exist_ok=True); (tmp_path/'_docs'/o).touch()
+    assert build_docs.built(tmp_path/'_docs', 41.6)=='2 pages in _docs (42 s). To look at them: python -m http.server -d _docs, then http://localhost:8000'
+    assert build_docs.write_readme(tmp_path/'README.md', 'a').endswith('anew') and (tmp_path/'README.md').read_text()=='a'
+    assert build_docs.write_readme(tmp_path/'README.md', 'a').endswith('up to date')

@@ -1,0 +1,102 @@
+"Every number that the text of a page claims is that of a committed file, or of the package itself"
+import json,re,pytest
+from functools import cache
+from pathlib import Path
+from statistics import mean
+
+root = Path(__file__).parent.parent
+checked = 'index tutorials/quickstart tutorials/settings tutorials/paper tutorials/methods reference/faq'.split()
+checked += sorted(f'results/{p.stem}' for p in (root/'nbs/results').glob('*.ipynb'))
+
+@cache
+def read(name): return json.loads((root/'benchmarks'/'results'/f'{name}.json').read_text())
+@cache
+def text(page):
+    "What a page says: its Markdown, without code, formulas and links"
+    cells = json.loads((root/'nbs'/f'{page}.ipynb').read_text())['cells']
+    s = '\n\n'.join(''.join(c['source']) for c in cells if c['cell_type']=='markdown')
+    return re.sub(r'```.*?```|(?<=\])\([^)]*\)|\$[^$\n]*\$', '', s, flags=re.S)
+
+# --- where the numbers come from
+def demo(name): return read('demo')['runs'][name]
+def seven(a, b='LoRA', what='seconds'):
+    v = next(o for o in read('speed_gpu')['shapes'] if o['shape']=='7b')['variants']
+    return v[a][what]['median']/v[b][what]['median']
+def share(name): return next(o for o in read('speed_gpu')['shapes'] if o['shape']=='7b')['variants'][name]['share']['median']
+@cache
+def quality():
+    "The helpers of the page on quality, which read its files"
+    cells = json.loads((root/'nbs/results/quality.ipynb').read_text())['cells']
+    ns = {}
+    code = next(''.join(c['source']) for c in cells if c['cell_type']=='code').replace("'../../benchmarks", f"'{root}/benchmarks")
+    exec(code, ns)
+    return ns
+def took(method, scale='base'): return quality()['cost'](quality()['chosen'](quality()['benches'][scale])['book', 'matched'], method)
+def faithful(i=-1):
+    j = read('fidelity_judged')
+    return mean(r['scorers'][i]['spearman']['0.0'] for r in j['runs']),j['table'][i]['share_of_training']
+def alone(k):
+    one = {r['method']:r for r in read('quality_alone')['runs']}
+    return one['LoRA, checkpointing'][k]/one['LoRA'][k]
+def most_important(): return max(range(16), key=demo('ist')['importance'].__getitem__)
+def interval(k, n):
+    from ist_nb.evaluate import confidence_interval
+    return confidence_interval(k, n)
+def floor(n=8, N=32, explore=0.1): return explore*n/N
+def lowest(n=8, N=32): return 1-((N+1)/(n+1)-1)/N   # mean share of the blocks above the lowest of n that are drawn
+
+# --- the claims: page, words with a place for each number, the numbers
+claims = [
+    ('index', 'Why was layer {} trained in {} of the {} steps?', lambda: (most_important(), demo('ist')['times_active'][most_important()], demo('ist')['steps'])),
+    ('index', 'is {:.2f} ms a step', lambda: (read('bookkeeping')['milliseconds']['importance']['median'],)),
+    ('index', 'they took {:.0%} of the time', lambda: (demo('ist')['score_seconds']/demo('ist')['seconds'],)),
+    ('index', 'held-out loss IST {:.3f}, random layers {:.3f}, all layers {:.3f} (from {:.3f})', lambda: (*(demo(o)['loss_after'] for o in ('ist', 'rst', 'dense')), demo('ist')['loss_before'])),
+    ('index', '{} of the {} methods in its registry', lambda: (sum(o['status']=='supported' for o in read('peft_matrix')['rows']), len(read('peft_matrix')['rows']))),
+    ('index', '{} architectures', lambda: (len(read('models_matrix')['rows']),)),
+    ('index', 'probability at least {:.3f}, whatever its importance; with random layers it is {:.2f}', lambda: (floor(), 8/32)),
+    ('tutorials/quickstart', 'with {} layers and {:.1f} million parameters', lambda: (16, int(re.search(r'([\d,]+) frozen', '\n'.join(demo('ist')['said']))[1].replace(',', ''))/1e6)),
+    ('tutorials/quickstart', '{} steps of four layers each are {} places, {} for each of {} layers', lambda: (30, 120, 120/16, 16)),
+    ('tutorials/paper', 'the 95% interval is {:.0%} to {:.0%}', lambda: interval(75, 100)),
+    ('reference/faq', 'go through {:.0%} of the blocks', lambda: (lowest(),)),
+    ('results/quality', 'a correlation of {:.2f} at {:.1%} of the time', faithful),
+    ('results/quality', 'to come to {:.2f}; target (c)', lambda: faithful()[:1]),
+    ('results/quality', "where RST takes {:.2f}", lambda: (took('RST'),)),
+    ('results/quality', 'for {:.1f} times the seconds', lambda: (alone('steady'),)),
+    ('results/quality', "in {:.2f} of its seconds", lambda: (seven('LoRA, compile+ahead'),)),
+    ('results/speed', "({:.0%} of the time) against scores from the training's own gradients ({:.1%})", lambda: (share('released IST'), share('ours, fold'))),
+]
+# numbers in words: page, the words, a number and the ends between which the words are true of it
+words = [
+    ('index', 'in about a minute', lambda: demo('ist')['seconds'], 40, 80),
+    ('tutorials/quickstart', 'in about a minute', lambda: next(o['seconds'] for o in read('newcomer')['stages'] if o['command']=='ist_finetune'), 40, 80),
+    ('index', "a third of LoRA's seconds on one H100", lambda: seven('ours, fold+compile+ahead'), .3, .37),
+    ('index', "in seven tenths of LoRA's seconds", lambda: took('shrink to top'), .65, .75),
+    ('results/quality', "It takes seven tenths of LoRA's seconds", lambda: took('shrink to top'), .65, .75),
+    ('results/quality', 'in four fifths of the time', lambda: took('LoRA, 0.6 of the steps', 'pico')/took('shrink to top', 'pico'), .75, .85),
+    ('results/quality', 'takes a quarter of the memory', lambda: alone('peak'), .2, .3),
+]
+# numbers that are no measurements: settings, goals, what a page counts out itself
+given = '''CC BY 4.0|Apache licence 2.0|95% interval|LoRA that makes 0.6 of its steps|until 0.8 is reached|measured to 3%|factor 0.25|dropout 0.05|torch 2.12
+    |a model of 3.7 million parameters|3,270 of BoolQ'''.replace('\n', '').split('|')
+
+@pytest.mark.parametrize('page,said,found', claims, ids=[f'{o[0]}: {o[1][:40]}' for o in claims])
+def test_claim(page, said, found):
+    want = said.format(*found())
+    assert want in text(page), f'{page} does not say {want!r}'
+
+@pytest.mark.parametrize('page,said,found,low,high', words, ids=[f'{o[0]}: {o[1][:40]}' for o in words])
+def test_words(page, said, found, low, high):
+    assert said in text(page), f'{page} does not say {said!r}'
+    assert low<=found()<=high, f'{said!r} of {page} is said of {found():.3g}'
+
+number = re.compile(r'(?<![\w.,^])[+-]?\d[\d,]*(?:\.\d+)?(?: ?%|x\b| (?:ms|s|GiB|MiB|seconds|minutes)\b)|(?<![\w.,])\d[\d,]*\.\d+(?![\w.]*\d)')
+
+@pytest.mark.parametrize('page', checked)
+def test_no_number_without_a_source(page):
+    "A number with a unit, a per cent sign or decimals is a claim: it is in the lists above"
+    rest = re.sub(r'`[^`]*`', '', text(page))
+    for p,said,found in claims:
+        if p==page: rest = rest.replace(said.format(*found()), '')
+    for o in given: rest = rest.replace(o.strip(), '')
+    found = [rest[max(0, m.start()-50):m.end()+20].replace('\n', ' ') for m in number.finditer(rest)]
+    assert not found, f'{page}: tie these to their files in tests/test_numbers.py\n'+'\n'.join(found)
