@@ -1,12 +1,13 @@
-"""Make hostile and mistaken inputs, give each to `ist_finetune` or `ist_evaluate`, and judge the answer: results/hostile.json.
+"""Make hostile and mistaken inputs, give each to `ist_finetune` or `ist_evaluate`, and judge the answer.
 
-    python benchmarks/hostile.py before --package FOLDER    an older version, such as `git archive 70ac4b2 | tar -x -C FOLDER`
-    python benchmarks/hostile.py after                      this version
+    python benchmarks/hostile.py before --package FOLDER    another version: git archive 70ac4b2 | tar -x -C FOLDER
+    python benchmarks/hostile.py after                      this version; both write results/hostile.json
     python benchmarks/hostile.py after --only 'yaml env' --show    some cases, and all that they say
 
-A case is a folder of its own with an input that this script makes, and a command line. It has 30 seconds and 2 GB. Good is one
-sentence with status 2 that leaves the folder as it was, or a run that ends with the right outcome and leaves the user's files
-as they were. Each case is a process forked from one that has imported the libraries, which saves most of the time."""
+A case is a folder of its own with an input that this script makes, and a command line. It has 30 seconds and 2 GB.
+Good is one sentence with status 2 that leaves the folder as it was, or a run that ends with the right outcome and
+leaves the user's files as they were. Each case is a process forked from one that has imported the libraries, which
+saves most of the time."""
 import argparse,gzip,hashlib,json,math,os,pickle,platform,shutil,signal,sys,tempfile,time,traceback
 from collections import Counter
 from dataclasses import dataclass
@@ -75,23 +76,25 @@ def pickled(name):
         if name.startswith('adapter_model'): drop(f'{now}/adapter_model.safetensors')
     return make
 
-quick = dict(model='m', data='a.jsonl', output_dir='out', max_steps=2, per_device_train_batch_size=2, max_length=32, lora_r=2,
-             score_batch_size=2, score_interval=1, disable_tqdm='true', save_strategy='no', logging_strategy='no')
+quick = dict(model='m', data='a.jsonl', output_dir='out', max_steps=2, per_device_train_batch_size=2, max_length=32,
+             lora_r=2, score_batch_size=2, score_interval=1, disable_tqdm='true', save_strategy='no',
+             logging_strategy='no')
 def argv(**values):
     "`quick` with other values; None leaves one out"
     return [s for k,v in (quick | values).items() if v is not None for s in (f'--{k}', str(v))]
 
-# templates, made once by the package under test: a small model, an interrupted run with its two checkpoints, a finished run
+# templates, made once by the package under test: a small model, an interrupted run with two checkpoints, a finished run
 now,earlier = 'run/checkpoint-4','run/checkpoint-2'
-resumed = dict(output_dir='run', max_steps=6, save_strategy='steps', save_steps=2, save_total_limit=3, logging_strategy='steps',
-               logging_steps=1, lr_scheduler_type='constant')
+resumed = dict(output_dir='run', max_steps=6, save_strategy='steps', save_steps=2, save_total_limit=3,
+               logging_strategy='steps', logging_steps=1, lr_scheduler_type='constant')
 def small_model(path, **config):
     import torch
     from transformers import AutoTokenizer,LlamaConfig,LlamaForCausalLM
     from ist_nb.finetune import assets
     tok = AutoTokenizer.from_pretrained(assets/'pico')
     torch.manual_seed(0)
-    shape = dict(vocab_size=len(tok), hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=2, head_dim=16)
+    shape = dict(vocab_size=len(tok), hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=2,
+                 head_dim=16)
     LlamaForCausalLM(LlamaConfig(**shape | config, bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id,
                                  pad_token_id=tok.pad_token_id)).save_pretrained(path)
     tok.save_pretrained(path)
@@ -101,31 +104,38 @@ def templates():
     from ist_nb.finetune import main
     small_model('m')
     write('a.jsonl', lines(dict(prompt=f'What is {i}?', completion=f' It is number {i}.') for i in range(24)))
-    write('chats.jsonl', lines(dict(messages=[dict(role='user', content=f'Hi {i}'), dict(role='assistant', content=f'Hello {i}')])
-                               for i in range(24)))
+    def said(role, text): return dict(role=role, content=text)
+    def chat(i): return dict(messages=[said('user', f'Hi {i}'), said('assistant', f'Hello {i}')])
+    write('chats.jsonl', lines(map(chat, range(24))))
     assert main(argv(**resumed))==0
     shutil.copytree('run', 'done')
     for p in Path('done').glob('checkpoint-*'): drop(p)
     for p in Path('run').iterdir():   # as an interruption between the second and the third checkpoint leaves it
         if p.name not in ('run.json', Path(now).name, Path(earlier).name): drop(p)
     ask = 'Please answer the following question with true or false, question: is {} up?\n\nAnswer format: true/false'
-    write('d/boolq/test.json', json.dumps([dict(instruction=ask.format(o), input='', answer='true') for o in ('the sky', 'the sea')]))
+    asked = [dict(instruction=ask.format(o), input='', answer='true') for o in ('the sky', 'the sea')]
+    write('d/boolq/test.json', json.dumps(asked))
     write('d/MultiArith/test.json', json.dumps([dict(instruction='What is 1 and 2?', input='', answer='3')]))
 
 def finite(home):
-    "Whether the losses of a run are numbers"
-    made = [json.loads(p.read_text()) for p in home.glob('*/results.json') if p.is_file()]
-    return all(math.isfinite(o['loss_after']) for o in made if isinstance(o, dict) and 'loss_after' in o)
+    "Whether the loss of a run is a number"
+    for p in home.glob('*/results.json'):
+        try: made = json.loads(p.read_text()) if p.is_file() else None
+        except (ValueError, RecursionError): continue   # an input
+        if isinstance(made, dict) and not math.isfinite(made.get('loss_after', 0)): return False
+    return True
 def same_adapter(said):
     "A resumed run ends where the whole one did"
-    return '' if digest(Path('run/adapter_model.safetensors'))==digest(Path('done/adapter_model.safetensors')) else 'another adapter than without the interruption'
+    run,done = (digest(Path(o)/'adapter_model.safetensors') for o in ('run', 'done'))
+    return '' if run==done else 'another adapter than without the interruption'
 
 # flags
 def flag(name, value, label=None, overwrite=None, **kwargs):
     case('flag', label or f'{name} {value!r}', argv(**{name:value}, overwrite=overwrite), **kwargs)
 
 flag('output_dir', '', overwrite='true')
-flag('output_dir', '.', 'output_dir .', overwrite='true', want='either', kept=('README.md', 'results.json', 'a.jsonl', 'm'),
+flag('output_dir', '.', 'output_dir .', overwrite='true', want='either',
+    kept=('README.md', 'results.json', 'a.jsonl', 'm'),
      make=lambda: (write('README.md', 'mine'), write('results.json', '"mine"')))
 flag('output_dir', 'y'*5000, 'output_dir path of 5000')
 flag('output_dir', 'o\udcff', 'output_dir surrogate bytes', want='either')
@@ -151,10 +161,11 @@ flag('peft_options', '{"exclude_modules": "("}')
 flag('peft_options', '{"runtime_config": 3}')
 case('flag', 'peft vera r huge', argv(peft='vera', peft_options='{"r": 100000000}'))
 # of the same kinds, beyond those that were found first
-for k,v in dict(warmup_steps='-1', weight_decay='nan', max_length='0', seed='-1', max_grad_norm='x', optim='zz', report_to='wandb',
-                lr_scheduler_type='zz', dataloader_prefetch_factor='2', deepspeed='nofile', fsdp='zz', eos_token='zz', pad_token='zz',
-                loss_type='zz', assistant_only_loss='true', packing_strategy='zz', resume_from_checkpoint='nofile', lora_dropout='nan',
-                test_fraction='nan', model='nofolder', peft_options='{"init_lora_weights": "zz"}').items(): flag(k, v)
+for k,v in dict(warmup_steps='-1', weight_decay='nan', max_length='0', seed='-1', max_grad_norm='x', optim='zz',
+                report_to='wandb', lr_scheduler_type='zz', dataloader_prefetch_factor='2', deepspeed='nofile',
+                fsdp='zz', eos_token='zz', pad_token='zz', loss_type='zz', assistant_only_loss='true',
+                packing_strategy='zz', resume_from_checkpoint='nofile', lora_dropout='nan', test_fraction='nan',
+                model='nofolder', peft_options='{"init_lora_weights": "zz"}').items(): flag(k, v)
 for k,v in dict(num_train_epochs='nan', dataset_num_proc='100000', max_rows='9'*30).items(): flag(k, v, want='either')
 flag('output_dir', '/proc/nothing')
 flag('output_dir', 'a.jsonl/x')
@@ -187,9 +198,11 @@ data('gz bomb lines', lambda: write('a.jsonl.gz', packed(b'\n'*2**24, 64)), 'a.j
 data('gz 64 MB of empty dicts', lambda: write('a.json.gz', packed(b'['+b'{},'*21_000_000+b'{}]')), 'a.json.gz')
 data('path 5000 chars', lambda: None, 'x'*5000, output_dir=None)
 data('path deep 5000', lambda: None, 'x/'*2500)
-data('text 5 MB of spaces and a', lambda: write('a.jsonl', lines([dict(text='a short one'), dict(text=' '*5_000_000+'a')]*2)), want='either')
+data('text 5 MB of spaces and a', lambda: write('a.jsonl',
+    lines([dict(text='a short one'), dict(text=' '*5_000_000+'a')]*2)), want='either')
 data('messages special tokens', lambda: write('a.jsonl', lines([dict(messages=[
-    dict(role='user', content=f'<|user|>{i}<|endoftext|>'), dict(role='assistant', content='<|assistant|><s></s>')]) for i in range(20)])), want='either')
+    dict(role='user', content=f'<|user|>{i}<|endoftext|>'),
+        dict(role='assistant', content='<|assistant|><s></s>')]) for i in range(20)])), want='either')
 data('parquet one 400 MB text', lambda: parquet('a.parquet', dict(text=['a'*400_000_000, 'b'])), 'a.parquet')
 data('gz bomb one line', lambda: write('a.jsonl.gz', packed(b'a'*2**24, 640)), 'a.jsonl.gz')
 data('gz 63 MB of rows', lambda: write('a.jsonl.gz', packed(pair*(63*10**6//len(pair)))), 'a.jsonl.gz', 'either')
@@ -200,24 +213,28 @@ data('path surrogate', lambda: write('a\udcff.jsonl', pair*20), 'a\udcff.jsonl',
 # YAML
 def config(text, name=None, **kwargs):
     key = text.partition(':')[0]
-    case('config', f'yaml {name or text}', ['--config', 'c.yaml', *argv(**{key:None} if key in quick else {})], lambda: write('c.yaml', text+'\n'), **kwargs)
+    case('config', f'yaml {name or text}', ['--config', 'c.yaml', *argv(**{key:None} if key in quick else {})],
+        lambda: write('c.yaml', text+'\n'), **kwargs)
 
 config(nested(), 'nesting 100k')
 config('3: 4', 'int key')
 config('null: 4', 'null key')
 config('"a\\0b": 1', 'NUL')
 config('"\\ud800": 1', 'surrogate')
-for text in ('max_rows: 2.5', 'model: 5', 'model: null', 'data: [a, b]', 'data: {a: b}', 'output_dir: "a\\0b"', 'method: [ist]', 'lora_target_modules: [1]',
-             'learning_rate: .nan', 'learning_rate: 2020-01-01', 'per_device_train_batch_size: [1]', 'env: 3', 'env: {"": c}', 'env: {A: "x\\0y"}', 'push_to_hub: [1]'): config(text)
-config('env: {3: 4}', want='either')
+for text in ('max_rows: 2.5', 'model: 5', 'model: null', 'data: [a, b]', 'data: {a: b}', 'output_dir: "a\\0b"',
+             'lora_target_modules: [1]', 'learning_rate: .nan', 'learning_rate: 2020-01-01', 'env: 3', 'env: {"": c}',
+             'env: {A: "x\\0y"}', 'push_to_hub: [1]'): config(text)
+for text in ('env: {3: 4}', 'method: [ist]', 'per_device_train_batch_size: [1]'):   # a list of one may be that one
+    config(text, want='either')
 
 # checkpoints
 def state(name, make, program=None, kind='state', again=True, **kwargs):
     "Resume the interrupted run after `make` has changed something: refused, or with the outcome of the whole run"
     line = program or [*argv(**resumed), '--resume', 'true']
     settings = dict(want='either', check=lambda said: unharmed(said) or same_adapter(said)) | kwargs
-    case(kind, f'{kind[:5].replace("secur", "sec")} {name}', line, make, **settings)
-    if again: case(kind, f'{kind[:5].replace("secur", "sec")} {name}, sealed anew', line, lambda: (make(), sealed()), **settings)
+    begin = dict(state='state', security='sec')[kind]
+    case(kind, f'{begin} {name}', line, make, **settings)
+    if again: case(kind, f'{begin} {name}, sealed anew', line, lambda: (make(), sealed()), **settings)
 def sealed():
     "Make the manifest of the checkpoint anew, as someone who means harm would; older versions have none"
     try: from ist_nb.runs import seal
@@ -228,9 +245,13 @@ def optimizer(f): return lambda: torch_edit(f'{now}/optimizer.pt', f)
 def fewer(o): o['param_groups'][0]['params'].pop()
 def rate(o): o['param_groups'][0]['lr'] = 'x'
 
-for k,v in dict(log_history='x', stateful_callbacks=5, train_batch_size='x', logging_steps=0, total_flos='x', compute_interval=1).items():
+for k,v in dict(log_history='x', stateful_callbacks=5, train_batch_size='x', logging_steps=0, total_flos='x',
+               compute_interval=1).items():
     state(f'trainer_state {k}={v!r}', trainer_state(**{k:v}))
-state('trainer_state duplicate keys', lambda: write(f'{now}/trainer_state.json', Path(f'{now}/trainer_state.json').read_text().rstrip()[:-1]+', "train_batch_size": null}'))
+def twice():
+    path = Path(f'{now}/trainer_state.json')
+    write(path, path.read_text().rstrip()[:-1]+', "train_batch_size": null}')
+state('trainer_state duplicate keys', twice)
 state('optimizer.pt third quarter zeros (power cut)', lambda: zeros(f'{now}/optimizer.pt', .5, .75))
 state('rng_state zeros', lambda: zeros(f'{now}/rng_state.pth', 0, .5))
 state('adapter weights are a folder', lambda: folder(f'{now}/adapter_model.safetensors'))
@@ -256,11 +277,15 @@ def security(name, make, want='refused', **kwargs):
     line = argv(**kwargs.pop('values', {}))+kwargs.pop('more', [])
     case('security', f'sec {name}', line, make, want, check=kwargs.pop('check', unharmed), **kwargs)
 
-for o in 'optimizer.pt scheduler.pt adapter_model.bin scaler.pt'.split(): state(f'pickle zip in {o}', pickled(o), kind='security')
-security('pytorch_model.bin in a local model', lambda: (drop('m/model.safetensors'), torch_save(dict(a=Evil()), 'm/pytorch_model.bin')))
-security('raw pickle pytorch_model.bin', lambda: (drop('m/model.safetensors'), write('m/pytorch_model.bin', pickle.dumps(dict(a=Evil())))))
+for o in 'optimizer.pt scheduler.pt adapter_model.bin scaler.pt'.split():
+    state(f'pickle zip in {o}', pickled(o), kind='security')
+security('pytorch_model.bin in a local model',
+    lambda: (drop('m/model.safetensors'), torch_save(dict(a=Evil()), 'm/pytorch_model.bin')))
+security('raw pickle pytorch_model.bin', lambda: (drop('m/model.safetensors'),
+    write('m/pytorch_model.bin', pickle.dumps(dict(a=Evil())))))
 for name,v in {'globals':'{{ cycler.__init__.__globals__ }}', 'strftime globals':"{{ strftime_now.__globals__['os'] }}",
-               'range 1e9':'{% for i in range(10**9) %}a{% endfor %}', 'str 1e10':"{{ 'a'*10**10 }}", 'pow':'{{ 9**(9**9) }}', 'syntax error':'{{ }}',
+               'range 1e9':'{% for i in range(10**9) %}a{% endfor %}', 'str 1e10':"{{ 'a'*10**10 }}",
+               'pow':'{{ 9**(9**9) }}', 'syntax error':'{{ }}',
                'raise_exception':"{{ raise_exception('no') }}", 'div by zero':'{{ 1/0 }}'}.items():
     security(f'chat template: {name}', lambda v=v: write('m/chat_template.jinja', v), values=dict(data='chats.jsonl'))
 
@@ -270,29 +295,35 @@ def slow_pattern():
     made['pre_tokenizer'] = dict(type='Split', pattern=dict(Regex='(a|aa)+$'), behavior='Isolated', invert=False)
     write('m/tokenizer.json', json.dumps(made))
     write('a.jsonl', lines([dict(prompt='a'*60+'!', completion='a'*60+'!')]*20))
-security('model folder: tokenizer larger than vocabulary', lambda: (shutil.copytree('m', 'n'), small_model('m', vocab_size=64)))
+security('model folder: tokenizer larger than vocabulary',
+    lambda: (shutil.copytree('m', 'n'), small_model('m', vocab_size=64)))
 security('model folder: tokenizer ReDoS', slow_pattern)
 security('model folder: safetensors empty', weights(b''))
 security('model folder: safetensors header 2^63', weights((2**63).to_bytes(8, 'little')+b'{}'))
-security('model folder: safetensors wrong shape', lambda: (small_model('n', hidden_size=64, head_dim=32), shutil.copy('n/model.safetensors', 'm'), drop('n')))
+security('model folder: safetensors wrong shape',
+    lambda: (small_model('n', hidden_size=64, head_dim=32), shutil.copy('n/model.safetensors', 'm'), drop('n')))
 bnb = dict(quant_method='bitsandbytes', load_in_4bit=True)
-for k,v in dict(hidden_size=1000000000, num_hidden_layers='x', vocab_size=-5, num_attention_heads=[0, 3], dtype=['load', 'system'], rope_parameters=5,
-                eos_token_id='x', bos_token_id=[[1]], quantization_config=bnb, use_cache='x').items():
+for k,v in dict(hidden_size=1000000000, num_hidden_layers='x', vocab_size=-5, num_attention_heads=[0, 3],
+                dtype=['load', 'system'], rope_parameters=5, eos_token_id='x', bos_token_id=[[1]],
+                quantization_config=bnb, use_cache='x').items():
     for o in v if isinstance(v, list) else [v]:
-        security(f'model folder: config {k}={o}'[:81], lambda k=k, o=o: edit('m/config.json', **{k:o}), 'either' if k in ('dtype', 'quantization_config') else 'refused')
+        security(f'model folder: config {k}={o}'[:81], lambda k=k, o=o: edit('m/config.json', **{k:o}),
+            'either' if k in ('dtype', 'quantization_config') else 'refused')
 security('model folder: config nested', lambda: write('m/config.json', nested(of='{"a":')))
 security('model folder: tokenizer_config list', lambda: write('m/tokenizer_config.json', '[]'))
 dollar = 'a$\\frac$b'
 security(f'model name {dollar}', lambda: shutil.copytree('m', dollar), 'runs', values=dict(model=dollar))
 
 # what a run finds in its folder and has not made
-def overwritten(name, make, kept, **kwargs): security(name, make, 'either', more=['--overwrite', 'true'], kept=kept, **kwargs)
+def overwritten(name, make, kept): security(name, make, 'either', more=['--overwrite', 'true'], kept=kept)
 def link(name, to='precious'):
     if to=='precious': write(to, 'mine')
     else: write(f'{to}/mine.txt', 'mine')
     Path('out').mkdir(); Path('out', name).symlink_to(f'../{to}')
-overwritten('overwrite keeps checkpoint-notes of the user', lambda: write('out/checkpoint-notes/notes.txt', 'mine'), ('out/checkpoint-notes',))
-overwritten('overwrite keeps a file named checkpoint-x.txt', lambda: write('out/checkpoint-x.txt', 'mine'), ('out/checkpoint-x.txt',))
+overwritten('overwrite keeps checkpoint-notes of the user', lambda: write('out/checkpoint-notes/notes.txt', 'mine'),
+    ('out/checkpoint-notes',))
+overwritten('overwrite keeps a file named checkpoint-x.txt', lambda: write('out/checkpoint-x.txt', 'mine'),
+    ('out/checkpoint-x.txt',))
 overwritten('overwrite adapter symlink', lambda: link('adapter_model.safetensors'), ('precious',))
 overwritten('overwrite README.md symlink', lambda: link('README.md'), ('precious',))
 overwritten('overwrite checkpoint symlink', lambda: link('checkpoint-2', 'folder'), ('folder',))
@@ -306,12 +337,16 @@ for digits,label in (('\uff11\uff12', '\uff11\uff12 (full-width digits)'), ('9'*
 
 # evaluation
 def evaluate(name, make, want='refused', model='done', tasks='boolq', how='likelihood', d='d', more=(), **kwargs):
-    line = ['--model', model, '--data', d, '--tasks', tasks, '--how', how, '--batch_size', '4', *(['--max_new_tokens', '4', '--num_beams', '1'] if how=='generate' else []), *more]
+    line = ['--model', model, '--data', d, '--tasks', tasks, '--how', how, '--batch_size', '4',
+        *(['--max_new_tokens', '4', '--num_beams', '1'] if how=='generate' else []), *more]
     case('evaluate', f'eval {name}', line, make, want, program='ist_evaluate', check=unharmed, **kwargs)
 def adapter(text, alone=True):
     return lambda: (write('done/adapter_config.json', text), drop('done/results.json') if alone else None)
 adapter_json = lambda **values: lambda: edit('done/adapter_config.json', **values)
-def no_base(): edit('done/adapter_config.json'); o = json.loads(Path('done/adapter_config.json').read_text()); o.pop('base_model_name_or_path'); adapter(json.dumps(o))()
+def no_base():
+    made = json.loads(Path('done/adapter_config.json').read_text())
+    del made['base_model_name_or_path']
+    adapter(json.dumps(made))()
 
 evaluate('adapter_config empty, no results.json', adapter(''))
 evaluate('adapter_config nested, no results.json', adapter(nested(of='{"a":')))
@@ -322,9 +357,11 @@ evaluate('adapter_config target_modules=(.*)*(.*)*(.*)*x$', adapter_json(target_
 evaluate('adapter_config trainable_token_indices=[1000000000]', adapter_json(trainable_token_indices=[10**9]))
 evaluate('results.json nested', lambda: write('done/results.json', nested()), 'either')
 evaluate('adapter weights text', lambda: write('done/adapter_model.safetensors', 'not weights'))
-evaluate('adapter pickle bin', lambda: (drop('done/adapter_model.safetensors'), torch_save(dict(a=Evil()), 'done/adapter_model.bin')))
+evaluate('adapter pickle bin', lambda: (drop('done/adapter_model.safetensors'),
+    torch_save(dict(a=Evil()), 'done/adapter_model.bin')))
 auto_map = {o:f'evil.{o}' for o in ('AutoConfig', 'AutoModelForCausalLM')}
-evaluate('auto_map model', lambda: (edit('m/config.json', auto_map=auto_map, model_type='evil'), write('m/evil.py', 'import os; os.system("touch $PWNED")\n')), model='m', typed='y\n'*9)
+evaluate('auto_map model', lambda: (edit('m/config.json', auto_map=auto_map, model_type='evil'),
+    write('m/evil.py', 'import os; os.system("touch $PWNED")\n')), model='m', typed='y\n'*9)
 
 def task(name, want='refused', how='likelihood', file='boolq', make=None, **values):
     def changed():
@@ -337,13 +374,16 @@ task('task instruction list (generate)', how='generate', instruction=[5])
 task('task input int (likelihood)', input=5)
 task('task input list (likelihood)', input=[5])
 task('task input list (generate)', how='generate', input=[5])
-task('task surrogate instruction (generate)', how='generate', instruction='\ud800 true or false?\n\nAnswer format: true/false')
+task('task surrogate instruction (generate)', how='generate',
+    instruction='\ud800 true or false?\n\nAnswer format: true/false')
 task('task surrogate answer (likelihood)', instruction=form.format('A\ud800: x B: y', 'A\ud800/B'), answer='A\ud800')
-task('task answer name with regex (generate)', 'either', 'generate', instruction=form.format('answer(1: x answer2: y', 'answer(1/answer2'), answer='answer2')
+task('task answer name with regex (generate)', 'either', 'generate',
+    instruction=form.format('answer(1: x answer2: y', 'answer(1/answer2'), answer='answer2')
 task('task nan (likelihood)', instruction=float('nan'))
 def choices(n=1000):
     names = [f'answer{i}' for i in range(n)]
-    row = dict(instruction=form.format(' '.join(f'{o}: word {o}' for o in names), '/'.join(names)), input='', answer='answer7')
+    row = dict(instruction=form.format(' '.join(f'{o}: word {o}' for o in names), '/'.join(names)), input='',
+        answer='answer7')
     write('d/boolq/test.json', json.dumps([row]*4))
 task('task 1000 choices (likelihood)', 'either', make=choices)
 task('math instruction int', how='generate', file='MultiArith', instruction=5)
@@ -367,11 +407,13 @@ def content(home):
     for top,ds,fs in os.walk(home):
         for o in (*ds, *fs):
             p = Path(top)/o
-            res[str(p.relative_to(home))] = (f'link {os.readlink(p)}' if p.is_symlink() else 'folder' if p.is_dir() else digest(p) if p.is_file() else 'other')
+            what = f'link {os.readlink(p)}' if p.is_symlink() else 'folder' if p.is_dir() else 'other'
+            if what=='other' and p.is_file(): what = digest(p)
+            res[str(p.relative_to(home))] = what
     return res
 
 def forked(home, f, log, typed='', seconds=limit_s, most=limit_bytes):
-    "Status, seconds and peak bytes of `f` in a process of its own, in `home`; 'hang' or 'memory' for one that had to be killed"
+    "Status, seconds and peak bytes of `f` in a process of its own; 'hang' or 'memory' for one that had to be killed"
     start,peak = time.perf_counter(),0
     reading,writing = os.pipe()
     os.write(writing, typed.encode()); os.close(writing)
@@ -390,7 +432,9 @@ def forked(home, f, log, typed='', seconds=limit_s, most=limit_bytes):
     os.close(reading)
     stopped,process = None,psutil.Process(pid)
     while not (ended := os.waitpid(pid, os.WNOHANG))[0]:
-        try: peak = max(peak, process.memory_info().rss+sum(o.memory_full_info().uss for o in process.children(recursive=True)))
+        try:
+            workers = sum(o.memory_full_info().uss for o in process.children(recursive=True))   # what they do not share
+            peak = max(peak, process.memory_info().rss+workers)
         except psutil.Error: pass
         stopped = 'memory' if peak>most else 'hang' if time.perf_counter()-start>seconds else None
         if stopped: os.killpg(pid, signal.SIGKILL); ended = os.waitpid(pid, 0); break
@@ -403,7 +447,8 @@ ours = 'run','runs','out','done/eval_','o/'   # where a run may write
 def judge(c, home, status, said, before):
     "What a case came to; and more about it"
     if status in ('hang', 'memory'): return status,''
-    if status not in (0, 2): return ('traceback' if 'Traceback (most recent call last)' in said or status==1 else 'crash'),''
+    trace = 'Traceback (most recent call last)' in said
+    if status not in (0, 2): return ('traceback' if trace or status==1 else 'crash'),''
     after = content(home)
     changed = [p for p,o in before.items() if after.get(p)!=o]
     lost = [p for p in changed if p.startswith(c.kept)] if c.kept else []
@@ -418,9 +463,10 @@ def judge(c, home, status, said, before):
         if wrong or not finite(home): return 'wrong outcome',wrong or 'a loss that is not a number'
         if c.want=='refused': return 'accepted',''
         return 'ran',''
-    if 'Traceback (most recent call last)' in said: return 'traceback',''
+    if trace: return 'traceback',''
     if len(sentences)!=1: return 'no sentence',f'{len(sentences)} lines begin with {c.program}'
-    if len(sentences[0])>longest_sentence or ' object at 0x' in sentences[0]: return 'no sentence',f'{len(sentences[0])} characters'
+    if len(sentences[0])>longest_sentence: return 'no sentence',f'{len(sentences[0])} characters'
+    if ' object at 0x' in sentences[0]: return 'no sentence','an address in memory'
     new = [p for p in after if p not in before]
     if new or changed: return 'left behind',', '.join(sorted(new+changed))
     return ('sentence' if c.want!='runs' else 'refused in error'),''
@@ -445,7 +491,8 @@ def answer(c, base, show=False):
     if show: print(said)
     words = [l.strip() for l in said.splitlines() if l.strip()]
     shown = [l for l in words if l.startswith(f'{c.program}: ')] or words or ['']
-    text = ((more+': ' if more else '')+shown[-1])[:300].encode('utf-8', 'backslashreplace').decode()   # halves of surrogate pairs are written out
+    text = ((more+': ' if more else '')+shown[-1])[:300]
+    text = text.encode('utf-8', 'backslashreplace').decode()   # halves of surrogate pairs are written out
     return dict(outcome=outcome, status=status, seconds=round(seconds, 1), peak_mb=round(peak/1e6), said=text)
 
 def counts(rows, when):
@@ -453,7 +500,8 @@ def counts(rows, when):
     res = {}
     for kind in dict.fromkeys(r['kind'] for r in rows):
         found = [r[when]['outcome'] for r in rows if r['kind']==kind and when in r]
-        res[kind] = dict(cases=len(found), good=sum(o in good for o in found), outcomes=dict(Counter(found).most_common()))
+        res[kind] = dict(cases=len(found), good=sum(o in good for o in found),
+            outcomes=dict(Counter(found).most_common()))
     return res
 
 def versions():
@@ -472,7 +520,8 @@ if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('when', choices=['before', 'after'])
     p.add_argument('--package', default=str(root), help='the folder that holds ist_nb')
-    p.add_argument('--only', nargs='*', default=[''], help='cases whose kind and name hold one of these; the others stay in the file as they are')
+    p.add_argument('--only', nargs='*', default=[''],
+        help='cases whose kind and name hold one of these; the others stay in the file as they are')
     p.add_argument('--show', action='store_true', help='print all that the commands say, and keep nothing')
     p.add_argument('--out', default=out, type=Path)
     args = p.parse_args()
@@ -482,13 +531,15 @@ if __name__=='__main__':
         os.environ['HF_HOME'] = f'{d}/hf'
         libraries()
         (base := Path(d)/'base').mkdir()
-        status = forked(base, templates, Path(d)/'log', seconds=300)[0]
-        if status!=0: sys.exit(f'The templates could not be made: {status}\n'+(Path(d)/'log').read_text(errors='replace'))
+        log = Path(d)/'log'
+        status = forked(base, templates, log, seconds=300)[0]
+        if status!=0: sys.exit(f'The templates could not be made: {status}\n'+log.read_text(errors='replace'))
         found = {}
         for c in chosen:
             found[c.name] = r = answer(c, base, args.show)
-            line = f"{c.name[:70]}: {r['outcome']}, status {r['status']}, {r['seconds']} s, {r['peak_mb']} MB: {r['said'][:150]}"
-            print('ok ' if r['outcome'] in good else 'BAD', line.encode('ascii', 'backslashreplace').decode(), flush=True)
+            line = f"{'ok ' if r['outcome'] in good else 'BAD'} {c.name[:70]}: {r['outcome']}, status {r['status']}"
+            line += f", {r['seconds']} s, {r['peak_mb']} MB: {r['said'][:150]}"
+            print(line.encode('ascii', 'backslashreplace').decode(), flush=True)
     if not args.show:
         old = {r['case']:r for r in json.loads(args.out.read_text())['rows']} if args.out.exists() else {}
         rows = []
@@ -496,8 +547,10 @@ if __name__=='__main__':
             known = {k:v for k,v in old.get(c.name, {}).items() if k in ('before', 'after')}
             if c.name in found: known[args.when] = found[c.name]
             rows.append(dict(kind=c.kind, case=c.name, wanted=c.want) | dict(sorted(known.items(), reverse=True)))
-        made = dict(command='python benchmarks/hostile.py after', limits=dict(seconds=limit_s, bytes=limit_bytes), versions=versions(),
+        made = dict(command='python benchmarks/hostile.py after', limits=dict(seconds=limit_s, bytes=limit_bytes),
+            versions=versions(),
                     hardware=f'{os.cpu_count()} CPU cores ({platform.machine()}), {platform.system()}, one thread')
         res = made | {k:counts(rows, k) for k in ('before', 'after') if any(k in r for r in rows)} | dict(rows=rows)
         args.out.write_text(json.dumps(res, indent=1)+'\n')
-    print(json.dumps({k:(v['cases'], v['good'], v['outcomes']) for k,v in counts([dict(kind=c.kind, now=found[c.name]) for c in chosen], 'now').items()}, indent=1))
+    for kind,o in counts([dict(kind=c.kind, now=found[c.name]) for c in chosen], 'now').items():
+        print(f"{kind}: {o['good']} of {o['cases']} good; {o['outcomes']}")
