@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['recipe', 'recipe_pico', 'recipe_demo', 'assets', 'FinetuneArguments', 'number', 'ist_arguments', 'defaults_for',
            'fresh_folder', 'make_parser', 'from_config', 'check_names', 'parse', 'check_training', 'ist_config',
-           'help_page', 'load_model', 'adapter_config', 'peft_options', 'check_folder', 'check_overwrite',
-           'clear_folder', 'check_space', 'outcome_settings', 'progress_bar', 'make_trainer', 'check_template',
-           'rows_report', 'finetune', 'take_finished', 'Stopped', 'check_stopped', 'finished', 'describe',
-           'peak_memory', 'model_card', 'save_run', 'main']
+           'help_page', 'load_model', 'adapter_config', 'peft_options', 'check_folder', 'check_places', 'clear_folder',
+           'check_space', 'outcome_settings', 'progress_bar', 'make_trainer', 'check_template', 'rows_report',
+           'finetune', 'take_finished', 'Stopped', 'check_stopped', 'finished', 'describe', 'peak_memory', 'model_card',
+           'save_run', 'main']
 
 # %% ../nbs/10_finetune.ipynb #b4355096
 import ast,json,math,os,re,shutil,sys
@@ -154,6 +154,7 @@ def parse(
     with _clear_errors(): args,given,sft,rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if rest: raise ISTError(f"{rest[0][:80]!r} is not an argument of ist_finetune. See `ist_finetune --help`.")
     _check_path(sft.output_dir, '--output_dir')
+    if args.overwrite and (args.resume or args.auto_resume): raise ISTError("--overwrite replaces what is in the folder, and --resume continues it. Give one of them.")
     check_training(sft)
     return args,ist_config(args, {k:number(v) for k,v in asdict(given).items() if v is not None}, sft.seed),sft
 
@@ -186,6 +187,7 @@ _training_allowed = dict(
     num_train_epochs=('a number above 0', lambda v: v>0 and math.isfinite(v)), max_length=('a whole number of at least 2', lambda v: v is None or v>=2),
     adam_beta1=_share, adam_beta2=_share, adam_epsilon=('a number of at least 0', lambda v: v>=0), weight_decay=('a number of at least 0', lambda v: v>=0),
     max_steps=('a whole number of at least 1, or -1 for whole epochs', lambda v: v>=1 or v==-1),
+    resume_from_checkpoint=('nothing: --resume finds the last intact checkpoint of --output_dir', lambda v: v is None),
     dataloader_num_workers=('a whole number from 0 to four for each processor', lambda v: 0<=v<=4*(os.cpu_count() or 1)))
 
 def check_training(
@@ -259,12 +261,14 @@ def load_model(
                        f"or a hub id of a causal language model that this machine can reach. ({type(e).__name__}: {why})") from e
 
 # %% ../nbs/10_finetune.ipynb #e3ff520b
+_most_r = 2**16
+
 def adapter_config(
     args:FinetuneArguments, # The kind of adapter and its settings
 ): # A configuration of PEFT; raises `ISTError`
     "The adapter that the command line means"
     from peft import LoraConfig
-    for name,ok,allowed in (('lora_r', args.lora_r>0, 'at least 1'), ('lora_alpha', args.lora_alpha>0, 'at least 1'), ('lora_dropout', 0<=args.lora_dropout<1, 'in [0, 1)')):
+    for name,ok,allowed in (('lora_r', 0<args.lora_r<=_most_r, f'from 1 to {_most_r}'), ('lora_alpha', args.lora_alpha>0, 'at least 1'), ('lora_dropout', 0<=args.lora_dropout<1, 'in [0, 1)')):
         if not ok: raise ISTError(f"--{name} {getattr(args, name)} is not allowed. Give a number {allowed}.")
     lora = args.peft in ('lora', 'dora')
     cls = LoraConfig if lora else _method(args.peft)
@@ -273,6 +277,7 @@ def adapter_config(
     every = 'all-linear' if lora or args.peft=='bottleneck' else None   # other methods have modules of their own for each kind of model
     if 'target_modules' in known: given['target_modules'] = _modules(args.lora_target_modules) or every
     given |= peft_options(args, known)
+    if isinstance(r := given.get('r'), int) and r>_most_r: raise ISTError(f"--peft_options: r={r} is larger than any layer is wide. Give a number from 1 to {_most_r}.")
     try: return cls(task_type='CAUSAL_LM', **given)
     except ISTError as e: raise ISTError(f'--peft {args.peft}: {e}') from None
     except Exception as e: raise ISTError(f"--peft {args.peft}: {' '.join(str(e).split())} ({type(e).__name__})") from e
@@ -317,8 +322,8 @@ def check_folder(
     "Whether a run may use `folder`"
     from ist_nb.runs import checkpoints, last_checkpoint
     if folder.exists() and not folder.is_dir(): raise ISTError(f"--output_dir {folder} is a file. Give a folder.")
-    if args.overwrite and (args.resume or args.auto_resume): raise ISTError("--overwrite replaces what is in the folder, and --resume continues it. Give one of them.")
     inside = {p.name for p in folder.iterdir()}-_not_yet if folder.is_dir() else set()
+    if args.overwrite or args.resume or args.auto_resume: check_places(folder, args.overwrite)
     if args.resume or args.auto_resume:
         if last := last_checkpoint(folder): return last
         torn = [p.name for p in checkpoints(folder)]
@@ -327,7 +332,6 @@ def check_folder(
         if 'run.json' in inside: return None   # the run died before its first checkpoint
     if inside and not args.overwrite:
         raise ISTError(f"--output_dir {folder} is not empty, and nothing in it will be overwritten. Give another folder, or --overwrite to replace an earlier run, or --resume to continue it.")
-    if args.overwrite: check_overwrite(folder)
 
 def _is_run(folder):
     "Whether a run of ours began here: both files that it writes say by their keys what they are"
@@ -335,20 +339,21 @@ def _is_run(folder):
     found = [o for o in map(read_json, (folder/'run.json', folder/'results.json')) if isinstance(o, dict)]
     return any('versions' in o and ('settings' in o or 'config' in o) for o in found)
 
-def check_overwrite(
+def check_places(
     folder:Path, # The run's folder
+    replace:bool, # Whether what an earlier run has left may be replaced
 ): # Raises `ISTError` if a run would overwrite what no run has left
-    "Whether what is in the way in `folder` is a run's"
+    "Whether the places where a run writes in `folder` are free, or a run's"
     for p in sorted(folder.iterdir()) if folder.is_dir() else ():
         checkpoint = re.fullmatch('checkpoint-[0-9]+', p.name)
         if p.name not in _run_files and not checkpoint: continue
-        what = 'is a link' if p.is_symlink() else f"is a {'folder' if p.is_dir() else 'file'}" if p.is_dir()!=bool(checkpoint) else ''
-        if not what and not _is_run(folder): what = 'was not left by a run of ist_finetune: there is no run.json beside it'
-        if what: raise ISTError(f"--overwrite: {p} {what}, so it is not removed. Move it away, or give another folder.")
+        what = 'is a link' if p.is_symlink() else '' if p.is_dir() and checkpoint or p.is_file() and not checkpoint else 'is of another kind (a folder, a pipe, ...)'
+        if not what and replace and not _is_run(folder): what = 'was not left by a run of ist_finetune: there is no run.json beside it'
+        if what: raise ISTError(f"--output_dir {folder}: {p.name} {what}, and will not be overwritten. Move it away, or give another folder.")
 
 # %% ../nbs/10_finetune.ipynb #9cd6a8b4
 def clear_folder(
-    folder:Path, # The run's folder, as `check_overwrite` allows it
+    folder:Path, # The run's folder, as `check_places` allows it
 ):
     "Remove the files and checkpoints of an earlier run; leave everything else"
     from ist_nb.runs import checkpoints, remove_checkpoint

@@ -86,7 +86,7 @@ def read_json(
     path, # Of a file, perhaps not there
 ): # What it holds, or None if that is not JSON
     "Read a file that may be damaged"
-    try: return json.loads(Path(path).read_text(encoding='utf-8'))
+    try: return json.loads(Path(path).read_text(encoding='utf-8')) if Path(path).is_file() else None    # a pipe would be waited for
     except (OSError, ValueError, RecursionError): return None
 
 def torn(
