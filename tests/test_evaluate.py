@@ -79,11 +79,11 @@ def test_broken_rows():
 # --- the real files
 
 @pytest.mark.parametrize('name', tasks)
-def test_real_file(name, shared):
+def test_real_file(name, real_data):
     "Every row: its gold answer and its choices are read; a text that gives the answer is scored as right; the reference output's own answer is found"
     t = tasks[name]
-    if name=='hellaswag': pytest.skip('HellaSwag is too large to lie beside the checkout')
-    rows = read_task(t, shared/'data')
+    if name=='hellaswag': pytest.skip('HellaSwag is too large for the folder')
+    rows = read_task(t, real_data)
     assert len(rows)==t.size
     for row in rows:
         gold,choices = t.gold(row),choices_of(row)
@@ -101,10 +101,10 @@ def test_real_file(name, shared):
             except ValueError: continue      # '13 crackers and 15 cakes', '29/3'
             assert t.extract(out)==stated==t.extract(out, released=True)
 
-def test_choices_are_the_whole_tail(shared):
+def test_choices_are_the_whole_tail(real_data):
     "Names and texts of the choices, put together again, are what the row says"
     for name in ('ARC-Easy', 'ARC-Challenge', 'openbookqa', 'social_i_qa', 'piqa', 'winogrande'):
-        for row in read_task(tasks[name], shared/'data'):
+        for row in read_task(tasks[name], real_data):
             said = ''.join(row['instruction'].rpartition('Answer format:')[0].split()).lower()
             assert said.endswith(''.join(f"{k}:{''.join(v.split())}" for k,v in choices_of(row).items()).lower())
 
