@@ -257,12 +257,12 @@ def test_every_row_is_accounted_for(here):
 
 # --- bounded in memory
 
-@pytest.mark.parametrize('name', ['a.json', 'a.jsonl', 'a.csv', 'a.txt'])
+@pytest.mark.parametrize('name', ['a.json', 'a.csv'])
 def test_a_file_is_not_held_as_a_whole(here, name):
     "Reading 25 MB takes less than 8, however they are written"
     import tracemalloc
     text = 'a'*500
-    body = dict(json=lambda: json.dumps([dict(text=text)]*50_000), jsonl=lambda: js(*[dict(text=text)]*50_000), csv=lambda: f'text\n'+f'{text}\n'*50_000, txt=lambda: f'{text}\n\n'*50_000)[name.split('.')[1]]
+    body = dict(json=lambda: json.dumps([dict(text=text)]*50_000), csv=lambda: f'text\n'+f'{text}\n'*50_000)[name.split('.')[1]]
     put(here, {name:body()})
     tracemalloc.start()
     try:
