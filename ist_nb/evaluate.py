@@ -841,13 +841,15 @@ def main(
         from ist_nb import __version__
         return print(f'ist_evaluate {__version__}') or 0
     import warnings
+    args = None
     try:
+        args = parse(argv)
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')     # of the libraries, about their own arguments
-            run(parse(argv))
+            run(args)
         return 0
     except Exception as e:      # of a library: what it says, without the way there
-        if '--debug' in argv: raise
+        if args and args.debug: raise
         said = e if isinstance(e, ISTError) else f"the evaluation has failed ({type(e).__name__}: {' '.join(str(e).split())[:300]}). Tasks that are done stay. --debug shows where."
         print(f'ist_evaluate: {said}', file=sys.stderr)
         return 2
