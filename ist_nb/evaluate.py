@@ -11,7 +11,7 @@ __all__ = ['tasks', 'n_predicted', 'held_out_loss', 'Task', 'find_tasks', 'task_
            'load', 'table', 'main', 'run']
 
 # %% ../nbs/08_evaluate.ipynb #c3597f5d
-import hashlib,json,math,re,sys,time
+import hashlib,json,math,os,re,sys,time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -19,7 +19,7 @@ from statistics import NormalDist
 from fastcore.basics import chunked, patch
 from fastcore.docments import docments
 from .config import ISTError, suggest
-from .data import alpaca_prompt, read_rows
+from .data import _text, alpaca_prompt, read_rows
 
 # %% ../nbs/08_evaluate.ipynb #7a330fc5
 def n_predicted(
@@ -91,7 +91,7 @@ def task_file(
 ) -> Path: # Raises `ISTError` if it is nowhere
     "Where the test rows of `task` are"
     data = Path(data).expanduser()
-    if not data.is_dir(): raise ISTError(f"There is no folder {str(data)!r} with the tasks. Give the folder that holds {task.name}/test.json (the `dataset` folder of LLM-Adapters).")
+    if not os.path.isdir(data): raise ISTError(f"There is no folder {str(data)[:200]!r} with the tasks. Give the folder that holds {task.name}/test.json (the `dataset` folder of LLM-Adapters).")
     tried = [data/d/f for d in ('', task.group) for f in (f'{task.name}/test.json', f'{task.name}/test.jsonl', f'{task.name}.json')]
     for p in tried:
         if p.is_file(): return p
@@ -109,13 +109,18 @@ def read_task(
         if limit is not None and len(res)>=limit: break
         lacks = [o for o in ('instruction', 'answer') if not isinstance(row, dict) or o not in row]
         if lacks: raise ISTError(f"{path.name} of {task.name}, {at}: no column {lacks[0]!r}. A row is {{\"instruction\", \"input\", \"output\", \"answer\"}}.")
+        where = f'{path.name} of {task.name}, {at}'
+        for o in ('instruction', 'input'):
+            if not _text({'input':None} | row, o, where).strip() and o=='instruction': raise ISTError(f"{where}: the instruction is empty. Mend the row.")
         try: task.gold(row)
-        except (ISTError, ValueError) as e: raise ISTError(f"{path.name} of {task.name}, {at}: {e}") from None
+        except (ISTError, ValueError) as e: raise ISTError(f"{where}: {e}") from None
         res.append(row)
     if not res: raise ISTError(f"{path.name} of {task.name} gives no rows{f' with limit={limit}' if limit is not None else ''}. Give a file with rows{', and a limit of at least 1' if limit is not None else ''}.")
     return res
 
 # %% ../nbs/08_evaluate.ipynb #e6b2aee9
+_most_choices = 26
+
 def choices_of(
     row:dict, # With `instruction`
 ) -> dict: # Name -> the choice's text; empty where the answer is free
@@ -125,6 +130,7 @@ def choices_of(
     elif m := re.search(r'Answer format:\s*(\S+)\s*$', s): marks,body = m[1].split('/'),s[:m.start()]
     else: return {}
     if not re.search(r'\d', marks[0]) and len(marks[0])>1: return {o:o for o in marks}      # true/false have no text of their own
+    if not all(marks) or len(marks)>_most_choices: raise ISTError(f"it lists {len(marks):,} choices{'' if all(marks) else ', one of them without a name'}, and at most {_most_choices} with names can be read. Mend the row.")
     if len(marks)!=len(set(marks)): raise ISTError(f"its choices are named twice: {', '.join(marks)}. Mend the row.")
     form = '({})' if len(marks[0])==1 else '{}:'
     texts,end = {},len(body)
@@ -141,7 +147,10 @@ def gold(self:Task,
 ): # A name, a letter, or a float; raises `ISTError` if it cannot be right
     "The right answer of a row"
     a = row['answer']
-    if self.kind=='number': return float(str(a).replace(',', ''))
+    if self.kind=='number':
+        number = float(str(a).replace(',', ''))
+        if not math.isfinite(number): raise ISTError(f"the answer {a!r} is no number. Mend the row.")
+        return number
     names = list(choices_of(row))
     if a not in names: raise ISTError(f"the answer {a!r} is none of the row's choices ({', '.join(names) or 'it lists none'}). Mend the row.")
     return a
@@ -152,18 +161,25 @@ def extract_released(
     names=(), # Names of the choices; none where the answer is a number
 ): # A name or a float, or None if there is none
     "The answer by the rule of the released code"
-    found = re.findall('|'.join(names) or r'-?\d+\.?\d*', text if names else text.replace(',', ''))
+    found = re.findall('|'.join(map(re.escape, names)) or r'-?\d+\.?\d*', text if names else text.replace(',', ''))
     if not found: return None
     return found[0] if names else float(found[-1])
 
 # %% ../nbs/08_evaluate.ipynb #eeae4666
 _says = r'answer\s*(?:is|:)[\s:*"\'`(\[]*'
+_next = re.compile(r'\n\s*(?:#{2,} *(?:Instruction|Input|Question|Problem)\b|Below is an instruction|(?:Instruction|Question|Q|Problem|User|Human) *:)', re.I)
+
+def _own(text):
+    "What the model wrote before it went on with a question of its own"
+    head = _next.split(text, maxsplit=1)[0]
+    return head if head.strip() else text
 
 def extract_choice(
     text:str, # What the model wrote
     names, # Names of the choices, such as 'answer1'
 ) -> str|None: # One of `names`, or None if there is none
     "The choice that a text names"
+    text = _own(text)
     one = rf"(?<!\w)({'|'.join(map(re.escape, names))})(?!\w)"
     found = re.findall(_says+one, text, re.I)[-1:] or re.findall(one, text, re.I)[:1]
     return next((o for o in names if o.lower()==found[0].lower()), None) if found else None
@@ -174,7 +190,7 @@ def extract_letter(
     names='ABCDE', # The letters there are
 ) -> str|None: # One of `names`, or None if there is none
     "The choice that a text names by its letter"
-    one = ''.join(names)
+    text,one = _own(text),''.join(names)
     low,alone = one.lower(),r"(?![\w'])(?! [a-z])"       # no letter of a word, no article
     says = rf'[Aa]nswer\s*(?:is|:)?[\s:*]*(?:option |choice )?[(\[]?(?:([{one}]){alone}|(?<=[(\[])([{low}])(?=[)\]]))'
     forms = says,rf'[(\[](?:([{one}])|([{low}]))[)\]]',rf"(?<![\w'])([{one}])(){alone}"
@@ -182,21 +198,25 @@ def extract_letter(
     return (found[0][0] or found[0][1]).upper() if found else None
 
 # %% ../nbs/08_evaluate.ipynb #e067c602
-_number = re.compile(r'(?:(?<![\w.)\]])[-−] ?)?\$?(?:(?<![/\d.,])\d+/\d+(?![\d/])|(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+|(?=\.\d))(?:\.\d+)?)')
+_number = re.compile(r'(?:(?<![\w.)\]])[-−] ?)?\$?(?:(?<![/\d.,])\d+/\d+(?![\d/])|(?:\d{1,3}(?:,\d{3})+(?![\d,])|(?<![\d.,])\d{1,3}(?:[ \u00a0\u202f]\d{3})+(?!\d)|\d+|(?=\.\d))(?:\.\d+)?)')
+_remark = re.compile(r'[;(\[]|[,:](?!\d)|\b(?:not|instead|rather|because|since|for|from|of|out|at|per|with|if|when|which|as)\b', re.I)
 
 def _value(s):
-    top,_,bottom = re.sub(r'[,$ ]', '', s).replace('−', '-').partition('/')
+    top,_,bottom = re.sub(r'[,$\s]', '', s).replace('−', '-').partition('/')
     return float(top)/(float(bottom or 1) or math.nan)
 
 def extract_number(
     text:str, # What the model wrote
 ) -> float|None: # None if there is none
     "The number that a text gives as its answer"
+    text = _own(text)
     for m in reversed([*re.finditer(_says, text, re.I)]):
         sentence = re.split(r'\n|[.!?](?=\s|$)', text[m.end():], maxsplit=1)[0]
-        if found := _number.findall(sentence): return _value(found[-1])
+        for part in _remark.split(sentence):
+            if found := _number.findall(part): return _value(found[-1])
     found = _number.findall(text)
     return _value(found[-1]) if found else None
+
 
 # %% ../nbs/08_evaluate.ipynb #f5ca8ec0
 @patch
@@ -524,18 +544,36 @@ def versions() -> dict: # Of Python and of the packages that decide the numbers
     from ist_nb import __version__
     return {'python':sys.version.split()[0], 'ist_nb':__version__} | {o:version(o) for o in 'torch transformers peft trl accelerate datasets'.split()}
 
+def _read_json(path, what):
+    "A dictionary in a file; raises `ISTError`"
+    try: made = json.loads(Path(path).read_text(encoding='utf-8'))
+    except (OSError, ValueError, RecursionError) as e: raise ISTError(f"{what} {path} cannot be read ({type(e).__name__}: {' '.join(str(e).split())[:200]}).") from e
+    if not isinstance(made, dict): raise ISTError(f"{what} {path} holds a {type(made).__name__} and no settings.")
+    return made
+
 def _done(path, settings, overwrite):
     "The summary in a file that was made with the same settings, or None"
     if overwrite or not path.exists(): return None
-    try: made = json.loads(path.read_text(encoding='utf-8'))
-    except ValueError: made = {}
-    old = made.get('settings') if isinstance(made, dict) else None
-    if old==settings: return made['summary']
-    why = ', '.join(f'{k} was {(old or {}).get(k)!r} and is {v!r}' for k,v in settings.items() if (old or {}).get(k)!=v)
-    raise ISTError(f"{path} was made differently ({why}). Give another output_dir, or overwrite it (--overwrite).")
+    way = 'Give another output_dir, or overwrite it (--overwrite).'
+    try: made = _read_json(path, 'The earlier result')
+    except ISTError as e: raise ISTError(f'{e} {way}') from e
+    old,res = made.get('settings'),made.get('summary')
+    if not isinstance(old, dict): raise ISTError(f"The earlier result {path} holds no settings. {way}")
+    if old!=settings:
+        n,now = old.get('n'),settings['n']
+        words = dict(model="the model's weights are others", rows='the questions are others', n=f'{n} questions were asked and now {now}') | ({'rows':None} if n!=now else {})
+        why = [words.get(k, f'{k} was {old.get(k)!r:.80} and is {v!r}') for k,v in settings.items() if old.get(k)!=v]
+        raise ISTError(f"{path} was made differently: {', '.join(filter(None, why)) or 'it has more settings'}. {way}")
+    try:
+        if all(isinstance(res[k], (int, float)) for k in ('accuracy', 'no_answer', 'accuracy_released' if settings['how']=='generate' else 'accuracy_norm')):
+            res['interval'] = list(confidence_interval(res['correct'], res['n']))
+            return res
+    except (KeyError, TypeError, ISTError): pass
+    raise ISTError(f"The earlier result {path} holds no whole summary. {way}")
+
 
 # %% ../nbs/08_evaluate.ipynb #ecda95ff
-_ways = ('generate', 'likelihood')
+_ways,_most_beams = ('generate', 'likelihood'),64
 
 def evaluate(
     model, # A causal language model of transformers, with adapters or without
@@ -558,6 +596,7 @@ def evaluate(
     if how not in _ways: raise ISTError(f"how={how!r} is not allowed{suggest(how, _ways)} Give 'generate' or 'likelihood'.")
     for k,v in dict(batch_size=batch_size, num_beams=num_beams, limit=limit, max_new_tokens=max_new_tokens).items():
         if v is not None and v<1: raise ISTError(f"{k}={v} is not allowed. Give at least 1.")
+    if num_beams>_most_beams: raise ISTError(f"num_beams={num_beams} is not allowed: each beam is a copy of the batch. Give at most {_most_beams}.")
     chosen = find_tasks(names)
     if how=='likelihood': _check_choices(chosen)
     rows = {t.name:read_task(t, data, limit) for t in chosen}       # all before the first begins
@@ -647,6 +686,8 @@ class EvaluateArguments:
     dtype:str = None # 'float32', 'bfloat16', 'float16' or 'auto', as saved; by default auto on a GPU and float32 on a CPU
     merge:bool = False # Fold the adapter into the weights first: faster, and rounded a little differently
     overwrite:bool = False # Make tasks anew that are there, made otherwise
+    trust_remote_code:bool = False # Run Python code that comes with the model: only if you have read it
+    debug:bool = False # Show where an error comes from
 
 # %% ../nbs/08_evaluate.ipynb #17248ede
 _examples = '''Accuracy of a model or an adapter on the tasks of the LLM-Adapters collection.
@@ -656,7 +697,7 @@ _examples = '''Accuracy of a model or an adapter on the tasks of the LLM-Adapter
   ist_evaluate --model MODEL --adapter FOLDER --data dataset --how likelihood     by the likeliest choice
   ist_evaluate --model runs/my-run --tasks arc_easy,mmlu --how harness            by lm-evaluation-harness, from the hub
 
-Run again, it goes on with the tasks that are not done.
+Run again, it goes on with the tasks that are not done. --version prints the version.
 '''
 
 def help_page() -> str:
@@ -665,6 +706,8 @@ def help_page() -> str:
     about = docments(EvaluateArguments)
     def row(f): return fill(f"  --{f.name:16} {about[f.name]}{'' if f.default in (None, False) else f' (default {f.default})'}", 110, subsequent_indent=' '*21, break_long_words=False, break_on_hyphens=False)
     return _examples + '\n' + '\n'.join(map(row, fields(EvaluateArguments)))
+
+_dtypes = ('float32', 'bfloat16', 'float16', 'auto')
 
 def parse(
     argv:list[str], # The command line, without the program's name
@@ -679,6 +722,7 @@ def parse(
     args = EvaluateArguments(**vars(found))
     if rest: raise ISTError(f"{rest[0]!r} is not an argument of ist_evaluate{suggest(rest[0], [f'--{f.name}' for f in fields(args)])} See `ist_evaluate --help`.")
     if args.how not in (*_ways, 'harness'): raise ISTError(f"--how {args.how!r} is not allowed{suggest(args.how, (*_ways, 'harness'))} Give generate, likelihood or harness.")
+    if args.dtype not in (None, *_dtypes): raise ISTError(f"--dtype {args.dtype!r:.80} is not allowed{suggest(args.dtype, _dtypes)} Give {', '.join(_dtypes)}.")
     if args.how!='harness' and not args.data: raise ISTError(f"--data is missing. Give the folder with the tasks (the `dataset` folder of LLM-Adapters: {find_tasks('boolq')[0].name}/test.json and so on).")
     return args
 
@@ -691,33 +735,88 @@ def _base_of(
     folder:Path, # With `adapter_config.json`
 ) -> str: # As for `from_pretrained`
     "The model that an adapter was trained on"
-    try: run = json.loads((folder/'results.json').read_text(encoding='utf-8'))['config']['finetune']['model']
-    except (OSError, ValueError, KeyError, TypeError): run = None
-    return _named('pico') if run=='pico' else json.loads((folder/'adapter_config.json').read_text(encoding='utf-8'))['base_model_name_or_path']
+    conf = _read_json(folder/'adapter_config.json', 'The settings of the adapter')
+    try: run = _read_json(folder/'results.json', 'The results of the run')['config']['finetune']['model']
+    except (ISTError, KeyError, TypeError): run = None
+    base = _named('pico') if run=='pico' else conf.get('base_model_name_or_path')
+    if not isinstance(base, str) or not base: raise ISTError(f"{folder/'adapter_config.json'} names no base model. Give the base as --model and the folder as --adapter.")
+    return base
+
+def _check_patterns(
+    conf:dict, # Fields of a configuration of PEFT
+    names:list, # Names of the model's modules
+    seconds:float=10., # At most
+): # Raises `ISTError`
+    "Whether the regular expressions in `conf` are whole, and matched in a reasonable time: some take for ever"
+    import subprocess
+    found = {k:v for k,v in conf.items() if k in ('target_modules', 'exclude_modules', 'target_parameters') and isinstance(v, str) and v!='all-linear'}
+    for k in ('rank_pattern', 'alpha_pattern'):
+        if isinstance(conf.get(k), dict): found |= {f'{k} {o!r:.80}':o for o in conf[k]}
+    code = 'import json,re,sys\nfor p in json.load(sys.stdin): [re.fullmatch(p, o) for o in json.loads(sys.argv[1])]'
+    for k,v in found.items():
+        try:
+            re.compile(v)
+            subprocess.run([sys.executable, '-c', code, json.dumps(sorted(names)[:100])], input=json.dumps([v]), text=True, timeout=seconds, capture_output=True)
+        except (re.error, RecursionError, OverflowError) as e: raise ISTError(f"{k}: {v!r:.80} is no regular expression ({e}). Mend it, or give a list of names.") from e
+        except subprocess.TimeoutExpired: raise ISTError(f"{k}: {v!r:.80} takes more than {seconds:g} seconds to match a few names of modules. Give a simpler pattern, or a list of names.") from None
+
+def _check_adapter(folder, names):
+    "Whether the settings of an adapter on this machine can be used, before PEFT takes memory and time for them"
+    if not (Path(folder)/'adapter_config.json').is_file(): return
+    conf = _read_json(Path(folder)/'adapter_config.json', 'The settings of the adapter')
+    _check_patterns(conf, names)
+    weights = Path(folder)/'adapter_model.safetensors'
+    if not weights.is_file() or not isinstance(conf.get('r'), int): return
+    from safetensors import safe_open
+    with safe_open(weights, 'pt') as f: most = max((d for k in f.keys() for d in f.get_slice(k).get_shape()), default=0)
+    if conf['r']>most: raise ISTError(f"The adapter in {folder} has r={conf['r']} in its settings, but no weight of it is larger than {most}. Copy or save it again.")
+
+def _put_on(model, adapter):
+    "`model` with an adapter, all of whose weights were there"
+    import warnings
+    from peft import PeftModel
+    _check_adapter(adapter, [k for k,_ in model.named_modules()])
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        model = PeftModel.from_pretrained(model, adapter)
+    if lost := next((str(o.message) for o in said if 'missing adapter keys' in str(o.message)), None):
+        raise ISTError(f"The weights of the adapter {adapter!r} are not all there, and it would be evaluated with others: {' '.join(lost.split())[:200]}. Copy or save it again.")
+    return model
+
+def _model(name, dtype, trust):
+    "A model all of whose weights were there"
+    from transformers import AutoModelForCausalLM
+    m,info = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=trust, output_loading_info=True)
+    if lost := sorted(info['missing_keys']): raise ISTError(f"{len(lost)} weights of the model {name!r} are missing ({', '.join(lost[:3])}), and would be random numbers. Copy or save it again.")
+    return m
 
 def load(
-    args:EvaluateArguments, # For `model`, `adapter`, `dtype` and `merge`
+    args:EvaluateArguments, # For `model`, `adapter`, `dtype`, `merge` and `trust_remote_code`
 ): # The model, with its adapter, and its tokenizer; raises `ISTError`
     "Load what is to be evaluated"
     import torch,ist_nb.adapters        # registers bottleneck adapters with PEFT
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    model,adapter = args.model,args.adapter
-    if (Path(model)/'adapter_config.json').is_file():
+    from transformers import AutoTokenizer
+    model,adapter,trust = args.model,args.adapter,args.trust_remote_code
+    for what,name in (('model', model), ('adapter', adapter)):
+        if name and (name[0] in './~' or name.count('/')>1) and not os.path.isdir(name): raise ISTError(f"There is no folder {name[:200]!r} with a{'n' if what=='adapter' else ''} {what}. Give the folder of a run, 'pico', or an id of the hub.")
+    if os.path.isfile(os.path.join(model, 'adapter_config.json')):
         if adapter: raise ISTError(f"--model {model} is an adapter already, and --adapter {adapter} is another. Give the base model as --model, or leave --adapter out.")
         model,adapter = _base_of(Path(model)),model
     gpu = torch.cuda.is_available()
     dtype = args.dtype or ('auto' if gpu else 'float32')
     try:
-        m = AutoModelForCausalLM.from_pretrained(_named(model), dtype=dtype if dtype=='auto' else getattr(torch, dtype))
-        if adapter: m = PeftModel.from_pretrained(m, adapter)
-        tok = AutoTokenizer.from_pretrained(adapter if adapter and (Path(adapter)/'tokenizer_config.json').is_file() else _named(model))
-    except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError) as e:
-        what = f'The model {model!r}'+(f' with the adapter {adapter!r}' if adapter else '')
-        raise ISTError(f"{what} cannot be loaded{suggest(model, ['pico'])} Give the folder of a run, a folder with config.json, weights and tokenizer, 'pico', "
-                       f"or an id of the hub that this machine can reach. ({' '.join(str(e).split())[:300]})") from e
-    if args.merge and adapter: m = m.merge_and_unload()
-    return m.to('cuda' if gpu else 'cpu'),tok
+        m = _model(_named(model), dtype if dtype=='auto' else getattr(torch, dtype), trust)
+        if adapter: m = _put_on(m, adapter)
+        tok = AutoTokenizer.from_pretrained(adapter if adapter and (Path(adapter)/'tokenizer_config.json').is_file() else _named(model), trust_remote_code=trust)
+        if args.merge and adapter: m = m.merge_and_unload()
+        return m.to('cuda' if gpu else 'cpu'),tok
+    except ISTError: raise
+    except Exception as e:
+        if 'trust_remote_code' in str(e): raise ISTError(f"The model {model[:200]!r} comes with Python code of its own, which is not run. Read it, and give --trust_remote_code if you trust it.") from e
+        what = f'The model {model[:200]!r}'+(f' with the adapter {adapter[:200]!r}' if adapter else '')
+        raise ISTError(f"{what} cannot be loaded{suggest(model[:200], ['pico'])} Give the folder of a run, a folder with config.json, weights and tokenizer, 'pico', "
+                       f"or an id of the hub that this machine can reach. ({type(e).__name__}: {' '.join(str(e).split())[:300]})") from e
+
 
 # %% ../nbs/08_evaluate.ipynb #b46b764b
 def table(
@@ -738,26 +837,48 @@ def main(
     "The command `ist_evaluate`"
     argv = sys.argv[1:] if argv is None else list(argv)
     if {'-h', '--help'} & set(argv): return print(help_page()) or 0
+    if '--version' in argv:
+        from ist_nb import __version__
+        return print(f'ist_evaluate {__version__}') or 0
+    import warnings
+    args = None
     try:
-        run(parse(argv))
+        args = parse(argv)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')     # of the libraries, about their own arguments
+            run(args)
         return 0
-    except ISTError as e: print(f'ist_evaluate: {e}', file=sys.stderr); return 2
+    except Exception as e:      # of a library: what it says, without the way there
+        if args and args.debug: raise
+        said = e if isinstance(e, ISTError) else f"the evaluation has failed ({type(e).__name__}: {' '.join(str(e).split())[:300]}). Tasks that are done stay. --debug shows where."
+        print(f'ist_evaluate: {said}', file=sys.stderr)
+        return 2
     except KeyboardInterrupt: print('ist_evaluate: interrupted. Tasks that are done stay; the same command goes on with the others.', file=sys.stderr); return 130
 
 # %% ../nbs/08_evaluate.ipynb #e782ae57
+def _check_folder(folder):
+    "Whether results can go to `folder`; makes nothing"
+    try:
+        above = next(p for p in (folder, *folder.parents) if p.exists())
+        if not above.is_dir(): raise ISTError(f"--output_dir {folder} cannot be a folder, because {above} is a file. Give another name.")
+        if not os.access(above, os.W_OK): raise ISTError(f"--output_dir {folder}: this user may not write to {above}. Give another folder.")
+        for o in folder.parts: os.stat(above/o) if len(os.fsencode(o))>255 else None      # too long a name, by the system's own words
+    except OSError as e: raise ISTError(f"--output_dir {str(folder)[:80]!r} cannot be made ({e.strerror}). Give another name.") from e
+
 def run(
     args:EvaluateArguments, # From `parse`
 ) -> dict: # From `evaluate` or `harness`; raises `ISTError`
     "Evaluate, save, and print the table"
+    home = Path(args.adapter or args.model)
+    folder = Path(args.output_dir) if args.output_dir else (home if os.path.isdir(home) else Path('runs')/home.name)/f'eval_{args.how}'
+    _check_folder(folder)
+    if args.how!='harness':
+        for t in find_tasks(args.tasks): task_file(t, args.data)    # before the model is loaded, which may take minutes
+        if args.how=='likelihood': _check_choices(find_tasks(args.tasks))
     import transformers
     from ist_nb.runs import write_json
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    home = Path(args.adapter or args.model)
-    folder = Path(args.output_dir) if args.output_dir else (home if home.is_dir() else Path('runs')/home.name)/f'eval_{args.how}'
-    if args.how!='harness':
-        for t in find_tasks(args.tasks): task_file(t, args.data)    # before the model is loaded, which may take minutes
-        if args.how=='likelihood': _check_choices(find_tasks(args.tasks))
     model,tokenizer = load(args)
     if args.how=='harness':
         res = harness(model, tokenizer, args.tasks, args.data, args.limit, args.batch_size, args.answers)
@@ -771,6 +892,7 @@ def run(
         print(table(res))
     print(f'Saved in {folder}')
     return res
+
 
 # %% ../nbs/08_evaluate.ipynb #14252755
 if __name__=='__main__' and 'get_ipython' not in globals():

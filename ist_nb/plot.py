@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['palette', 'heat', 'marks', 'dashes', 'layer_table', 'sparkline', 'importance_rows', 'style', 'save_picture',
            'name_layers', 'finding', 'chance_band', 'by_chance', 'plot_times_active', 'times_rows', 'plot_importance',
-           'animate_run', 'save_animation', 'Live', 'ranks', 'rank_correlation', 'plot_fidelity', 'plot_suppression',
-           'plot_depth', 'plot_memory', 'memory_rows', 'mean_curve', 'seconds_to', 'plot_losses', 'loss_rows']
+           'try_picture', 'animate_run', 'save_animation', 'Live', 'ranks', 'rank_correlation', 'plot_fidelity',
+           'plot_suppression', 'plot_depth', 'plot_memory', 'memory_rows', 'mean_curve', 'seconds_to', 'plot_losses',
+           'loss_rows']
 
 # %% ../nbs/09_plot.ipynb #b534b106
 import time,warnings
@@ -75,7 +76,14 @@ def style():
     look = {'axes.spines.top':False, 'axes.spines.right':False, 'axes.prop_cycle':mpl.cycler(color=list(palette.values())), 'axes.titlelocation':'left',
             'legend.frameon':False, 'figure.titleweight':'bold', 'figure.constrained_layout.use':True, 'lines.markersize':3.5, 'axes.linewidth':0.7}
     files = {'svg.fonttype':'none', 'svg.hashsalt':'ist_nb', 'pdf.fonttype':42, 'figure.dpi':100, 'savefig.dpi':200}
-    with mpl.rc_context(size | look | files): yield
+    look = size | look | files
+    old = {k:mpl.rcParams[k] for k in look}     # rc_context puts back everything, also what Jupyter's backend sets when it loads in between
+    mpl.rcParams.update(look)
+    try: yield
+    finally: mpl.rcParams.update(old)
+
+def _plain(text) -> str: # A name or title of the user's: a dollar sign in it begins no formula, and half a character draws a question mark
+    return str(text).encode(errors='replace').decode().replace('$', r'\$')
 
 def _styled(f):
     "Make `f` draw in `style`"
@@ -94,7 +102,7 @@ def save_picture(
     path,kind = Path(path),Path(path).suffix.lower().lstrip('.')
     no_date = dict(svg=dict(Date=None, Creator=None), pdf=dict(CreationDate=None, ModDate=None, Creator=None, Producer=None), png=dict(Software=None))
     if kind not in no_date: raise ISTError(f"{path.name!r} is not a kind of picture that can be saved. Give a name that ends in .svg or .pdf (sharp at any size) or .png.")
-    alt = alt or (fig.get_suptitle() or ' '.join(o.get_title() for o in fig.axes)).replace('\n', ' ')
+    alt = alt or (fig.get_suptitle() or ' '.join(o.get_title() for o in fig.axes)).replace('\n', ' ').replace(r'\$', '$')
     with style(): fig.savefig(path, metadata=no_date[kind] | {'Description' if kind=='png' else 'Title':alt})
     return path
 
@@ -153,18 +161,18 @@ def by_chance(
 # %% ../nbs/09_plot.ipynb #756c8588
 def _layer_axis(ax, layers):
     at = np.arange(0, len(layers), 1+len(layers)//17)
-    ax.set_yticks(at, [layers[i] for i in at]); ax.set(ylabel='layer', ylim=(-0.5, len(layers)-0.5))
+    ax.set_yticks(at, [_plain(layers[i]) for i in at]); ax.set(ylabel='layer', ylim=(-0.5, len(layers)-0.5))
 
 def _times(ax, state):
     "Bars, the band of chance behind them; the words for the title"
-    n,layers,(mean,low,high) = np.array(state['times_active']),state['layers'],by_chance(state).T
+    n,layers,(mean,low,high) = np.array(state['times_active']),[_plain(o) for o in state['layers']],by_chance(state).T
     y = np.arange(len(n))
     more,less = n>high,n<low
     drawn = state.get('config', {}).get('sampler')!='top'
     if drawn: ax.fill_betweenx(np.repeat(y, 2)+np.tile([-0.5, 0.5], len(y)), np.repeat(low, 2), np.repeat(high, 2), color=_faint, lw=0, label='chance (95% of runs)')
     ax.barh(y, n, height=0.62, color=[palette['blue'] if m else palette['sand'] if l else '#8899AA' for m,l in zip(more, less)] if drawn else palette['blue'])
     ax.step(np.append(mean, mean[-1]), np.append(y, len(n))-0.5, where='post', color='k', lw=0.9, ls='--', label='uniform (RST)')
-    ax.set(xlabel='steps that trained it', xlim=(0, max(n.max(), high.max())*1.04 or 1)); _layer_axis(ax, layers)
+    ax.set(xlabel='steps that trained it', xlim=(0, max(n.max(), high.max())*1.04 or 1)); _layer_axis(ax, state['layers'])
     if not drawn: return f"{_sentence(name_layers(np.flatnonzero(n==n.max()), layers))} in {n.max()} of {state['t']} steps, {name_layers(np.flatnonzero(n==n.min()), layers)} in {n.min()}: what is below is frozen"
     if not (more | less).any(): return 'Every layer was trained about as often as by chance'
     parts = [f'{name_layers(np.flatnonzero(o), layers)} {word}' for o,word in ((more, 'more often'), (less, 'less often')) if o.any()]
@@ -181,7 +189,7 @@ def plot_times_active(
     fig,ax = plt.subplots(figsize=(width, 1.+0.15*max(8, len(state['layers']))))
     words = _times(ax, state)
     fig.legend(loc='outside lower right', ncols=2)
-    fig.suptitle(_wrap(title or words, width), x=0.01, ha='left')
+    fig.suptitle(_plain(_wrap(title, width)) if title else _wrap(words, width), x=0.01, ha='left')
     return fig
 
 def _wrap(text:str, inches:float) -> str:
@@ -215,15 +223,15 @@ def plot_importance(
     history,layers = state['history'],state['layers']
     if not history:
         fig = plot_times_active(state, width=0.6*width)
-        fig.axes[0].set_title(title, color='0.35')
+        fig.axes[0].set_title(_plain(title), color='0.35')
         return fig
     fig,(a,b) = plt.subplots(1, 2, figsize=(width, 1.2+0.15*max(10, len(layers))), width_ratios=(2.6, 1))
     _heat(fig, a, history, layers)
     _times(b, state)
     b.set(xlabel='steps trained', ylabel='', yticklabels=[])
     fig.legend(loc='outside lower right', ncols=2)
-    a.set_title(title, color='0.35')
-    fig.suptitle(_wrap(finding(state['importance'], layers), width), x=0.01, ha='left')
+    a.set_title(_plain(title), color='0.35')
+    fig.suptitle(_wrap(_plain(finding(state['importance'], layers)), width), x=0.01, ha='left')
     return fig
 
 # %% ../nbs/09_plot.ipynb #0ec00450
@@ -237,6 +245,22 @@ def _heat(fig, ax, history, layers):
                    extent=(steps[0]-half, steps[-1]+half, -0.5, len(layers)-0.5))
     ax.set(xlabel='step'); _layer_axis(ax, layers)
     fig.colorbar(im, ax=ax, pad=0.01, aspect=30, label='importance $I$')
+
+# %% ../nbs/09_plot.ipynb #b7a754c7
+def try_picture(
+    make, # A function that returns a figure
+    path:str|Path, # As for `save_picture`
+) -> Path|None: # The file, or None if there is none: then a warning says why
+    "Draw and save a picture, if that is possible"
+    import matplotlib.pyplot as plt
+    before = set(plt.get_fignums())
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')     # of letters that the font lacks
+            return save_picture(make(), path)
+    except Exception as e: warnings.warn(f"{Path(path).name} could not be drawn ({type(e).__name__}: {' '.join(str(e).split())[:200]}). Nothing else depends on it.")
+    finally:
+        for k in set(plt.get_fignums())-before: plt.close(k)
 
 # %% ../nbs/09_plot.ipynb #92ac0500
 @_styled
@@ -258,12 +282,12 @@ def animate_run(
     bars,top = ax.bar(range(len(layers)), I[0], width=0.8),1.08*max(abs(I).max(), 1e-9)
     at = np.arange(0, len(layers), 1+len(layers)//17)
     ax.axhline(0, color='k', lw=0.7)
-    ax.set(xlabel='layer', ylabel='importance $I$', ylim=(-top, top)); ax.set_xticks(at, [layers[i] for i in at])
+    ax.set(xlabel='layer', ylabel='importance $I$', ylim=(-top, top)); ax.set_xticks(at, [_plain(layers[i]) for i in at])
     head = fig.suptitle(' ', x=0.01, ha='left')
     shade = plt.get_cmap('Blues')
     def frame(k):
         for bar,h,s in zip(bars, I[k], share[k]): bar.set(height=h, facecolor=shade(0.25+0.75*min(1, s)), edgecolor=palette['blue'], linewidth=0.6)
-        head.set_text(f'{title+": " if title else ""}step {steps[k]}')
+        head.set_text(f'{_plain(title)+": " if title else ""}step {steps[k]}')
         return [*bars, head]
     frame(0)
     fig.draw_without_rendering(); fig.set_layout_engine('none')   # the layout of the first frame stays
@@ -385,7 +409,7 @@ def plot_fidelity(
     (rho,p),x,y = rank_correlation(importance, left_out),np.array(left_out, float),np.array(importance, float)
     fig,ax = plt.subplots(figsize=(width, max(2.8, 0.72*width)))
     ax.scatter(x, y, s=22, color=palette['blue'], zorder=3)
-    for i in range(len(x)): ax.annotate(str(layers[i]), (x[i], y[i]), xytext=(4, 3), textcoords='offset points', fontsize=7)
+    for i in range(len(x)): ax.annotate(_plain(layers[i]), (x[i], y[i]), xytext=(4, 3), textcoords='offset points', fontsize=7)
     ax.axhline(0, color=_quiet, lw=0.7, zorder=0)
     ax.set(xlabel='rise of the loss without the layer, nats', ylabel='importance $I$'); ax.margins(0.08)
     how = 'does not rank' if not p<0.05 else 'ranks' if rho>0.7 else 'roughly ranks'
@@ -425,7 +449,7 @@ def plot_suppression(
     "Loss against how strongly a layer is damped, one line a layer"
     import matplotlib.pyplot as plt
     x,L = np.array(factors, float),np.array(losses, float)
-    layers = list(range(len(L))) if layers is None else layers
+    layers = [_plain(o) for o in (range(len(L)) if layers is None else layers)]
     by = np.argsort(x); x,L = x[by],L[:, by]-L[:, by][:, -1:]         # rise over the layer left alone
     order = np.argsort(-L[:, 0])
     fig,ax = plt.subplots(figsize=(width, max(2.8, 0.62*width)))
@@ -450,20 +474,20 @@ def plot_depth(
     "Probability of training each layer, and the share of the backward pass that is skipped"
     import matplotlib.pyplot as plt
     names,N = list(profiles),len(next(iter(profiles.values()))['inclusion'])
-    layers = list(range(N)) if layers is None else layers
+    layers,shown = [_plain(o) for o in (range(N) if layers is None else layers)],[_plain(o) for o in names]
     colors = [list(palette.values())[k%5] for k in range(len(names))]
     grid = dict(nrows=1, ncols=2, width_ratios=(2, 1), figsize=(width, 0.24*width+0.17*len(names)+0.7))
     if width<5: grid = dict(nrows=2, ncols=1, height_ratios=(1.8, 0.25*len(names)+0.2), figsize=(width, 2.9+0.25*len(names)))
     fig,(a,b) = plt.subplots(**grid)
-    for k,name in enumerate(names): a.plot(range(N), profiles[name]['inclusion'], color=colors[k], marker=marks[k%5], ls=dashes[k%5], lw=1.2, markevery=max(1, N//16), label=name)
+    for k,name in enumerate(names): a.plot(range(N), profiles[name]['inclusion'], color=colors[k], marker=marks[k%5], ls=dashes[k%5], lw=1.2, markevery=max(1, N//16), label=shown[k])
     at = np.arange(0, N, 1+N//(17 if width>5 else 9))
     a.set(xlabel='layer', ylabel='probability of training $\\pi_i$', ylim=(0, 1.03)); a.set_xticks(at, [layers[i] for i in at])
     skipped = [1-profiles[o]['depth'] for o in names]
     b.barh(range(len(names)), skipped, color=colors, height=0.6)
     for k,s in enumerate(skipped): b.annotate(f'{s:.0%}', (s, k), xytext=(3, 0), textcoords='offset points', va='center')
-    b.set(xlabel='backward pass skipped', xlim=(0, 1.2), yticks=range(len(names)), ylim=(len(names)-0.5, -0.5)); b.set_yticklabels(names); b.set_xticks([0, 0.5, 1], ['0', '50%', '100%'])
+    b.set(xlabel='backward pass skipped', xlim=(0, 1.2), yticks=range(len(names)), ylim=(len(names)-0.5, -0.5)); b.set_yticklabels(shown); b.set_xticks([0, 0.5, 1], ['0', '50%', '100%'])
     best,worst = int(np.argmax(skipped)),int(np.argmin(skipped))
-    fig.suptitle(_wrap(f'{names[best]} skips {skipped[best]:.0%} of the backward pass' + (f', {names[worst]} {skipped[worst]:.0%}' if best!=worst else ''), width), x=0.01, ha='left')
+    fig.suptitle(_wrap(f'{shown[best]} skips {skipped[best]:.0%} of the backward pass' + (f', {shown[worst]} {skipped[worst]:.0%}' if best!=worst else ''), width), x=0.01, ha='left')
     return fig
 
 # %% ../nbs/09_plot.ipynb #603d3641
@@ -559,7 +583,7 @@ def plot_losses(
 ): # A matplotlib figure
     "Loss against seconds for several methods, each with a band over its seeds"
     import matplotlib.pyplot as plt
-    curves,colors = {k:mean_curve(v) for k,v in runs.items()},list(palette.values())
+    curves,colors = {_plain(k):mean_curve(v) for k,v in runs.items()},list(palette.values())
     fig,ax = plt.subplots(figsize=(width, max(3.1, 0.56*width)))
     for k,(x,y,low,high) in enumerate(curves.values()):
         ax.fill_between(x, low, high, color=colors[k%5], alpha=0.18, lw=0)

@@ -7,11 +7,10 @@ from pathlib import Path
 os.environ.update(HF_HUB_OFFLINE='1', TOKENIZERS_PARALLELISM='false', MPLBACKEND='agg')
 if 'PYTEST_XDIST_WORKER' in os.environ: os.environ.update(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1')   # workers already fill the cores
 
-root = Path(__file__).resolve().parent.parent
+real = os.environ.get('IST_NB_DATA')   # a folder with commonsense/, math/, domains/ and textbooks/, which are too large for the repository
 
 @pytest.fixture(scope='session')
-def shared():
-    "The folder of data too large for the repository, where it lies beside this checkout"
-    d = root.parent/'shared'
-    if not d.is_dir(): pytest.skip('shared data not beside this checkout')
-    return d
+def real_data():
+    "The folder named by IST_NB_DATA; nothing is looked for anywhere else"
+    if not real: pytest.skip('IST_NB_DATA names no folder with the real data')
+    return Path(real)

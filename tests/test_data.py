@@ -10,7 +10,7 @@ def chat(*msgs): return js(*[dict(messages=[dict(role='user', content='Hi'), m])
 def parquet(rows):
     import io,pyarrow as pa,pyarrow.parquet as pq
     f = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows), f)
+    pq.write_table(pa.table(rows) if isinstance(rows, dict) else pa.Table.from_pylist(rows), f)
     return f.getvalue()
 def as_csv(rows):
     import csv,io
@@ -84,6 +84,27 @@ bad = {
     'nested text':      ({'a.jsonl':'{"text": '+'['*400+']'*400+'}'}, 'a.jsonl', ['line 1', "'text'", '(list)']),
     'many columns':     ({'a.jsonl':js({f'c{i}':1 for i in range(1000)})}, 'a.jsonl', ["'c0'", 'and 980 more', 'accepted sets']),
     'bomb':             ({'a.jsonl.gz':gzip.compress(b' '*2**27)}, 'a.jsonl.gz', ['a.jsonl.gz', '200 times its size', 'make it again']),
+    'key twice':        ({'a.jsonl':'{"text": "a"}\n{"text": "a", "text": "b"}'}, 'a.jsonl', ['a.jsonl, line 2', "key 'text' is there twice", 'rename']),
+    'key twice in a list': ({'a.json':'[{"text": "a"},\n {"text": "a", "text": "b"}]'}, 'a.json', ['a.json, line 2', "key 'text' is there twice", 'rename']),
+    'row of nothing':   ({'a.json':'[{}, {}]'}, 'a.json', ['row 1', 'no columns at all', 'give one of']),
+    'json after the list': ({'a.json':'[{"text": "a"}] x'}, 'a.json', ['a.json, line 1', 'Extra data at column 17']),
+    'json without comma': ({'a.json':'[{"text": "a"}\n{"text": "b"}]'}, 'a.json', ['a.json, line 2', "Expecting ',' delimiter at column 1"]),
+    'json cut':         ({'a.json':'[{"text": "a"},'}, 'a.json', ['a.json, line 1', 'Expecting value']),
+    'tool calls':       ({'a.jsonl':chat(dict(role='assistant', content='', tool_calls=[dict(type='function')]))}, 'a.jsonl', ['line 1, message 2', "'tool_calls'", 'leave the chat out']),
+    'call beside a text': ({'a.jsonl':chat(dict(role='assistant', content='Wait.', function_call=dict(name='f')))}, 'a.jsonl', ['message 2', "'function_call'", 'Write the call into the content']),
+    'call without content': ({'a.jsonl':chat(dict(role='assistant', content=None, tool_calls=[1]))}, 'a.jsonl', ["'tool_calls'"]),
+    'weight 0':         ({'a.jsonl':chat(dict(role='assistant', content='a', weight=0))}, 'a.jsonl', ['message 2', 'weight=0', 'counts alike', 'leave the message out']),
+    'not to be trained on': ({'a.jsonl':chat(dict(role='assistant', content='a', train=False))}, 'a.jsonl', ['train=false', 'Leave the key out']),
+    'role of a tool':   ({'a.jsonl':chat(dict(role='tool', content='3'))}, 'a.jsonl', ["'tool'", 'leave the chat out']),
+    'long text':        ({'a.jsonl':js(dict(text=' '*4_194_305))}, 'a.jsonl', ['line 1', '4,194,305 characters', 'split it into several rows']),
+    'long paragraph':   ({'a.txt':'One.\n\n'+'a b\n'*1_100_000}, 'a.txt', ['line 3', 'a paragraph of more than', 'blank lines']),
+    'path too long':    ({'a.jsonl':good}, 'x'*5000, ['no file or folder', 'Give the path']),
+    'deep path too long': ({'a.jsonl':good}, 'x/'*5000+'a.jsonl', ['no file or folder', 'Give the path']),
+    'bomb of one line': ({'a.jsonl.gz':gzip.compress(b'{"text": "'+b'a'*2**27+b'"}')}, 'a.jsonl.gz', ['200 times its size', 'make it again']),
+    'bomb of lines':    ({'a.jsonl.gz':gzip.compress(b'\n'*2**25)}, 'a.jsonl.gz', ['200 times its size']),
+    'bomb of rows':     ({'a.json.gz':gzip.compress(b'['+(b'{"text": "'+b'a'*500+b'"},')*2**15)}, 'a.json.gz', ['200 times its size']),
+    'parquet of many rows': ({'a.parquet':parquet(dict(text=['a']*1_000_000))}, 'a.parquet', ['1,000,000 rows', '200 times its size']),
+    'parquet of long rows': ({'a.parquet':parquet(dict(text=['a'*70_000_000]))}, 'a.parquet', ['rows of 66 MiB', 'split the texts']),
     'no such split':    ({'d/test.jsonl':good}, 'd', ["no split 'train'", 'Allowed: test']),
 }
 
@@ -118,7 +139,7 @@ def test_kinds_differ(here):
     with pytest.raises(ISTError, match='a.jsonl holds text rows but b.jsonl holds prompt-completion rows'): load_data('a.jsonl', test='b.jsonl')
 
 @pytest.mark.parametrize('name,body', {'a.json':json.dumps(rows, indent=2), 'lines.json':js(*rows), 'a.jsonl':js(*rows), 'a.jsonl.gz':gzip.compress(js(*rows).encode()),
-    'a.csv':as_csv(rows), 'bom.csv':'\ufeff'+as_csv(rows), 'a.parquet':parquet(rows)}.items(), ids=lambda o: o if isinstance(o,str) and len(o)<12 else '')
+    'pretty.json':json.dumps(rows, indent=8), 'gz.json.gz':gzip.compress(json.dumps(rows).encode()), 'one.json':json.dumps(rows, ensure_ascii=False), 'a.csv':as_csv(rows), 'bom.csv':'\ufeff'+as_csv(rows), 'a.parquet':parquet(rows)}.items(), ids=lambda o: o if isinstance(o,str) and len(o)<12 else '')
 def test_round_trip(here, name, body):
     "The same rows come out of every kind of file, in their order"
     put(here, {name:body})
@@ -178,3 +199,86 @@ def test_deep_values_in_messages(here):
     for _ in range(10_000): deep = [deep]
     for row in (dict(text=deep), dict(text=10**5000), deep, dict(messages=[deep])):
         with pytest.raises(ISTError): list(Part('a', [('row 1', row)]).convert())
+
+# --- everything in a file is in the dataset or in the report
+
+def chats(n, **keys): return js(*[dict(messages=[dict(role='user', content=f'Hi {i}'), dict(role='assistant', content=f'Hello {i}', **keys)]) for i in range(n)])
+
+@pytest.mark.parametrize('key', ['name', 'reasoning', 'reasoning_content', 'thinking', 'id', 'weight', '', 'naïve\n', '\ud800'])
+def test_keys_of_messages_are_named(here, key):
+    "With how many messages had them; a key that holds nothing is none"
+    put(here, {'a.jsonl':chats(3, **{key:1, 'tool_calls':[], 'audio':None, 'refusal':''})+'\n'+chats(2)})
+    report = load_data('a.jsonl').report
+    assert f'Keys of messages not used: {key if key and key.isprintable() else repr(key)} (3).' in report
+    assert 'tool_calls' not in report and 'audio' not in report and report.isprintable()
+
+def test_keys_of_test_messages_are_named(here):
+    put(here, {'train.jsonl':chats(3), 'test.jsonl':chats(2, name='Ann')})
+    assert 'Keys of messages of test.jsonl not used: name (2).' in load_data('train.jsonl', test='test.jsonl').report
+
+def test_message_with_both_spellings(here):
+    "Of files that were joined, each message has all keys, and those of the other spelling are null"
+    joined = [{'role':'user', 'from':None, 'content':'Hi', 'value':None}, {'role':None, 'from':'gpt', 'content':None, 'value':'Hello'}]
+    put(here, {'a.jsonl':js(*[dict(messages=joined)]*2)})
+    data = load_data('a.jsonl')
+    assert data.train[0]['messages']==[dict(role='user', content='Hi'), dict(role='assistant', content='Hello')] and 'Keys' not in data.report
+
+def test_an_empty_turn_is_not_trained_on(here):
+    put(here, {'a.jsonl':chats(2)+'\n'+js(dict(messages=[dict(role='assistant', content='Hi'), dict(role='user', content='?'), dict(role='assistant', content=' ')]))})
+    data = load_data('a.jsonl')
+    assert len(data.train)+len(data.test)==2 and 'Dropped for an empty text: 1 of a.jsonl.' in data.report
+
+def test_columns_are_counted(here):
+    put(here, {'a.jsonl':js(dict(text='One', id=1), dict(text='Two', id=2, note='x'), dict(text='Three', id=3))})
+    assert 'Columns not used: id, note (in 1 of 3 rows).' in load_data('a.jsonl').report
+    put(here, {'b.jsonl':js(dict(text='Four', id=1, mark=2))})
+    assert 'Columns of b.jsonl not used: mark.' in load_data('a.jsonl', test='b.jsonl').report
+
+def test_columns_without_a_name(here):
+    "A comma at the end of each line is no column; numbers of rows, as pandas writes them, are one"
+    put(here, {'a.csv':'prompt,completion,\nWhat?,That,\nWho?,She,\n', 'b.csv':',prompt,completion\n0,What?,That\n1,Who?,She\n', 'c.csv':'prompt,completion,,\nWhat?,That,,\nWho?,She,x,\n'})
+    assert 'not used' not in load_data('a.csv').report
+    assert load_data('b.csv').report.endswith('Columns not used: column 1 (without a name).')
+    assert load_data('c.csv').report.endswith('Columns not used: column 3 (without a name) (in 1 of 2 rows).')
+    assert load_data('a.csv', test='a.csv').train.to_list()==[dict(prompt='What?', completion='That'), dict(prompt='Who?', completion='She')]
+
+def test_files_and_splits_are_named(here):
+    put(here, {'d/train.jsonl':good, 'd/test.jsonl':good, 'd/validation.jsonl':good, 'd/notes.txt':'x', 'd/model.pkl':'x', 'd/.hidden':'x'})
+    (here/'d'/'more').mkdir()
+    report = load_data('d').report
+    assert 'Files not used: model.pkl, more, notes.txt.' in report and 'Splits not used: validation.' in report
+    put(here, {'e/test.jsonl':good, 'e/train.jsonl':good})
+    assert 'Splits not used: test, validation, train of e.' in load_data('d', test='e').report
+
+def test_every_row_is_accounted_for(here):
+    put(here, {'a.jsonl':js(*[dict(prompt=f'{i}', completion='' if i%3==0 else 'x', **({'id':i} if i%2 else {})) for i in range(30)])})
+    data = load_data('a.jsonl')
+    assert len(data.train)+len(data.test)==20 and 'Dropped for an empty text: 10 of a.jsonl.' in data.report and 'id (in 15 of 30 rows)' in data.report
+
+# --- bounded in memory
+
+@pytest.mark.parametrize('name', ['a.json', 'a.csv'])
+def test_a_file_is_not_held_as_a_whole(here, name):
+    "Reading 25 MB takes less than 8, however they are written"
+    import tracemalloc
+    text = 'a'*500
+    body = dict(json=lambda: json.dumps([dict(text=text)]*50_000), csv=lambda: f'text\n'+f'{text}\n'*50_000)[name.split('.')[1]]
+    put(here, {name:body()})
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in read_rows(here/name))==50_000
+        assert tracemalloc.get_traced_memory()[1]<8_000_000
+    finally: tracemalloc.stop()
+
+@pytest.mark.parametrize('size', [1, 7, 64])
+def test_pieces_of_any_size(here, monkeypatch, size):
+    "Where a piece ends makes no difference, also within a letter, a number or a line"
+    import ist_nb.data as d
+    monkeypatch.setattr(d, '_pieces', lambda path: (b[i:i+size] for b in [path.read_bytes()] for i in range(0, len(b), size)))
+    for name,body in {'a.json':json.dumps(rows, ensure_ascii=False, indent=1), 'a.jsonl':js(*rows), 'a.csv':'\ufeff'+as_csv(rows)}.items():
+        put(here, {name:body})
+        assert [o for _,o in read_rows(here/name)]==rows
+    put(here, {'n.json':'[1234, 56]', 'b.json':'[{"text": "x"},\n{"text" "y"}]', 'u.txt':'ä\nß'.encode()+b'\xff', 'cut.txt':'aß'.encode()[:-1]})
+    assert [o for _,o in read_rows(here/'n.json')]==[1234, 56]
+    for name,says in {'b.json':'b.json, line 2: broken JSON .* at column 9', 'u.txt':'line 2: byte 0xff at offset 5', 'cut.txt':'byte 0xc3 at offset 1'}.items():
+        with pytest.raises(ISTError, match=says): list(read_rows(here/name))

@@ -79,11 +79,11 @@ def test_broken_rows():
 # --- the real files
 
 @pytest.mark.parametrize('name', tasks)
-def test_real_file(name, shared):
+def test_real_file(name, real_data):
     "Every row: its gold answer and its choices are read; a text that gives the answer is scored as right; the reference output's own answer is found"
     t = tasks[name]
-    if name=='hellaswag': pytest.skip('HellaSwag is too large to lie beside the checkout')
-    rows = read_task(t, shared/'data')
+    if name=='hellaswag': pytest.skip('HellaSwag is too large for the folder')
+    rows = read_task(t, real_data)
     assert len(rows)==t.size
     for row in rows:
         gold,choices = t.gold(row),choices_of(row)
@@ -101,10 +101,10 @@ def test_real_file(name, shared):
             except ValueError: continue      # '13 crackers and 15 cakes', '29/3'
             assert t.extract(out)==stated==t.extract(out, released=True)
 
-def test_choices_are_the_whole_tail(shared):
+def test_choices_are_the_whole_tail(real_data):
     "Names and texts of the choices, put together again, are what the row says"
     for name in ('ARC-Easy', 'ARC-Challenge', 'openbookqa', 'social_i_qa', 'piqa', 'winogrande'):
-        for row in read_task(tasks[name], shared/'data'):
+        for row in read_task(tasks[name], real_data):
             said = ''.join(row['instruction'].rpartition('Answer format:')[0].split()).lower()
             assert said.endswith(''.join(f"{k}:{''.join(v.split())}" for k,v in choices_of(row).items()).lower())
 
@@ -274,15 +274,20 @@ def test_resume(pico, folder, tmp_path, monkeypatch):
     res = e.evaluate(*pico, 'boolq,AQuA,ARC-Easy', **kw)
     assert made==['boolq', 'AQuA', 'ARC-Easy', 'AQuA'] or made==['boolq', 'ARC-Easy', 'AQuA', 'AQuA'] or made==['boolq', 'AQuA', 'AQuA', 'ARC-Easy']
     assert e.evaluate(*pico, 'boolq,AQuA,ARC-Easy', batch_size=1, **kw)==res and len(made)==4
-    for change,says in ((dict(answers='text'), "answers was 'name' and is 'text'"), (dict(limit=3), 'n was 5 and is 3'), (dict(prompt=lambda o: o['instruction']), 'rows was')):
+    for change,says in ((dict(answers='text'), "answers was 'name' and is 'text'"), (dict(limit=3), '5 questions were asked and now 3'), (dict(prompt=lambda o: o['instruction']), 'the questions are others')):
         with pytest.raises(ISTError, match=says): e.evaluate(*pico, 'boolq', **kw | change)
     import copy
     other = copy.deepcopy(pico[0])
     with torch.no_grad(): next(other.parameters()).mul_(1.01)
-    with pytest.raises(ISTError, match='model was'): e.evaluate(other, pico[1], 'boolq', **kw)
+    with pytest.raises(ISTError, match="differently: the model's weights are others"): e.evaluate(other, pico[1], 'boolq', **kw)
     assert e.evaluate(other, pico[1], 'boolq', overwrite=True, **kw)['tasks']['boolq']['n']==5
     (tmp_path/'boolq.json').write_text('{"sett')
-    with pytest.raises(ISTError, match='made differently'): e.evaluate(*pico, 'boolq', **kw)
+    with pytest.raises(ISTError, match='earlier result .* cannot be read .*--overwrite'): e.evaluate(*pico, 'boolq', **kw)
+    whole = json.loads((tmp_path/'AQuA.json').read_text())
+    for broken,says in (('['*100_000, 'RecursionError'), ('[]', 'holds a list'), (json.dumps(whole | dict(settings='as before')), 'holds no settings'), (json.dumps(whole | dict(summary={})), 'no whole summary'),
+                        (json.dumps(whole | dict(summary=whole['summary'] | dict(correct=99))), 'no whole summary')):
+        (tmp_path/'AQuA.json').write_text(broken)
+        with pytest.raises(ISTError, match=says): e.evaluate(*pico, 'AQuA', **kw)
 
 def test_run_is_evaluated(folder, tmp_path, capsys):
     "From ist_finetune to ist_evaluate: a run's folder is found with its base model; what it was taught, it says"
@@ -338,6 +343,175 @@ def test_mistakes(argv, parts, folder, capsys, tmp_path, monkeypatch):
     said = capsys.readouterr().err
     assert said.startswith('ist_evaluate: ') and said.count('\n')==1 and not [o for o in parts if o not in said], said
     assert not list(tmp_path.iterdir())     # nothing is left behind
+
+# --- files that are broken, or made to do harm: a sentence, quickly, and nothing left behind
+
+@pytest.fixture(scope='module')
+def adapter(tmp_path_factory):
+    from peft import LoraConfig, get_peft_model
+    d = tmp_path_factory.mktemp('adapter')
+    get_peft_model(AutoModelForCausalLM.from_pretrained(assets/'pico'), LoraConfig(r=2, target_modules=['q_proj'], task_type='CAUSAL_LM')).save_pretrained(d)
+    return d
+
+def conf(**kw): return lambda d: (d/'adapter_config.json').write_text(json.dumps(json.loads((d/'adapter_config.json').read_text()) | kw))
+def put(name, body): return lambda d: (d/name).write_bytes(body if isinstance(body, bytes) else body.encode())
+def weights(change):
+    def _change(d):
+        from safetensors.torch import load_file, save_file
+        save_file(change(load_file(d/'adapter_model.safetensors')), d/'adapter_model.safetensors')
+    return _change
+def as_bin(d):
+    (d/'adapter_model.safetensors').unlink()
+    import pickle
+    class Harm:
+        def __reduce__(self): return open, (str(d/'harm'), 'w')
+    torch.save(dict(a=Harm()), d/'adapter_model.bin')
+
+broken_adapters = {
+    'empty':          (put('adapter_config.json', ''), ['adapter_config.json cannot be read']),
+    'nested':         (put('adapter_config.json', '['*100_000), ['adapter_config.json cannot be read', 'RecursionError']),
+    'a list':         (put('adapter_config.json', '[]'), ['holds a list']),
+    'not utf-8':      (put('adapter_config.json', b'{"a": "\xff"}'), ['adapter_config.json cannot be read', 'UnicodeDecodeError']),
+    'no base':        (conf(base_model_name_or_path=None), ['names no base model', '--adapter']),
+    'broken pattern': (conf(target_modules='('), ["target_modules: '(' is no regular expression", 'list of names']),
+    'slow pattern':   (conf(target_modules='(.*)*(.*)*(.*)*x$'), ['target_modules', 'seconds to match', 'simpler pattern']),
+    'slow ranks':     (conf(rank_pattern={'(.*)*(.*)*(.*)*x$':4}), ['rank_pattern', 'seconds to match']),
+    'huge rank':      (conf(r=10**9), ['r=1000000000', 'Copy or save it again']),
+    'no such method': (conf(peft_type='LORE'), ['cannot be loaded', 'LORE']),
+    'token index':    (conf(trainable_token_indices=[10**9]), ['cannot be loaded']),
+    'text as weights': (put('adapter_model.safetensors', 'weights'), ['cannot be loaded', 'SafetensorError']),
+    'pickle':         (as_bin, ['cannot be loaded']),
+    'weights missing': (weights(lambda w: dict(list(w.items())[2:])), ['not all there']),
+    'other names':    (weights(lambda w: {k.replace('layers', 'layer'):v for k,v in w.items()}), ['not all there']),
+    'nested results': (put('results.json', '['*100_000), []),      # not needed: the adapter names its base
+}
+
+@pytest.mark.parametrize('change,parts', broken_adapters.values(), ids=broken_adapters)
+def test_broken_adapters(change, parts, adapter, folder, tmp_path, capsys, monkeypatch):
+    import shutil,ist_nb.evaluate as e
+    real = e._check_patterns
+    monkeypatch.setattr(e, '_check_patterns', lambda *a: real(*a, seconds=0.5))
+    monkeypatch.chdir(tmp_path)
+    d = tmp_path/'run'
+    shutil.copytree(adapter, d)
+    change(d)
+    before = sorted(d.iterdir())
+    status = main(f'--model run --data {folder} --tasks boolq --how likelihood --limit 1 --output_dir out'.split())
+    said = capsys.readouterr().err
+    assert (status,said.count('\n'))==((2, 1) if parts else (0, 0)) and not [o for o in parts if o not in said] and 'Traceback' not in said, said
+    assert sorted(d.iterdir())==before and (parts==[])==(tmp_path/'out').exists()
+
+def ask_row(**kw): return dict(instruction=rows['ARC-Easy'][0], input='', output='', answer='answer1') | kw
+many = ask('Which?', [f'answer{i}' for i in range(1, 1001)], ['a']*1000)
+broken_rows = {
+    'int':            (ask_row(instruction=3), ["column 'instruction' holds 3 (int)"]),
+    'list':           (ask_row(instruction=['a']), ["column 'instruction'", '(list)']),
+    'nan':            (ask_row(instruction=math.nan), ["column 'instruction'", '(float)']),
+    'empty':          (ask_row(instruction=' '), ['the instruction is empty']),
+    'input':          (ask_row(input=3), ["column 'input' holds 3 (int)"]),
+    'input list':     (ask_row(input=[1]), ["column 'input'", '(list)']),
+    'surrogate':      (ask_row(instruction='\ud800 '+rows['ARC-Easy'][0]), ['surrogate']),
+    'answer surrogate': (ask_row(answer='\ud800'), ["none of the row's choices"]),
+    'answer int':     (ask_row(answer=1), ["the answer 1 is none of the row's choices"]),
+    '1000 choices':   (ask_row(instruction=many), ['1,000 choices', 'at most 26']),
+    'nameless choice': (ask_row(instruction='Which? answer1: a : b\n\nAnswer format: answer1//answer2'), ['without a name']),
+}
+
+@pytest.mark.parametrize('row,parts', broken_rows.values(), ids=broken_rows)
+def test_broken_task_rows(row, parts, tmp_path):
+    (tmp_path/'ARC-Easy').mkdir()
+    (tmp_path/'ARC-Easy'/'test.json').write_text(json.dumps([ask_row(), row]))
+    with pytest.raises(ISTError) as e: read_task(tasks['ARC-Easy'], tmp_path)
+    for o in ('test.json of ARC-Easy, row 2', *parts): assert o in str(e.value)
+
+@pytest.mark.parametrize('answer', [math.nan, math.inf, 'seven', [1], None, True])
+def test_a_number_that_is_none(answer, tmp_path):
+    (tmp_path/'SVAMP').mkdir()
+    (tmp_path/'SVAMP'/'test.json').write_text(json.dumps([dict(instruction='How many?', answer=answer)]))
+    with pytest.raises(ISTError, match='test.json of SVAMP, row 1'): read_task(tasks['SVAMP'], tmp_path)
+
+def test_names_with_regular_expressions():
+    names = ['answer(1', 'answer[2']
+    assert choices_of(dict(instruction=ask('Which?', names, 'ab')))==dict(zip(names, 'ab'))
+    for o in names: assert tasks['ARC-Easy'].extract(f'so {o}', names)==extract_released(f'so {o}', names)==o
+
+def test_where_results_cannot_go(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'f').write_text('a file')
+    for out,says in (('f', 'because f is a file'), ('f/deeper/still', 'is a file'), ('x'*3000, 'cannot be made'), ('a/'+'x'*300, 'cannot be made')):
+        assert main(f'--data {folder} --tasks boolq --how likelihood --output_dir {out}'.split())==2
+        said = capsys.readouterr().err
+        assert says in said and said.count('\n')==1, said
+    for flags,says in ((f'--data {"x"*5000}', 'no folder'), (f'--data {folder} --dtype load', "--dtype 'load'"), (f'--data {folder} --num_beams 100000', 'at most 64'), (f'--data {folder} --model ./nofolder', "no folder './nofolder'")):
+        assert main(f'--tasks boolq {flags}'.split())==2
+        assert says in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()]==['f']
+
+def test_no_code_of_a_model_is_run(folder, tmp_path, capsys, monkeypatch):
+    "Nor is anybody asked; with the flag of the ecosystem it is run"
+    import shutil
+    monkeypatch.setattr('builtins.input', lambda *a: pytest.fail('asked on standard input'))
+    monkeypatch.setenv('HF_MODULES_CACHE', str(tmp_path/'cache'))
+    d = tmp_path/'m'
+    shutil.copytree(assets/'pico', d)
+    made = json.loads((d/'config.json').read_text())
+    (d/'config.json').write_text(json.dumps(made | dict(model_type='mine', auto_map=dict(AutoConfig='code.MyConfig', AutoModelForCausalLM='code.MyModel'))))
+    (d/'code.py').write_text(f"open({str(tmp_path/'ran')!r}, 'w')\nfrom transformers import LlamaConfig as MyConfig, LlamaForCausalLM as MyModel\n")
+    argv = f'--model {d} --data {folder} --tasks boolq --how likelihood --limit 1 --output_dir {tmp_path/"o"}'.split()
+    assert main(argv)==2
+    said = capsys.readouterr().err
+    assert 'give --trust_remote_code if you trust it' in said and 'Do you wish' not in said and not (tmp_path/'ran').exists()
+    main([*argv, '--trust_remote_code'])
+    assert (tmp_path/'ran').exists()
+
+def test_weights_that_are_missing_are_not_made_up(folder, tmp_path, capsys):
+    import shutil
+    from safetensors.torch import load_file, save_file
+    shutil.copytree(assets/'pico', tmp_path/'m')
+    w = load_file(tmp_path/'m'/'model.safetensors')
+    lost = next(k for k in w if 'q_proj' in k)
+    save_file({k:v for k,v in w.items() if k!=lost}, tmp_path/'m'/'model.safetensors', metadata=dict(format='pt'))
+    assert main(f'--model {tmp_path}/m --data {folder} --tasks boolq --output_dir {tmp_path}/o'.split())==2
+    said = capsys.readouterr().err
+    assert '1 weights of the model' in said and lost in said and 'random' in said
+
+def test_debug_shows_where(folder, tmp_path, monkeypatch, capsys):
+    "What nobody foresaw is a sentence too, and --debug raises it"
+    import ist_nb.evaluate as e
+    def fail(*a, **k): raise ZeroDivisionError('no such thing')
+    monkeypatch.setattr(e, 'evaluate', fail)
+    argv = f'--data {folder} --tasks boolq --output_dir {tmp_path}/o'.split()
+    assert main(argv)==2 and 'ZeroDivisionError: no such thing' in capsys.readouterr().err
+    with pytest.raises(ZeroDivisionError): main([*argv, '--debug'])
+
+@pytest.mark.parametrize('argv,status,says', [(['--version'], 0, 'ist_evaluate 0.'), (['--modle', 'x'], 2, "did you mean '--model'"), (['--data', '/nowhere'], 2, "no folder '/nowhere'")], ids=lambda o: o[0] if isinstance(o, list) else '')
+def test_what_needs_no_torch(argv, status, says):
+    "The version, a mistyped flag and a folder that is not there are answered before anything large is imported"
+    res = subprocess.run([sys.executable, '-X', 'importtime', '-m', 'ist_nb.evaluate', *argv], capture_output=True, text=True)
+    assert res.returncode==status and says in res.stdout+res.stderr and not {'torch', 'transformers'} & {l.split('|')[-1].strip() for l in res.stderr.splitlines()}
+
+# --- what tells the ways of scoring apart
+
+def test_likelihood_over_the_length(monkeypatch):
+    "Where the sum and the sum over the length in characters choose differently, each is what it says"
+    import ist_nb.evaluate as e
+    row = dict(instruction=ask('Which?', marks('answer', 3), ['no', 'a much longer one', 'four'] ), answer='answer2')
+    monkeypatch.setattr(e, 'log_likelihoods', lambda *a, **k: ([[-3., -8., -4.]], [0]))
+    got, = e.score_likelihood(None, None, tasks['ARC-Easy'], [row], 'text')
+    assert (got['predicted'],got['correct'],got['predicted_norm'],got['correct_norm'])==('answer1', False, 'answer2', True)      # -3/2, -8/17, -4/4
+    assert got['lengths']==[2, 17, 4]
+    assert (e.summarise([got])['accuracy'],e.summarise([got])['accuracy_norm'])==(0, 1)
+
+@pytest.mark.parametrize('want,text', [('B', 'The answer is (A). No: the answer is (B).'), ('C', 'Not (A) and not (B) but (C)'), ('D', 'A. B. D.'), ('b', 'answer: (a), I mean answer: (b)'), ('A', 'The answer is (A).\n\n### Instruction:\nWhich? The answer is (C).')])
+def test_the_last_letter_counts(want, text): assert extract_letter(text)==want.upper()
+
+@pytest.mark.parametrize('want,text', [('answer2', 'The answer is answer1. No, the answer is answer2'), ('answer1', 'answer1, not answer2'), ('answer1', 'the answer is answer1\n\nQuestion: Which?\nThe answer is answer2')])
+def test_which_name_counts(want, text): assert extract_choice(text, ['answer1', 'answer2'])==want
+
+@pytest.mark.parametrize('want,text', [(24, 'The answer is 24 dollars, not 12.'), (24, 'The answer is 24 (12 eggs at 2 dollars).'), (8, 'Answer: 8\n\n### Instruction:\nWhat is 2+2? Answer: 4'), (1500, 'Answer: 1 500'),
+    (24, 'The answer is 24 because 12 eggs cost 2 each.'), (24, 'The answer is 24, since 12*2 is 24 and 1 more is 25'), (1234567, 'It costs 1\u00a0234\u00a0567 in all'), (15, 'The answer is 30 - 15 = 15.'), (7, 'The answer is the sum of 3 and 4 = 7'),
+    (15, 'The answer is, as we saw, 15'), (8, 'So 8.\n\nQ: Tom has 7 pens and 2 more.'), (5, '\n### Question: again?\nThe answer is 5'), (72, 'it is so\n#### 72'), (1.5, 'answer: 1.5 of 10'), (-1500, 'The answer is -$1,500; 3 are left'), (3, 'Answer: [3]'), (12, 'The answer is 12: 3 times 4')])
+def test_numbers_and_what_is_said_of_them(want, text): assert extract_number(text)==want
 
 def test_help_is_quick_and_whole():
     out = subprocess.run([sys.executable, '-X', 'importtime', '-m', 'ist_nb.evaluate', '--help'], capture_output=True, text=True, check=True)

@@ -193,9 +193,9 @@ def test_overwrite(here):
     run('--data good.jsonl --method dense --overwrite', here/'out')
     assert not (here/'out'/'ist_state.json').exists() and (here/'out'/'mine.txt').read_text()=='keep'
 
-def test_arc_easy(here, shared):
+def test_arc_easy(here, real_data):
     "The real training file of the paper's commonsense tasks"
-    res = run(f"--data {shared/'data'/'commonsense'/'ARC-Easy'/'train.json'} --max_rows 64 --max_length 256", here/'out')
+    res = run(f"--data {real_data/'commonsense'/'ARC-Easy'/'train.json'} --max_rows 64 --max_length 256", here/'out')
     assert 'Alpaca' in res['data'] and res['steps']==4
 
 def test_data_kinds(here):

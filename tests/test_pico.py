@@ -5,7 +5,6 @@ from transformers import AutoModelForCausalLM,AutoTokenizer
 
 root = Path(__file__).parent.parent
 assets = root/'ist_nb/assets'
-books = root.parent/'shared/data/textbooks'
 sys.path.insert(0, str(root/'tools'))
 from make_physics import held_out,read_book
 
@@ -60,10 +59,9 @@ def test_physics_split():
     assert not train & test
     assert all(set(r)=={'title','text'} for n in ('train','test') for r in rows(n))
 
-@pytest.mark.skipif(not books.exists(), reason='needs the textbooks in ../shared/data/textbooks')
-def test_source():
+def test_source(real_data):
     "Every row is a module of the held-out book as `read_book` gives it, and of no other book"
-    mods = {p.name.split('.')[0]:{r['text'] for r in read_book(p)} for p in books.glob('*.jsonl.gz')}
+    mods = {p.name.split('.')[0]:{r['text'] for r in read_book(p)} for p in (real_data/'textbooks').glob('*.jsonl.gz')}
     shipped = {r['text'] for n in ('train','test') for r in rows(n)}
     assert shipped <= mods.pop(held_out)
     assert not shipped & set().union(*mods.values())

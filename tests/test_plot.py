@@ -1,5 +1,5 @@
 "Pictures that everybody can read, that say what the numbers say, and files that do not change by themselves"
-import json,re
+import json,os,re
 from itertools import combinations
 from pathlib import Path
 import matplotlib,numpy as np,pytest
@@ -109,6 +109,59 @@ def test_nothing_is_cut_off(name, width):
 def test_style_is_left_behind():
     before = dict(matplotlib.rcParams); pictures['times']()
     assert dict(matplotlib.rcParams)==before
+
+def test_style_puts_back_its_own_settings_only():
+    "What Jupyter's backend sets while it loads inside of a picture stays"
+    was = matplotlib.is_interactive()
+    try:
+        with P.style(): matplotlib.interactive(not was)
+        assert matplotlib.is_interactive() is not was
+    finally: matplotlib.interactive(was)
+
+def test_two_pictures_in_a_real_kernel(tmp_path):
+    "In Jupyter without %matplotlib: ours is shown, and so is the user's own after it"
+    from jupyter_client.manager import start_new_kernel
+    env = {k:v for k,v in os.environ.items() if k!='MPLBACKEND'} | dict(PYTHONPATH=os.pathsep.join([str(root), os.environ.get('PYTHONPATH', '')]), IPYTHONDIR=str(tmp_path))
+    manager,client = start_new_kernel(env=env)
+    def shown(code):
+        got = []
+        reply = client.execute_interactive(code, timeout=60, output_hook=lambda m: got.append(m['content'].get('data', {})) if m['msg_type']=='display_data' else None)
+        assert reply['content']['status']=='ok', reply['content']
+        return sum('image/png' in o for o in got)
+    try:
+        assert shown(f"from ist_nb.plot import plot_times_active\nplot_times_active(dict(layers=[0, 1], times_active=[3, 4], t=7));")==1
+        assert shown('import matplotlib.pyplot as plt\nplt.plot([1, 2]);')==1
+        assert shown('plt.plot([2, 1]);')==1
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+
+strange = r'$5 \frac{ ^_ $', r'\alpha \$ $$', '\ud800\n$'
+
+@pytest.mark.parametrize('text', strange)
+def test_what_a_user_wrote_is_no_formula(text, tmp_path):
+    "Titles, labels of layers and names of methods are drawn as they stand"
+    layers = [f'{text}{i}' for i in range(4)]
+    s,n = made([1., 2., 0., 0.5]) | dict(layers=layers),len(layers)
+    figs = [P.plot_importance(s, text), P.plot_times_active(s, text), P.plot_importance(s | dict(history=[]), text), P.plot_fidelity([1., 2, 3, 4], [1., 2, 3, 5], layers),
+            P.plot_suppression([0., 0.5, 1.], [[3., 2.5, 2.]]*n, layers), P.plot_depth({text:dict(inclusion=[0.25]*n, depth=0.5), text+'2':dict(inclusion=[0.5]*n, depth=0.9)}, layers),
+            P.plot_losses({o:[([0., 1., 2.], [3., 2., 1.])] for o in (text, text+'2')})]
+    for fig in figs[2:]: fig.canvas.draw()
+    for i,fig in enumerate(figs[:2]): P.save_picture(fig, tmp_path/f'{i}.svg')
+    anim = P.animate_run(s, text); anim._fig.canvas.draw(); anim._draw_was_started = True
+    svg = ' '.join(re.findall(r'<text[^>]*>([^<]*)</text>', (tmp_path/'0.svg').read_text()))
+    if text==strange[0]: assert text in svg and f'{text}3' in svg
+    assert '\\$' not in re.search(r'<dc:title>([^<]*)', (tmp_path/'1.svg').read_text())[1].replace(r'\alpha \$', '')
+
+def test_a_picture_fails_no_run(tmp_path):
+    "Whatever goes wrong is a warning, and no figure stays open"
+    def broken():
+        plt.figure()
+        raise RuntimeError('no such font')
+    with pytest.warns(UserWarning, match=r'a\.png could not be drawn \(RuntimeError: no such font\)'): assert P.try_picture(broken, tmp_path/'a.png') is None
+    with pytest.warns(UserWarning, match='could not be drawn'): assert P.try_picture(pictures['times'], tmp_path/'nowhere'/'a.png') is None
+    assert P.try_picture(lambda: P.plot_times_active(state, '漢'), tmp_path/'a.png').read_bytes()[:4]==b'\x89PNG'
+    assert not plt.get_fignums()
 
 # --- what the titles say
 def made(importance, times=None, t=100, **kw):

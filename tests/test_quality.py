@@ -1,12 +1,11 @@
 "The bench of the evidence: every contender runs, on every kind of task, and a run that is known is not run again"
-import json,math
-from pathlib import Path
+import json,math,os
 import pytest
 import quality
 from ist_nb import ISTConfig
 
-data = Path(__file__).parent.parent.parent/'shared'/'data'
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not data.exists(), reason='needs the textbooks and the commonsense files in ../shared/data, which are not part of the repository')]
+data = os.environ.get('IST_NB_DATA', '')
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not data, reason='needs the textbooks and the commonsense files, which are not part of the repository, in the folder named by IST_NB_DATA')]
 
 @pytest.mark.parametrize('name', list(quality.contenders))
 def test_contender(name):
