@@ -76,20 +76,25 @@ def _leads_to(o) -> list:
         used = [] if _is_library(o) else [_Variable(o.__globals__, k) for k in _names(o.__code__) if k in o.__globals__]
         return [*cells, *used, *(o.__defaults__ or ()), *(o.__kwdefaults__ or {}).values(), vars(o)]
     if isinstance(o, _Variable):
-        with ignore(ValueError): return [o.get()]
+        with ignore(ValueError): return [] if _is_iterator(o.get()) else [o.get()]   # an empty one has no value
         return []
     if isinstance(o, type): return [] if _is_library(o) else [*vars(o).values(), *o.__bases__]
     if isinstance(o, partial): return [o.func, *o.args, *o.keywords.values()]
-    if isinstance(o, (dict, list, tuple, set, deque)): return list(o.values() if isinstance(o, dict) else o) if len(o)<=_long else []
+    if isinstance(o, (dict, list, set, deque)): return [v for v in (o.values() if isinstance(o, dict) else o) if not _is_iterator(v)] if len(o)<=_long else []
+    if isinstance(o, tuple): return list(o[:_long])
     inner = (getattr(o, k, None) for k in ('__self__', '__func__', 'fget', *getattr(type(o), '__slots__', ())))   # of methods, properties and objects without a dictionary
     return [getattr(o, '__dict__', None), type(o), *inner]
 
 # %% ../nbs/04_ist.ipynb #10747d33
+def _is_iterator(o):
+    "Whether `o` is an iterator of Python's own, or the method of one: it shows no state, but a copy of it can be put in its place"
+    if isinstance(o, (types.MethodWrapperType, types.BuiltinMethodType)): o = o.__self__
+    return type(o).__module__ in ('builtins', 'itertools') and hasattr(o, '__next__')
+
 def _twin(v):
     "An iterator that goes on where `v` stands; anything else as it is"
-    if isinstance(v, types.GeneratorType): raise TypeError('a generator can be read only once')
-    at = type(v).__module__ in ('builtins', 'itertools') and hasattr(v, '__next__')
-    return copy.deepcopy(v) if at else v
+    if not _is_iterator(v): return v
+    return copy.deepcopy(v) if hasattr(v, '__next__') else getattr(copy.deepcopy(v.__self__), v.__name__)
 
 def _restorer(o):
     "A function that puts the state of `o` back; None if it has none"
@@ -97,6 +102,7 @@ def _restorer(o):
     if isinstance(o, np.random.BitGenerator): return partial(setattr, o, 'state', copy.deepcopy(o.state))
     if isinstance(o, random.Random): return None if isinstance(o, random.SystemRandom) else partial(o.setstate, o.getstate())
     if isinstance(o, (np.random.RandomState, torch.Generator)): return partial(o.set_state, o.get_state())
+    if _is_iterator(o): raise TypeError('it lies where a copy cannot take its place')
     if isinstance(o, IOBase):
         with ignore(OSError, ValueError): return partial(o.seek, o.tell())
     if isinstance(o, _Variable):
@@ -561,11 +567,16 @@ def resting(self:IST) -> list: # Of `Layer`
 @patch
 def _check_trained(self:IST):
     "Refuse layers that have changed since the first step: IST would freeze parameters that nobody trains, and train others at every step"
-    if self.trained is None: self.places = [m._parameters for s in self.layers.stacks for m in self.model.get_submodule(s).modules() if m._parameters]
-    now = [id(p) for d in self.places for p in d.values() if p is not None and p.requires_grad],[list(getattr(t, 'active_adapters', ())) for o in self.layers for t in o.tuners]
+    if self.trained is None: self.places = [o for s in self.layers.stacks for o in _places(self.model.get_submodule(s))]
+    now = [id(p) for held,k,m in self.places if held.get(k) is m for p in m._parameters.values() if p is not None and p.requires_grad],[list(getattr(t, 'active_adapters', ())) for o in self.layers for t in o.tuners]
     if self.trained is None: self.trained = now
     if now!=self.trained: raise ISTError("What the model trains has changed since the first step: another adapter is active, or parameters were replaced, frozen or unfrozen. "
                                          "Make a new IST for the model as it is now (and a new optimizer, where parameters are new), or put back what was there (model.set_adapter(...)).")
+
+def _places(module) -> list: # A dictionary, a key, and what is there
+    "Where the modules with parameters are"
+    return [(o._modules, k, m) for o in module.modules() for k,m in o._modules.items() if m is not None and m._parameters]
+
 
 # %% ../nbs/04_ist.ipynb #07b66f1b
 @patch
