@@ -17,7 +17,7 @@ def main(
     torch.set_num_threads(1)
     cfg = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=32, num_attention_heads=2, num_key_value_heads=2)
     model = get_peft_model(LlamaForCausalLM(cfg), LoraConfig(r=32, target_modules=['q_proj','k_proj','v_proj','up_proj','down_proj'], task_type='CAUSAL_LM'))
-    ists = dict(importance=IST(model, ISTConfig(score_interval=10**9), probe=[0]), uniform=IST(model, ISTConfig.rst()))
+    ists = dict(importance=IST(model, ISTConfig(score_interval=10**9), probe=[0], loss_fn=lambda model, batch: None), uniform=IST(model, ISTConfig.rst()))
     ms = {k:[] for k in ists}
     for _ in range(reps):
         for name,ist in ists.items():

@@ -13,7 +13,7 @@ from copy import copy, deepcopy
 from importlib import import_module
 from dataclasses import asdict
 from fastcore.basics import patch
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import CallbackHandler, ExportableState
 from .config import ISTConfig, ISTError, layer_count
 from .ist import IST, budgets, layers_of, model_loss
@@ -60,7 +60,34 @@ def on_train_begin(self:ISTCallback, args, state, control, model=None, optimizer
     check_processes(args, self.ist.ranks.size)
     if self.config.fast: run_ahead(args, train_dataloader)
     if state.global_step: self._restore(state, optimizer)
+    if _is_finished(state): _say_finished(state)
     self._begin_show(state)
+
+# %% ../nbs/05_callback.ipynb #d5af42c4
+def _callbacks(trainer): return [o for o in trainer.callback_handler.callbacks if isinstance(o, ISTCallback) and o.ist is not None]
+
+@patch
+def _inner_training_loop(self:Trainer, *args, **kwargs):
+    try: return self._orig__inner_training_loop(*args, **kwargs)
+    except (TypeError, AttributeError) as e:
+        for o in _callbacks(self):
+            if told := o.ist.watch.explain(e): raise told from e
+        raise
+    finally:
+        for o in _callbacks(self): o.ist.close()
+
+def _is_finished(state): return 0<state.max_steps<=state.global_step
+
+@patch
+def _run_epoch(self:Trainer, *args, **kwargs):
+    if not (_is_finished(self.state) and _callbacks(self)): return self._orig__run_epoch(*args, **kwargs)
+    self.control.should_training_stop = True
+
+def _say_finished(state):
+    what = f"The run is finished: its checkpoint is of step {state.global_step}, and max_steps is {state.max_steps}."
+    if not hasattr(Trainer, '_orig__run_epoch'):   # transformers before 5.3 or so: there the loop cannot be kept from its step
+        raise ISTError(f"{what} To train on, raise max_steps or num_train_epochs; to use the adapter, load it from the checkpoint.")
+    warnings.warn(f"IST: {what[0].lower()}{what[1:]} Nothing was trained. To train on, raise max_steps or num_train_epochs.")
 
 # %% ../nbs/05_callback.ipynb #b9008e87
 def check_args(

@@ -30,7 +30,7 @@ def test_one_and_two_layers():
 def test_every_layer_gets_its_share():
     "Draws at successive steps are independent enough: frequencies match the exact inclusion probabilities"
     from ist_nb.samplers import inclusion_probabilities
-    ist = IST(stack(6), ISTConfig.paper(score_interval=10**6, n_active=2), probe=[0])
+    ist = IST(stack(6), ISTConfig.paper(score_interval=10**6, n_active=2), probe=[0], loss_fn=lambda m, b: None)
     ist.importance = torch.tensor([-2., -1., 0., 0., 1., 2.])
     pi,n = inclusion_probabilities(torch.sigmoid(ist.importance), 2),4000
     f = steps(ist, n).times_active/n
@@ -47,7 +47,7 @@ def test_bad_scorer_and_sampler_of_ones_own():
     samplers.register('twice the same', '')(lambda I, n, c, g: torch.zeros(n, dtype=torch.long))
     scorers.register('too short', '')(lambda I, p, c, g: (I[:1], {}))
     try:
-        with pytest.raises(ISTError, match='twice the same'): steps(IST(stack(8), ISTConfig(sampler='twice the same'), probe=[0]), 1)
+        with pytest.raises(ISTError, match='twice the same'): steps(IST(stack(8), ISTConfig(sampler='twice the same'), probe=[0], loss_fn=lambda m, b: None), 1)
         with pytest.raises(ISTError, match='too short'): steps(IST(stack(8), ISTConfig(scorer='too short', score_interval=1), probe=[0], loss_fn=lambda m, b: torch.tensor(1.)), 2)
     finally: samplers.entries.pop('twice the same'); scorers.entries.pop('too short')
 

@@ -121,9 +121,23 @@ def test_resume_is_never_a_silent_restart(tmp_path):
     edit(c, lambda s: s['stateful_callbacks']['ISTCallback']['attributes'].update(saved=None))
     with pytest.raises(ISTError, match='written without ISTCallback'): again()
     cb = ISTCallback(ISTConfig())
-    cb.ist = IST(kp.tiny_model(), cb.config, probe=[])
+    cb.ist = IST(kp.tiny_model(), cb.config, probe=[dict(x=torch.ones(1))], loss_fn=lambda model, batch: None)
     for wrong in ([], 'x', {}, {'attributes':7}, {'attributes':{'saved':[1]}}, {'attributes':{'saved':{'version':1}}}):
         with pytest.raises(ISTError): cb._restore(SimpleNamespace(global_step=3, stateful_callbacks=dict(ISTCallback=wrong)), None)
+
+@pytest.mark.parametrize('schedule', ['constant', 'linear'])
+def test_a_finished_run_stays_finished(tmp_path, schedule):
+    "Resumed at its last step or past it, nothing moves; with more steps it goes on"
+    args = dict(max_steps=3, lr_scheduler_type=schedule, learning_rate=0.01)
+    done = trainer(tmp_path, ISTCallback(ISTConfig.rst()), **args); done.train()
+    want = {n:p.detach().clone() for n,p in done.model.named_parameters()}
+    same = lambda t: all(torch.equal(p, want[n]) for n,p in t.model.named_parameters())
+    for steps in (3, 2, 4):
+        t = trainer(tmp_path/'new', ISTCallback(ISTConfig.rst()), save_strategy='no', **args | dict(max_steps=steps))
+        with warnings.catch_warnings(record=True) as w:
+            warnings.simplefilter('always')
+            assert t.train(resume_from_checkpoint=str(tmp_path/'checkpoint-3')).global_step==max(steps, 3)
+        assert same(t)==(steps<=3)==any('the run is finished' in str(o.message) for o in w)
 
 def test_resume_without_the_optimizer_is_said(tmp_path):
     trainer(tmp_path, ISTCallback(ISTConfig(score_interval=2)), RunGuard(), save_only_model=True).train()
