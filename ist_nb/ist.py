@@ -7,33 +7,22 @@ __all__ = ['history_limit', 'state_version', 'migrations', 'generator_for', 'Pro
            'layers_of', 'budgets', 'IST', 'n_rows', 'first_rows', 'thin', 'is_plain', 'state_fields', 'checked_state']
 
 # %% ../nbs/04_ist.ipynb #9730d6fc
-import copy,random,reprlib,sys,sysconfig,time,types,warnings,weakref
+import random,reprlib,time,warnings
 import numpy as np, torch
-from collections import deque
-from collections.abc import Mapping
-from contextlib import contextmanager, suppress as ignore
+from contextlib import contextmanager
 from dataclasses import asdict
-from dis import get_instructions
-from functools import cache, partial
 from hashlib import blake2b
-from inspect import signature
-from io import IOBase
 from itertools import islice
-from pathlib import Path
 from fastcore.basics import patch
-from torch import nn
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-from transformers.utils.generic import find_labels
 from .config import ISTConfig, ISTError, layer_count, samplers, scorers, shrunk
 from .layers import find_layers, find_stack
-from .memory import ActivationBudget, OptimizerState, complete_state, innermost, lift_all
+from .memory import ActivationBudget, OptimizerState, complete_state, lift_all
 from .processes import Case, Ranks, SharedProbe, check_engine, device_of, reshard, share, unwrap, weight
 from .scorers import Probe, Witness
-from .speed import check_compiled, embedding_hooks, is_reentrant, pull, shorten_backward
+from .speed import check_compiled, is_reentrant, pull, shorten_backward
 from .suppression import suppress
-
 
 # %% ../nbs/04_ist.ipynb #ec0e38ef
 def generator_for(
@@ -43,116 +32,19 @@ def generator_for(
     digest = blake2b('/'.join(map(str, what)).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, 'little')>>1)   # a seed has 63 bits
 
-# %% ../nbs/04_ist.ipynb #3a048446
-_long = 1000   # a container with more items holds data, not states
-_atoms = type(None),int,float,complex,str,bytes,type(Ellipsis),types.ModuleType,types.CodeType,nn.Module,nn.Parameter
-
-class _Variable:
-    "A variable of a module, or of a function around another"
-    def __init__(self, held, name): self.held,self.name = held,name
-    def get(self): return self.held[self.name] if isinstance(self.held, dict) else self.held.cell_contents
-    def put(self, v):
-        if isinstance(self.held, dict): self.held[self.name] = v
-        else: self.held.cell_contents = v
-
-@cache
-def _names(code):
-    "The variables of its module that a function uses"
-    inner = (o for o in code.co_consts if isinstance(o, types.CodeType))
-    return sorted({*(o.argval for o in get_instructions(code) if o.opname.endswith('_GLOBAL')), *(n for o in inner for n in _names(o))})
-
-def _is_library(o):
-    "Whether a class or a function is of Python or of an installed package, and so has no state of the user's in its code"
-    name = getattr(o, '__module__', None)
-    return name!='__main__' and _is_installed(getattr(sys.modules.get(name), '__file__', None))
-
-@cache
-def _is_installed(file): return file is None or file.startswith(sysconfig.get_paths()['stdlib']) or bool({'site-packages', 'dist-packages'} & set(Path(file).parts))
-
-def _leads_to(o) -> list:
-    "What the code and the attributes of `o` use"
-    if isinstance(o, types.FunctionType):
-        cells = [_Variable(c, '') for c in o.__closure__ or ()]
-        used = [] if _is_library(o) else [_Variable(o.__globals__, k) for k in _names(o.__code__) if k in o.__globals__]
-        return [*cells, *used, *(o.__defaults__ or ()), *(o.__kwdefaults__ or {}).values(), vars(o)]
-    if isinstance(o, _Variable):
-        with ignore(ValueError): return [o.get()]
-        return []
-    if isinstance(o, type): return [] if _is_library(o) else [*vars(o).values(), *o.__bases__]
-    if isinstance(o, partial): return [o.func, *o.args, *o.keywords.values()]
-    if isinstance(o, (dict, list, tuple, set, deque)): return list(o.values() if isinstance(o, dict) else o) if len(o)<=_long else []
-    inner = (getattr(o, k, None) for k in ('__self__', '__func__', 'fget', *getattr(type(o), '__slots__', ())))   # of methods, properties and objects without a dictionary
-    return [getattr(o, '__dict__', None), type(o), *inner]
-
-# %% ../nbs/04_ist.ipynb #10747d33
-def _twin(v):
-    "An iterator that goes on where `v` stands; anything else as it is"
-    if isinstance(v, types.GeneratorType): raise TypeError('a generator can be read only once')
-    at = type(v).__module__ in ('builtins', 'itertools') and hasattr(v, '__next__')
-    return copy.deepcopy(v) if at else v
-
-def _restorer(o):
-    "A function that puts the state of `o` back; None if it has none"
-    if isinstance(o, np.random.Generator): o = o.bit_generator
-    if isinstance(o, np.random.BitGenerator): return partial(setattr, o, 'state', copy.deepcopy(o.state))
-    if isinstance(o, random.Random): return None if isinstance(o, random.SystemRandom) else partial(o.setstate, o.getstate())
-    if isinstance(o, (np.random.RandomState, torch.Generator)): return partial(o.set_state, o.get_state())
-    if isinstance(o, IOBase):
-        with ignore(OSError, ValueError): return partial(o.seek, o.tell())
-    if isinstance(o, _Variable):
-        with ignore(ValueError): return partial(o.put, _twin(o.get()))   # an empty one has none
-    if isinstance(o, type) and not _is_library(o): return partial(_put_back, o, {k:_twin(v) for k,v in vars(o).items() if not k.startswith('__')})
-    if isinstance(o, torch.Tensor) and o.device.type=='cpu' and o.numel()<=_long: return partial(_fill, o, o.detach().clone())
-    if isinstance(o, np.ndarray) and o.size<=_long and o.flags.writeable: return partial(np.copyto, o, o.copy())
-    if isinstance(o, (dict, list, set, deque)) and len(o)<=_long: return partial(_put_back, o, {k:_twin(v) for k,v in o.items()} if isinstance(o, dict) else [_twin(v) for v in o])
-
-def _fill(t, was):
-    if not torch.equal(t, was): t.data.copy_(was)
-
-def _put_back(o, was):
-    "Give a container or a class the items that it had"
-    if isinstance(o, type): [setattr(o, k, v) for k,v in was.items() if vars(o).get(k) is not v]
-    elif isinstance(o, dict):
-        for k in [k for k in o if k not in was]: del o[k]
-        for k,v in was.items():
-            if k not in o or o[k] is not v: o[k] = v
-    elif len(o)!=len(was) or any(a is not b for a,b in zip(o, was)):
-        o.clear()
-        (o.update if isinstance(o, set) else o.extend)(was)
-
-@contextmanager
-def _untouched(*roots, most=20_000):
-    "Put back what reading from a data set, or collating rows, has changed on the way; raises `ISTError` where that cannot be"
-    todo,seen,undo = deque(roots),{},[]
-    try:
-        while todo and len(seen)<most:
-            o = todo.popleft()
-            if isinstance(o, _atoms) or id(o) in seen: continue
-            seen[id(o)] = o     # held, so that the id stays its own
-            if back := _restorer(o): undo.append(back)
-            todo.extend(_leads_to(o))
-    except TypeError as e: raise ISTError(f"The data set or the collate function of the training holds a {type(o).__name__} that cannot be copied ({e}), so a probe would take something from the training. {_own_probe}") from e
-    try: yield
-    finally:
-        for back in undo: back()
-
-_own_probe = "Give the probe data of its own, probe=a list of batches or a DataLoader of other rows, or use a sampler that needs none: ISTConfig.rst()."
-
 # %% ../nbs/04_ist.ipynb #99fe8115
 class ProbeBatches:
     "Batches for the importance loop, by number"
     def __init__(self,
-        source, # A `DataLoader` (its rows are batched anew, unless they are ready batches), or an iterable of ready batches
+        source, # A `DataLoader` (its rows are batched anew), or an iterable of ready batches
         size:int, # Rows in a batch, where they are batched here
         seed:int, # Of the order of the rows
-    ): # Raises `ISTError`
+    ):
         self.source,self.size,self.seed,self.stream,self.n_read = source,size,seed,None,0
-        loader = isinstance(source, DataLoader)
-        self.data,self.collate = (source.dataset, source.collate_fn) if loader else (source, None)
-        self.ready = not loader or source.batch_size is None and source.batch_sampler is None
-        self.rows = None if self.ready or isinstance(self.data, IterableDataset) else self.data
-        _check_source(source, self.rows, size)
-        if loader and isinstance(self.data, IterableDataset): self.data = _copied(self.data)   # as it is now, for every pass begins there
+        self.rows = source.dataset if isinstance(source, DataLoader) and not isinstance(source.dataset, IterableDataset) else None
+        if self.rows is not None and len(self.rows)<size:
+            raise ISTError(f"The data has {len(self.rows)} rows, fewer than a probe batch of score_batch_size={size}. "
+                           f"Set score_batch_size to at most {len(self.rows)}, or give more data.")
 
     def __getitem__(self, m): return self.part(m, 0, 1)[0]
 
@@ -162,36 +54,18 @@ class ProbeBatches:
         size:int, # Processes
     ) -> tuple: # A batch, and how many rows of it count
         "What one of several processes computes of batch `m`; of a source that can only be read in order, whatever it gives this process"
-        with _untouched(*(o for o in (self.source if self.collate is None else self.source.dataset, self.collate) if not isinstance(o, (list, tuple)))):
-            if self.rows is None: return self._from_stream(m),1
-            epoch,pos = divmod(m, len(self.rows)//self.size)
-            order = torch.randperm(len(self.rows), generator=generator_for(self.seed, 'probe', epoch))
-            own,counts = share(order[pos*self.size:][:self.size].tolist(), rank, size)
-            return self.collate(copy.deepcopy([self.rows[i] for i in own])),len(own)*counts   # a collate function may take things out of its rows
-
-def _check_source(source, rows, size):
-    "Refuse what gives no batches"
-    if isinstance(source, Dataset) and not isinstance(source, IterableDataset) or hasattr(source, 'column_names'):
-        raise ISTError(f"The probe is a data set ({type(source).__name__}), whose rows are no batches. Give a loader: probe=DataLoader(dataset, batch_size=16, collate_fn=your collator).")
-    if hasattr(source, '__next__'): raise ISTError("The probe is an iterator, which can be read only once, and a probe begins anew when it ends and when a run is resumed. Give a DataLoader or a list of batches.")
-    if not hasattr(source, '__iter__') and not hasattr(source, '__getitem__'): raise ISTError(f"The probe is of type {type(source).__name__}, which cannot be iterated. Give a DataLoader or a list of batches.")
-    if rows is not None and len(rows)<size:
-        raise ISTError(f"The data has {len(rows)} rows, fewer than a probe batch of score_batch_size={size}. "
-                       f"Set score_batch_size to at most {len(rows)}, or give more data.")
-
-def _copied(stream):
-    "A copy that can be read without moving `stream`"
-    try: return copy.deepcopy(stream)
-    except Exception as e: raise ISTError(f"The training data is a stream ({type(stream).__name__}) that cannot be copied ({str(e)[:200]}), so reading it for a probe would take rows from the training. {_own_probe}") from e
-
+        if self.rows is None: return self._from_stream(m),1
+        epoch,pos = divmod(m, len(self.rows)//self.size)
+        order = torch.randperm(len(self.rows), generator=generator_for(self.seed, 'probe', epoch))
+        own,counts = share(order[pos*self.size:][:self.size].tolist(), rank, size)
+        return self.source.collate_fn([self.rows[i] for i in own]),len(own)*counts
 
 # %% ../nbs/04_ist.ipynb #f4e2e450
 @patch
 def _batches(self:ProbeBatches):
     "One pass over the source"
-    if self.collate is None: return iter(self.source)
-    data = _copied(self.data) if isinstance(self.data, IterableDataset) else self.data
-    return iter(DataLoader(data, batch_size=None if self.ready else self.size, collate_fn=self.collate))
+    if not isinstance(self.source, DataLoader): return iter(self.source)
+    return iter(DataLoader(self.source.dataset, batch_size=self.size, collate_fn=self.source.collate_fn))
 
 @patch
 def _from_stream(self:ProbeBatches, m):
@@ -203,8 +77,7 @@ def _from_stream(self:ProbeBatches, m):
             return batch
         self.stream = self._batches()   # the source ended: another pass
         self.n_read = m
-    raise ISTError("The probe has no batches (left). Give a DataLoader or a list of batches.")
-
+    raise ISTError("The probe has no batches (left). Give a DataLoader or a list of batches, not an iterator that can be read only once.")
 
 # %% ../nbs/04_ist.ipynb #fdaa5027
 @contextmanager
@@ -235,26 +108,9 @@ def model_loss(
     batch, # A dictionary of its arguments, with labels
 ): # A scalar tensor
     "The loss that the model computes itself"
-    if not isinstance(batch, Mapping): raise ISTError(f"A probe batch is a {type(batch).__name__}, and a model takes a dictionary of its arguments. {_how_to_probe}")
     loss = model(**batch).loss
     if loss is None: raise ISTError(f"The model returned no loss for a probe batch with {', '.join(batch)}. Put labels into the batch, or give loss_fn=lambda model, batch: ...")
     return loss
-
-_how_to_probe = "Give probe=DataLoader(dataset, batch_size=16, collate_fn=your collator), whose batches have the labels in them, or a loss_fn=lambda model, batch: ... that takes your batches."
-
-def _check_batch(model, batch):
-    "Refuse what `model_loss` could not compute; no pass through the model is made"
-    if not isinstance(batch, Mapping) or not all(isinstance(k, str) for k in batch):
-        raise ISTError(f"A probe batch is a {type(batch).__name__}, and a model takes a dictionary of its arguments. {_how_to_probe}")
-    if batch and n_rows(batch) is None:
-        raise ISTError(f"A probe batch holds no tensors: {', '.join(f'{k} is a {type(v).__name__}' for k,v in list(batch.items())[:8])}. It may be a row of a data set, where a batch is wanted. {_how_to_probe}")
-    base = model.get_base_model() if hasattr(model, 'get_base_model') else model
-    takes,labels = signature(base.forward).parameters,find_labels(type(base))
-    unknown = [k for k in batch if k not in takes]
-    if unknown and not any(p.kind==p.VAR_KEYWORD for p in takes.values()):
-        raise ISTError(f"A probe batch has {', '.join(unknown)}, which {type(base).__name__} does not take: it takes {', '.join(takes)}. {_how_to_probe}")
-    if batch and labels and not any(k in batch for k in (*labels, 'return_loss')):
-        raise ISTError(f"A probe batch has {', '.join(batch)}, and no {' or '.join(labels)}, without which {type(base).__name__} returns no loss. {_how_to_probe}")
 
 def to_device(
     batch, # Tensors in dictionaries, lists and tuples
@@ -303,12 +159,10 @@ class IST:
     ): # Raises `ISTError`
         self.model,self.config,self.loss_fn,self.ranks = unwrap(model),config or ISTConfig(),loss_fn,Ranks()
         model = self.model
-        self.in_step,self.undo,self.watch = False,[],None
         reshard(model)       # an evaluation may have left parameters whole,
         lift_all(model)      # and a step that died half-way its switches,
         check_compiled(model)
         self.layers = layers_of(model, self.config, stack)
-        for o in _in_step_with(self): o.end_step(False)
         self.layers.thaw()   # and some layers frozen
         N = len(self.layers)
         self.budgets,self.means = (budgets(self.config.n_active, self.layers, exact) for exact in (False, True))
@@ -317,17 +171,15 @@ class IST:
             raise ISTError(f"schedule={self.config.schedule!r} goes by the length of the run, which is not known here. Give it: IST(..., n_steps=the number of optimizer steps).")
         self.sampler,self.scorer = samplers[self.config.sampler],scorers[self.config.scorer]
         self.scores = getattr(self.sampler, 'needs_importance', True)
-        self.sparse = sum(k for _,k in self.budgets)<N or getattr(self.sampler, 'varies', False)
         self.batches,self.witness,self.started,self.engine = None,None,False,None
         self._check_engine()
-        self.watch = _Watch(self)
-        if optimizer is not None: self.watch.check_known(innermost(optimizer))
+        shorten_backward(model)
+        if self.config.fast: pull(model, self.layers, 'fold' if self.config.fast is True and self.engine.sharded else self.config.fast)
         if self.scores: self._set_probe(probe)
-        self._change_model(optimizer)
+        self._set_memory(optimizer)
         self.importance,self.active = torch.zeros(N),torch.arange(N)   # [N], [n]
         self.times_active = torch.zeros(N, dtype=torch.long)           # [N] steps that trained each layer
-        self.trained = None    # what required a gradient before the first step
-        self.t,self.n_dropped,self.score_seconds,self.history,self.probe_rows = 0,0,0.,[],None
+        self.t,self.in_step,self.n_dropped,self.score_seconds,self.history,self.probe_rows = 0,False,0,0.,[],None
 
 # %% ../nbs/04_ist.ipynb #6c24c267
 @patch
@@ -340,8 +192,6 @@ def _set_probe(self:IST, probe):
     if probe is None: raise ISTError(f"sampler={self.config.sampler!r} needs importance, and importance needs data to probe with. "
                                      "Give probe=your training DataLoader, or use ISTConfig.rst(), which draws layers uniformly.")
     self.batches = ProbeBatches(probe, self.config.score_batch_size, self.config.seed)
-    with quietly(self.model): first,_ = self.batches.part(0, self.ranks.rank, self.ranks.size)
-    if self.loss_fn is model_loss: _check_batch(self.model, first)
     if getattr(self.scorer, 'suppresses', True):
         with suppress(self.layers, range(len(self.layers)), self.config.suppression_factor): pass   # refuses merged adapters
 
@@ -349,7 +199,8 @@ def _set_probe(self:IST, probe):
 @patch
 def _check_engine(self:IST):
     "Refuse what the engine of the model does not allow; raises `ISTError`"
-    case = Case(self.model, self.layers, self.config, self.scorer if self.scores else None, self.sparse, is_reentrant(self.model))
+    sparse = sum(k for _,k in self.budgets)<len(self.layers) or getattr(self.sampler, 'varies', False)
+    case = Case(self.model, self.layers, self.config, self.scorer if self.scores else None, sparse, is_reentrant(self.model))
     self.engine = check_engine(case)
     reshard(self.model)
     known = {id(p) for p in self.model.parameters()}
@@ -362,34 +213,6 @@ def _agree(self:IST, **said):
     self.ranks.agree(self.t, **asdict(self.config), layers=[o.label for o in self.layers], importance=self.importance.tolist(), **said)
 
 # %% ../nbs/04_ist.ipynb #34cafeb6
-@patch
-def _change_model(self:IST, optimizer):
-    "What stays changed between the steps"
-    model,fast,hooks = self.model,self.config.fast,[(m._forward_hooks, k, m._forward_hooks[k]) for m,k in embedding_hooks(self.model)]
-    configs = {id(m.config):m.config for m in model.modules() if getattr(getattr(m, 'config', None), 'use_cache', False)}
-    self.undo = [lambda: [held.setdefault(k, f) for held,k,f in hooks], lambda: [setattr(c, 'use_cache', True) for c in configs.values()]]
-    try:
-        if fast: pull(model, self.layers, 'fold' if fast is True and self.engine.sharded else fast)
-        self._set_memory(optimizer)
-        shorten_backward(model)
-    except BaseException: self.close(); raise
-
-@patch
-def close(self:IST):
-    "Leave the model as it was before `IST` was made; a step that is not over does not count"
-    if self.in_step: self.end_step(False)
-    for f in self.undo: f()
-    self.undo = []
-    if self.watch: self.watch.stop()
-
-@patch
-def __enter__(self:IST): return self
-@patch
-def __exit__(self:IST, *error): self.close()
-@patch
-def __del__(self:IST):
-    if getattr(self, 'in_step', False): self.close()
-
 @patch
 def _set_memory(self:IST, optimizer):
     "What `activation_budget` and `optimizer_state` ask for"
@@ -404,7 +227,6 @@ def _set_memory(self:IST, optimizer):
 def begin_step(self:IST):
     "Update the importance if it is time, draw the layers of this step, freeze the others"
     if self.in_step: raise ISTError("A step has begun and not ended. Call end_step() after the optimizer's step, or use `with ist.step():`.")
-    if _in_step_with(self): raise ISTError("Another IST is in the middle of a step with the same layers. One model has one IST at a time: end the step of the other, or use that one.")
     if not self.started: self._check_engine()   # the model may have been wrapped after IST was made
     due = self.t%self.config.score_interval==0
     if due or not self.started: self._agree()
@@ -413,31 +235,20 @@ def begin_step(self:IST):
     if due or not self.started: self._agree(drawn=self.active.tolist())
     self.started = True
     reshard(self.model)
-    self._check_trained()
-    self.watch.check_gradients()
     if self.activations: self.activations.plan(self.active.tolist())
-    self.in_step = True     # from here on there is something to undo
-    _stepping.add(self)
     if self.moments: self.moments.begin(self.active.tolist())
     self.layers.switch(self.active.tolist())
     if self.witness: self.witness.begin(self.active.tolist())
-    self.watch.begin()
+    self.in_step = True
 
 @patch
-def end_step(self:IST,
+def end_step(self:IST, 
     count:bool=True, # Whether the step took place
-): # Raises `ISTError`
+):
     "Make every layer trainable again"
-    if not self.in_step: raise ISTError("No step has begun, or it is over: each begin_step() has one end_step(), and `with ist.step():` calls both. (A new IST of the same model ends the step of an older one.)")
-    woken = [o.name for o in self.resting() if any(p.requires_grad for p in o.params)]
     if self.activations: self.activations.lift()
     self.layers.thaw()
     self.in_step = False
-    _stepping.discard(self)
-    self.watch.end(count)
-    if count and woken:
-        if self.witness: self.witness.end(False)
-        raise ISTError(f"{len(woken)} layers that rest in this step ({woken[0]}, ...) were made trainable in the middle of it, so they may have moved. Leave requires_grad alone between begin_step() and end_step().")
     if count:
         self.times_active[self.active] += 1
         self.t += 1
@@ -448,114 +259,11 @@ def end_step(self:IST,
 def step(self:IST):
     "A context for one optimizer step"
     self.begin_step()
-    try: yield self
-    except BaseException as e:
-        told = self.watch.explain(e)
-        if self.in_step: self.end_step(False)
-        if told: raise told from e
-        raise
-    self.end_step()
-
-
-# %% ../nbs/04_ist.ipynb #2ed901f7
-class _Watch:
-    "What optimizers do with the layers of an `IST`"
-    def __init__(self, ist):
-        self.ist,self.hooks = weakref.ref(ist),[]
-        self.used,self.at_work,self.before = None,None,{}   # whether an optimizer has used the gradients of the latest step; the one whose step has begun; what it must not change
-        self.passed,self.known = weakref.WeakSet(),weakref.WeakKeyDictionary()
-
-    def begin(self):
-        self.used,self.at_work = False,None
-        if self.hooks or self.ist().engine.name.startswith('DeepSpeed'): return   # which holds flat tensors of its own
-        me = weakref.ref(self)
-        call = lambda name: lambda optimizer, *_: me() and me().ist() and getattr(me(), name)(optimizer)
-        self.hooks = [register_optimizer_step_pre_hook(call('see')), register_optimizer_step_post_hook(call('saw'))]
-        weakref.finalize(self, lambda hooks: [h.remove() for h in hooks], self.hooks)
-
-    def end(self, count):
-        if not count: self.used = None
-
-    def stop(self):
-        for h in self.hooks: h.remove()
-        self.hooks,self.used,self.at_work,self.before = [],None,None,{}
-
-    def holds(self, optimizer):
-        "Whether `optimizer` has parameters of the layers"
-        if optimizer not in self.known:
-            held = {id(p) for g in optimizer.param_groups for p in g['params']}
-            self.known[optimizer] = any(id(p) in held for o in self.ist().layers for p in o.params)
-        return self.known[optimizer]
-
-    def see(self, optimizer):
-        "It is about to make its step"
-        ist = self.ist()
-        if not self.holds(optimizer): return
-        self.check_known(optimizer)
-        self.at_work,self.before = optimizer,{}
-        if optimizer in self.passed or not ist.in_step or ist.engine.name=='FSDP1': return   # that one cuts parameters anywhere
-        held = {id(p) for g in optimizer.param_groups for p in g['params']}
-        self.before = {p:_local(p).cpu().clone() for o in ist.resting() for p in o.params if id(p) in held}
-
-    def saw(self, optimizer):
-        "It has made its step; raises `ISTError` if layers at rest have moved"
-        ist = self.ist()
-        if not self.holds(optimizer): return
-        self.used,self.at_work,before,self.before = True,None,self.before,{}
-        moved = [(p, was) for p,was in before.items() if not torch.equal(_local(p).cpu(), was)]
-        for p,was in moved: _local(p).copy_(was)
-        if moved: raise ISTError(f"{_only_gradients(optimizer, 'has moved')} Their values were put back.")
-        tried = {i for i in range(len(ist.layers)) if ist.times_active[i]}-set(ist.active.tolist())
-        if any(p in before for i in tried for p in ist.layers[i].params): self.passed.add(optimizer)
-
-    def check_known(self, optimizer):
-        if self.ist().sparse and type(optimizer).__name__=='LoraFAOptimizer': raise ISTError(_lora_fa)
-
-    def explain(self, error):
-        "The `ISTError` that says why the step of an optimizer has failed; None if that is not known"
-        optimizer = self.at_work
-        if optimizer is None or not isinstance(error, (TypeError, AttributeError)) or optimizer in self.passed or not self.ist().sparse: return None
-        return ISTError(f"{_only_gradients(optimizer, f'has failed ({str(error)[:200]}), it seems for want of a gradient of')}")
-
-    def check_gradients(self):
-        "Refuse to throw away gradients that no optimizer has used"
-        if self.used is not False or not self.hooks: return
-        grads = [p.grad for o in self.ist().resting() for p in o.params if p.grad is not None]
-        if not grads or not any(g.any() for g in grads) or not all(g.isfinite().all() for g in grads): return   # zeros are no loss; and a loss scaler leaves out a step that is not finite
-        raise ISTError("The step before has left gradients that no optimizer has used, in layers that are to rest now, where they would be lost. All micro-batches of an optimizer step belong inside of one step of IST: "
-                       "`with ist.step():` around the loop over micro-batches and `with accelerator.accumulate(model):` inside of it. A step that was left out on purpose ends with zero_grad().")
-
-def _local(p): return p.detach().to_local() if hasattr(p, 'to_local') else p.detach()   # the shard that is here
-
-def _only_gradients(optimizer, what):
-    return (f"{type(optimizer).__name__} {what} layers that rest in this step: it looks at parameters that have no gradient. Use an optimizer that leaves them alone, such as torch.optim.AdamW, "
-            "or n_active=1.0, with which no layer rests.")
-
-_lora_fa = ("LoraFAOptimizer needs the gradient of every lora_B, and layers that rest have none. Freeze lora_A and use another optimizer, which is LoRA-FA without its scaling: "
-            "for n,p in model.named_parameters(): p.requires_grad_(p.requires_grad and 'lora_A' not in n); optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad). Or train with n_active=1.0.")
-
-# %% ../nbs/04_ist.ipynb #20dd5f7d
-_stepping = weakref.WeakSet()    # the `IST`s that are in a step
-
-def _in_step_with(ist):
-    "The others that are in a step with layers of `ist`"
-    own = {id(p) for o in ist.layers for p in o.params} if _stepping else ()
-    return [o for o in list(_stepping) if o is not ist and any(id(p) in own for layer in o.layers for p in layer.params)]
-
-@patch
-def resting(self:IST) -> list: # Of `Layer`
-    "The layers that the latest step did not train"
-    active = set(self.active.tolist())
-    return [o for i,o in enumerate(self.layers) if i not in active]
-
-@patch
-def _check_trained(self:IST):
-    "Refuse layers that have changed since the first step: IST would freeze parameters that nobody trains, and train others at every step"
-    if self.trained is None: self.places = [m._parameters for s in self.layers.stacks for m in self.model.get_submodule(s).modules() if m._parameters]
-    now = [id(p) for d in self.places for p in d.values() if p is not None and p.requires_grad],[list(getattr(t, 'active_adapters', ())) for o in self.layers for t in o.tuners]
-    if self.trained is None: self.trained = now
-    if now!=self.trained: raise ISTError("What the model trains has changed since the first step: another adapter is active, or parameters were replaced, frozen or unfrozen. "
-                                         "Make a new IST for the model as it is now (and a new optimizer, where parameters are new), or put back what was there (model.set_adapter(...)).")
+    done = False
+    try:
+        yield self
+        done = True
+    finally: self.end_step(done)
 
 # %% ../nbs/04_ist.ipynb #07b66f1b
 @patch

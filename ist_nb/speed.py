@@ -157,7 +157,7 @@ class Folded:
         plain = nn.functional.linear(x, base.weight.to(x.dtype)) if drops else y if base.bias is None else y-base.bias
         return (y + (scale-1)*plain + scale*lora_B(lora_A(x))*s).to(y.dtype)
 
-    def __reduce_ex__(self, protocol):
+    def __reduce_ex__(self, _):
         "A copy, or a pickle, is of PEFT's own class: whoever opens it needs nothing of ours"
         _,_,*state = super().__reduce_ex__(2)
         return copyreg._reconstructor,(type(self).__mro__[2], object, None),*state
