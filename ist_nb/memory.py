@@ -12,6 +12,7 @@ import warnings,weakref
 import torch
 from collections import Counter
 from contextlib import contextmanager, nullcontext
+from copy import copy
 from functools import partial
 from fastcore.basics import patch
 from torch import nn
@@ -128,7 +129,7 @@ class ActivationBudget:
         self.budget = budget if isinstance(budget, int) else to_bytes(budget) or int(budget*free_memory(self.device))
         self._find_switches()
         self.trained = [p for p in model.parameters() if trains(p)]
-        self.cost,self.entry,self.seen,self.lowest = {},{},{},len(self.blocks)
+        self.cost,self.entry,self.seen,self.writes,self.lowest = {},{},{},set(),len(self.blocks)
         self.head,self.rest,self.repeats,self.checked,self.told,self.was = 0,0,1,False,0,None
         self.checkpointed,self.expected = [],0
 
@@ -169,6 +170,13 @@ def _check(self:ActivationBudget):
                        "Switch it off (gradient_checkpointing=False in the training arguments; TRL has it on by default): the budget checkpoints what it must.")
     if any(m._compiled_call_impl for m in self.around): raise ISTError(_compiled_whole)
 
+@patch
+def _tell(self:ActivationBudget):
+    "Warn of hooks that the second forward calls again"
+    inside = [m for *_,b in self.blocks for m in b.modules() if m is not b and any(not o.startswith('transformers.') for o in map(_home, _strangers(m)))]
+    if inside: warnings.warn(f"IST: activation_budget computes some blocks twice, and hooks inside of them are called twice then: there are some on {len(inside)} modules, such as a {type(inside[0]).__name__}. "
+                             "Put a hook on the block itself, where it is called once, or leave activation_budget out.")
+
 _compiled_whole = ("activation_budget chooses between the calls of blocks, and compiled as a whole (torch.compile) there are none to be seen. "
                    "Compile the blocks where they are: for block in ...layers: block.compile().")
 
@@ -189,6 +197,7 @@ def plan(self:ActivationBudget,
     "Begin a step: choose the blocks to checkpoint"
     self.lift()
     self._check()
+    if not self.cost: self._tell()
     self.on,self.planned = {self.at[i] for i in active},[i for i,*_ in self.graph(active)]
     self.checkpointed,self.expected = (self.planned, None) if self.repeats>1 or not self.cost else self._choose(active)
     self.measuring,self.pending,self.before_head = False,{},False
@@ -231,9 +240,22 @@ def _call(self:ActivationBudget, i, inner, *args, **kwargs):
     if self.measuring and self._compiled(i): inner = self._unseen(inner)
     if not enters and not any(p.requires_grad for p in self.blocks[i][2].parameters()): return inner(*args, **kwargs)
     if not self.measuring and i in self.planned and i not in self.checkpointed: return inner(*args, **kwargs)
-    out = checkpoint(inner, *args, use_reentrant=False, **kwargs)
+    out = self._checkpointed(i, inner, args, kwargs)
     if self.measuring: self._watch(i, out)
     return out
+
+@patch
+def _checkpointed(self:ActivationBudget, i, inner, args, kwargs):
+    "Block `i`, computed again in the backward as it is now"
+    block = self.blocks[i][2]
+    shield = _Shield(block, i in self.writes)
+    again = partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), shield))
+    if self._compiled(i): return again(inner, *args, **kwargs)
+    own,block.forward = block.__dict__.get('forward'),partial(again, block.forward)   # within the block's own hooks, which are called once
+    try: return inner(*args, **kwargs)
+    finally:
+        if own: block.forward = own
+        else: del block.forward
 
 # %% ../nbs/06_memory.ipynb #f58bb0ad
 def fits(
@@ -265,16 +287,55 @@ def as_if(
         layer.thaw() if was else layer.freeze()
         for p,g in zip(layer.params, grads): p.grad = g
 
+# %% ../nbs/06_memory.ipynb #cd993a7a
+_kinds = '_forward_hooks','_forward_pre_hooks','_backward_hooks','_backward_pre_hooks'
+_hooks = [k for k in vars(nn.Module()) if 'hook' in k and 'state_dict' not in k]       # with what torch notes of them
+_everywhere = [vars(nn.modules.module)[f'_global{k}'] for k in _kinds]                 # hooks on all modules
+_working = 'torch.','peft.','ist_nb.','transformers.integrations.'                     # homes of hooks without which a block does not work
+
+def _home(hook):
+    while hasattr(hook, 'func'): hook = hook.func     # of a partial
+    return (getattr(hook, '__module__', None) or type(hook).__module__)+'.'
+
+def _working_only(hooks): return {k:f for k,f in hooks.items() if _home(f).startswith(_working)}
+def _strangers(m): return [f for k in _kinds for f in vars(m)[k].values() if not _home(f).startswith(_working)]
+
+class _Shield:
+    "Inside this context the modules of `block` are as when it was made, and after it they are as before"
+    def __init__(self, block, writes, measuring=False):
+        self.writes,self.measuring = writes or measuring,measuring
+        kept = lambda m, k: _working_only(vars(m)[k]) if measuring and k in _kinds else copy(vars(m)[k])
+        self.parts = [(m, {k:kept(m, k) for k in _hooks} | dict(training=m.training), self._copied(m._buffers)) for m in block.modules()]
+        self.params = [(p, p._backward_hooks) for p in block.parameters() if measuring and p._backward_hooks]
+        self.others = [(o, dict(o)) for o in _everywhere if measuring and o]
+
+    def _copied(self, buffers): return {k:v.clone() if self.writes and v is not None else v for k,v in buffers.items()}
+
+    def __enter__(self):
+        self.was = [(m, vars(m)) for m,*_ in self.parts]
+        for m,found,buffers in self.parts: m.__dict__ = vars(m) | found | dict(_buffers=self._copied(buffers))
+        for p,_ in self.params: p._backward_hooks = None
+        for o,_ in self.others: o.clear()
+        return self
+
+    def __exit__(self, *exc):
+        if self.measuring: self.wrote = any(v is not None and (k not in m._buffers or not torch.equal(v, m._buffers[k])) for m,_,buffers in self.parts for k,v in buffers.items())
+        for m,d in self.was: m.__dict__ = d
+        for p,hooks in self.params: p._backward_hooks = hooks
+        for o,hooks in self.others: o.update(hooks)
+
 # %% ../nbs/06_memory.ipynb #2ae301b8
 @patch
 def _measure(self:ActivationBudget, i, inner, args, kwargs, tensors, shapes):
     "What block `i` keeps, and has at work, in each state"
+    if self._compiled(i) and not isinstance(self.meter, LiveBytes) and any(map(_strangers, self.blocks[i][2].modules())): raise ISTError(_compiled_hooks)
     first = next(t for t in tensors if t.is_floating_point())
     if self.meter.start([*tensors, *(p.grad for p in self.trained if p.grad is not None)]): self.base,self.grads_before = 0,0   # it counts from here
     self.measuring = True
     layer = self.layer_of.get(i)
     for active,passes in [(True, True), (True, False), (False, True)] if layer else [(False, True)]:
-        with as_if(layer, active, i in self.on): found = self._weigh(i, inner, args, kwargs, first, passes)
+        with as_if(layer, active, i in self.on), _Shield(self.blocks[i][2], True, measuring=True) as shield: found = self._weigh(i, inner, args, kwargs, first, passes)
+        if shield.wrote: self.writes.add(i)
         self.cost[i, active, passes] = tuple(map(max, found, self.cost.get((i, active, passes), found)))
     self.entry[i] = max(self.entry.get(i, 0), memory_of(first).nbytes())
     self.seen[i].add(shapes)
@@ -290,6 +351,9 @@ def _weigh(self:ActivationBudget, i, inner, args, kwargs, first, passes):
         self._forward_backward(block, inner, args, kwargs, first, passes)
         self.base += meter.now()-before
     return self._forward_backward(block, inner, args, kwargs, first, passes)
+
+_compiled_hooks = ("activation_budget measures a compiled block by running it, and there are hooks inside that would see this. "
+                   "Do not compile the blocks (ISTConfig(fast='fold')), take the hooks off (router logits, hidden states and attentions are recorded by hooks), or leave activation_budget out.")
 
 @patch
 def _forward_backward(self:ActivationBudget, block, inner, args, kwargs, first, passes):

@@ -9,12 +9,13 @@ __all__ = ['shortcuts', 'embedding_hooks', 'is_reentrant', 'shorten_backward', '
            'BlockShape', 'block_shape', 'kept_per_token', 'moved_per_token', 'step_cost', 'estimate']
 
 # %% ../nbs/06_speed.ipynb #5058dac1
-import inspect, torch, warnings
+import copyreg, inspect, torch, warnings
 from typing import Optional
 from torch import nn
 from importlib.util import find_spec
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora.variants import DoraLinearVariant
 from peft.utils.integrations import dequantize_module_weight
 from .config import ISTError, levers
 from .layers import Layers, tuner_layers
@@ -100,36 +101,50 @@ def worth_folding(
     return tokens*(n_in+2*n_out) > 2*n_in*n_out
 
 # %% ../nbs/06_speed.ipynb #ba6af464
-_foldable = 'Linear','Linear4bit'   # the base layers whose weight can be had as a matrix: torch's own and bitsandbytes' with 4 bits
-def _is_matrix(base): return type(base).__name__ in _foldable and not getattr(getattr(base.weight, 'quant_state', None), 'packing_format_for_cpu', False)   # evaluated on a CPU, bitsandbytes orders 4-bit weights in a way that dequantizing does not know
+def _is_matrix(base):
+    "Whether the weight of a base layer can be had as a matrix, and is not trained: torch's own layer and bitsandbytes' with 4 bits"
+    if type(base) is not nn.Linear and f'{type(base).__module__}.{type(base).__name__}'!='bitsandbytes.nn.modules.Linear4bit': return False
+    packed = getattr(getattr(base.weight, 'quant_state', None), 'packing_format_for_cpu', False)   # evaluated on a CPU, bitsandbytes orders 4-bit weights in a way that dequantizing does not know
+    return not packed and not base.weight.requires_grad
+
+def _hooked(m): return m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks or 'forward' in m.__dict__
 
 class Folded:
     "Mixed into a layer of LoRA by `fold`"
     def forward(self, x, *args, **kwargs):
         name = self._only_adapter(args, kwargs)
         if name is None: return super().forward(x, *args, **kwargs)
-        trains = torch.is_grad_enabled() and (self.lora_A[name].weight.requires_grad or self.lora_B[name].weight.requires_grad)
-        if not trains: return self._frozen(x, name)
-        if name in self.lora_variant and torch.compiler.is_compiling(): return self._dora(x, name)
+        held = self.lora_A[name].weight,self.lora_B[name].weight,self.lora_B[name].bias,self._magnitude(name)
+        if not torch.is_grad_enabled() or not any(o is not None and o.requires_grad for o in held): return self._frozen(x, *held, self.scaling[name])
+        if name in self.lora_variant and torch.compiler.is_compiling() and type(self.base_layer) is nn.Linear: return self._dora(x, name)
         return super().forward(x)
 
     def _only_adapter(self, args, kwargs):
-        "The name of the adapter, where there is one to fold and nothing unusual is asked for"
-        if args or kwargs or self.disable_adapters or self.merged: return None
+        "The name of the adapter, where there is one, of a kind that folds, and nothing unusual is asked for"
         names = [o for o in self.active_adapters if o in self.lora_A]
-        return names[0] if len(names)==1 and not isinstance(self.scaling[names[0]], torch.Tensor) else None   # a tensor there is a gate, whose gradient is wanted
+        if args or kwargs or self.disable_adapters or self.merged or len(names)!=1: return None
+        name, = names
+        A,B,dora = self.lora_A[name],self.lora_B[name],name in self.lora_variant
+        if type(A) is not nn.Linear or type(B) is not nn.Linear or A.bias is not None or dora and (B.bias is not None or type(self.lora_variant[name]) is not DoraLinearVariant): return None
+        if _hooked(A) or _hooked(B) or _hooked(self.base_layer): return None
+        return None if isinstance(self.scaling[name], torch.Tensor) else name   # a tensor there is a gate, whose gradient is wanted
 
-    def _frozen(self, x, name):
-        A,B,s,base = self.lora_A[name].weight,self.lora_B[name].weight,self.scaling[name],self.base_layer
-        m = self.lora_magnitude_vector[name].weight if name in self.lora_magnitude_vector else None
+    def _magnitude(self, name): return self.lora_magnitude_vector[name].weight if name in self.lora_variant else None
+
+    def _frozen(self, x, A, B, bias, m, s):
+        base = self.base_layer
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         few = not worth_folding(x.numel()//x.shape[-1], A.shape[1], B.shape[0])
-        if m is None and (few or not _is_matrix(base)): return base(x) + s*((x.to(dtype)@A.to(dtype).T)@B.to(dtype).T)
-        if not _is_matrix(base): return super().forward(x)
-        x = x.to(dtype)
-        if type(base) is nn.Linear and torch.compiler.is_compiling(): y = _folded_linear(x, base.weight.to(dtype), A, B, s, m)
-        else: y = Recomputed.apply(x, lambda: folded_weight(dequantize_module_weight(base).to(dtype), A, B, s, m))
-        return y if base.bias is None else y+base.bias.to(dtype)
+        if m is None and (few or not _is_matrix(base)): y = base(x) + s*((x.to(dtype)@A.to(dtype).T)@B.to(dtype).T)
+        elif not _is_matrix(base): return super().forward(x)
+        else: y = self._product(x.to(dtype), A, B, s, m)
+        return y if bias is None else y + s*bias.to(y.dtype)
+
+    def _product(self, x, A, B, s, m):
+        base = self.base_layer
+        if type(base) is nn.Linear and torch.compiler.is_compiling(): y = _folded_linear(x, base.weight.to(x.dtype), A, B, s, m)
+        else: y = Recomputed.apply(x, lambda: folded_weight(dequantize_module_weight(base).to(x.dtype), A, B, s, m))
+        return y if base.bias is None else y+base.bias.to(x.dtype)
 
     def _dora(self, x, name):
         "DoRA as PEFT computes it, without the look at the type of the weight that breaks a compiled graph"
@@ -137,10 +152,15 @@ class Folded:
         drops = self.training and not isinstance(self.lora_dropout[name], nn.Identity)
         y = base(x)
         with torch.no_grad(): length = torch.linalg.norm(torch.addmm(base.weight, lora_B.weight.to(base.weight.dtype), lora_A.weight.to(base.weight.dtype), alpha=s), dim=1)
-        scale = self.lora_magnitude_vector[name].weight/length                        # [out]
+        scale = self._magnitude(name)/length                        # [out]
         x = self.lora_dropout[name](self._cast_input_dtype(x, lora_A.weight.dtype))
         plain = nn.functional.linear(x, base.weight.to(x.dtype)) if drops else y if base.bias is None else y-base.bias
         return (y + (scale-1)*plain + scale*lora_B(lora_A(x))*s).to(y.dtype)
+
+    def __reduce_ex__(self, _):
+        "A copy, or a pickle, is of PEFT's own class: whoever opens it needs nothing of ours"
+        _,_,*state = super().__reduce_ex__(2)
+        return copyreg._reconstructor,(type(self).__mro__[2], object, None),*state
 
 # %% ../nbs/06_speed.ipynb #b2454e81
 _classes = {}                       # from a class of PEFT's to the same with `Folded` mixed in
@@ -150,9 +170,9 @@ def fold(
 ) -> int: # How many layers of LoRA fold from now on
     "Make frozen adapters part of the frozen weight, call by call; `unfold` undoes it"
     for m in model.modules():
-        plain = isinstance(m, LoraLinear) or isinstance(m, LoraLayer) and type(m.base_layer).__name__=='Linear4bit'
-        if not plain or isinstance(m, Folded) or getattr(m, 'fan_in_fan_out', False) or any(type(o).__name__!='DoraLinearVariant' for o in m.lora_variant.values()): continue
-        cls = type(m)
+        cls = type(m)   # not one that somebody has made of it: its forward pass may be another
+        plain = cls is LoraLinear or f'{cls.__module__}.{cls.__name__}'=='peft.tuners.lora.bnb.Linear4bit'
+        if not plain or getattr(m, 'fan_in_fan_out', False) or any(type(o) is not DoraLinearVariant for o in m.lora_variant.values()): continue
         if cls not in _classes: _classes[cls] = type(f'Folded{cls.__name__}', (Folded, cls), {'__module__':cls.__module__})
         m.__class__ = _classes[cls]
     return sum(isinstance(m, Folded) for m in model.modules())
@@ -289,13 +309,14 @@ def pull(
     layers:Layers, # From `find_layers`
     fast:bool|str, # As in `ISTConfig`
 ) -> list[str]: # The names of the levers that were pulled
-    "Apply levers to a model, once, and say which"
+    "Apply levers to a model, and say which, once; a lever does nothing where it was pulled before"
     names = safe_levers(model) if fast is True else [o.strip() for o in fast.split(',')]
     lever = {o:levers[o] for o in names}   # refuses unknown names before anything is done
-    new = [o for o in lever if o not in model.__dict__.setdefault('ist_levers', [])]
-    for o in sorted(new, key=list(levers.entries).index):
-        lever[o](model, layers)
-        model.ist_levers.append(o)
+    told = model.__dict__.setdefault('ist_levers', [])
+    new = [o for o in lever if o not in told]
+    for o in sorted(lever, key=list(levers.entries).index):
+        lever[o](model, layers)        # also on a copy of a model, which is not folded or compiled
+        if o in new: told.append(o)
     if new: print(f"IST: fast steps with {', '.join(new)}")
     return names
 

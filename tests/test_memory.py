@@ -1,10 +1,10 @@
 "The activation budget is kept, with the fewest blocks computed twice and not a bit changed; the optimizer's state is where it should be"
-import copy,random,shutil,pytest,torch
+import copy,random,shutil,warnings,pytest,torch
 from itertools import combinations
 from types import SimpleNamespace
 from peft import LoraConfig,get_peft_model
 from torch import nn
-from transformers import GPT2Config,GPT2LMHeadModel,LlamaConfig,LlamaForCausalLM,T5Config,T5ForConditionalGeneration
+from transformers import GPT2Config,GPT2LMHeadModel,LlamaConfig,LlamaForCausalLM,MixtralConfig,MixtralForCausalLM,T5Config,T5ForConditionalGeneration
 from ist_nb import IST,ISTConfig,ISTError,find_layers
 from ist_nb.memory import ActivationBudget,LiveBytes,OptimizerState,peak_of
 
@@ -236,6 +236,138 @@ def test_compiled_blocks():
         assert any(o.which for o in got[1:])==(budget!='1GiB')
     assert torch._dynamo.utils.counters['stats']['unique_graphs']==graphs                # the second forward runs the same code
     torch._dynamo.reset()
+
+# -- nobody sees a block measured, and a second forward leaves nothing behind
+def amount(budget, make, active=(1, 3)):
+    "1GiB: all blocks twice in the first step, then none; 'part' of what is needed: some in each"
+    return int(0.7*most(steps(make(), n=2, active=[active]*2)[0])) if budget=='part' else budget
+
+def within(model, budget, forward, n=3, active=(1, 3)):
+    "What `forward(model)` tells of each of `n` steps, with the gradients"
+    layers,res = find_layers(model.train(), 'all'),[]
+    limit = ActivationBudget(model, layers, budget) if budget else None
+    torch.manual_seed(5)
+    for _ in range(n):
+        if limit: limit.plan(active)
+        layers.switch(active)
+        loss,told = forward(model)
+        loss.backward()
+        if limit: limit.lift()
+        layers.thaw()
+        res.append((loss.item(), told, {k:p.grad for k,p in model.named_parameters() if p.grad is not None}))
+        model.zero_grad()
+    return res,limit
+
+def equal(a, b): return all(x[:2]==y[:2] and x[2].keys()==y[2].keys() and all(torch.equal(x[2][k], y[2][k]) for k in x[2]) for x,y in zip(a, b, strict=True))
+budgets = pytest.mark.parametrize('budget', ['1GiB', 'part'])
+
+@budgets
+def test_what_transformers_records(budget):
+    "Router logits, of which the loss has a part, hidden states and attentions: as many as without a budget"
+    def mixtral():
+        torch.manual_seed(0)
+        size = dict(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=2, num_local_experts=2, use_cache=False)
+        model = MixtralForCausalLM(MixtralConfig(**size, output_router_logits=True, router_aux_loss_coef=0.5, attn_implementation='eager'))
+        return get_peft_model(model, LoraConfig(r=2, lora_dropout=0.1, target_modules=['q_proj', 'v_proj'], task_type='CAUSAL_LM'))
+    def forward(model):
+        out = model(**batch(), output_hidden_states=True, output_attentions=True)
+        return out.loss,[len(out.router_logits), len(out.hidden_states), len(out.attentions)]
+    with warnings.catch_warnings():
+        warnings.filterwarnings('error', message='IST')                          # transformers' own hooks keep quiet: nobody is warned of them
+        got,limit = within(mixtral(), amount(budget, mixtral), forward)
+    want,_ = within(mixtral(), None, forward)
+    assert equal(got, want) and [o[1] for o in got]==[[4, 5, 4]]*3 and bool(limit.checkpointed)==(budget=='part')
+
+@budgets
+def test_hooks_on_blocks_are_called_once(budget):
+    "Of every kind: before and after the forward, in the backward, on all modules, on parameters"
+    def count(budget):
+        model,seen,gone = llama(4),[],[]
+        *_,block = model.base_model.model.model.layers
+        tick = lambda name: lambda *args: seen.append(name)
+        block.register_forward_hook(tick('after')); block.register_forward_pre_hook(tick('before'))
+        block.register_full_backward_hook(tick('backward')); block.register_full_backward_pre_hook(tick('backward before'))
+        block.self_attn.q_proj.lora_A['default'].weight.register_hook(tick('gradient'))
+        gone.append(nn.modules.module.register_module_forward_hook(lambda m, args, y: seen.append('everywhere') if m is block else None))
+        def forward(model):
+            told = seen.copy(); seen.clear()
+            return model(**batch()).loss,told
+        try: return within(model, amount(budget, lambda: llama(4)), forward)[0]
+        finally: [o.remove() for o in gone]
+    got,want = count(budget),count(None)
+    assert equal(got, want) and got[1][1].count('gradient')==1 and sorted(set(got[1][1]))==['after', 'backward', 'backward before', 'before', 'everywhere', 'gradient']
+
+def test_hooks_inside_are_warned_of():
+    "They are called in both forwards, and not when a block is measured"
+    def count(budget):
+        model,seen = llama(4),[]
+        model.base_model.model.model.layers[3].mlp.register_forward_pre_hook(lambda m, args: seen.append(m))
+        return within(model, budget, lambda m: (m(**batch()).loss, len(seen)), n=4)
+    with pytest.warns(UserWarning, match='some on 1 modules, such as a LlamaMLP'): got,_ = count('1GiB')
+    assert [o[1] for o in got]==[1, 3, 4, 5] and [o[1] for o in count(None)[0]]==[1, 2, 3, 4]     # the first step computes all twice
+
+class Counts(nn.Module):
+    "Normalises, counts in a buffer what it has done, which decides what it does, and keeps what it did"
+    def __init__(self, d): super().__init__(); self.norm,self.up,self.drop = nn.BatchNorm1d(d),nn.Linear(d, d),nn.Dropout(0.2); self.register_buffer('calls', torch.zeros(())); self.times = 0
+    def forward(self, x):
+        self.calls += 1; self.times += 1
+        y = x+self.calls*self.drop(self.up(self.norm(x.transpose(1, 2)).transpose(1, 2)).tanh())
+        self.last = y.detach().mean()
+        return y
+
+def counting():
+    torch.manual_seed(0)
+    model = Own()
+    model.blocks = nn.ModuleList([Counts(32) for _ in range(4)])
+    model.forward = lambda input_ids, labels: SimpleNamespace(loss=nn.functional.cross_entropy(model.head(nn.Sequential(*model.blocks)(model.emb(input_ids))).flatten(0, 1), labels.flatten()))
+    return get_peft_model(model, LoraConfig(r=4, lora_dropout=0.1, target_modules=['up']))
+
+@budgets
+def test_what_a_block_writes_to_itself(budget):
+    models = counting(),counting()
+    (got,limit),(want,_) = [within(m, o, lambda m: (m(**batch()).loss, 0)) for m,o in zip(models, (amount(budget, counting), None))]
+    assert equal(got, want) and limit.writes=={0, 1, 2, 3} and bool(limit.checkpointed)==(budget=='part')
+    a,b = [dict(m.named_buffers()) for m in models]
+    assert a.keys()==b.keys() and len(a)==16 and all(torch.equal(a[k], b[k]) for k in a) and a['base_model.model.blocks.0.calls']==3
+    for x,y in zip(models[0].base_model.model.blocks, models[1].base_model.model.blocks): assert x.times==y.times==3 and torch.equal(x.last, y.last)
+
+def test_a_second_backward():
+    "Computed again, and again as it was"
+    for again in (False, True):
+        model = counting()
+        limit,layers = ActivationBudget(model.train(), find_layers(model), '1GiB'),find_layers(model)
+        torch.manual_seed(5)
+        limit.plan([0, 1, 2, 3])
+        loss = model(**batch()).loss
+        first = torch.autograd.grad(loss, [p for o in layers for p in o.params], retain_graph=True)
+        if again: model.eval()
+        second = torch.autograd.grad(loss, [p for o in layers for p in o.params])
+        limit.lift()
+        assert all(map(torch.equal, first, second)) and any(g.any() for g in first)
+
+@budgets
+def test_hooks_of_the_forward_alone(budget):
+    "As PEFT puts them on for what a call of the model is given, and takes them off when it returns: the second forward has them as well"
+    def forward(model):
+        scale = lambda m, args, kwargs: ((args[0]*3,), kwargs)
+        scale.__module__ = 'peft.somewhere'
+        hooks = [b.mlp.up_proj.register_forward_pre_hook(scale, with_kwargs=True) for b in model.base_model.model.model.layers]
+        try: return model(**batch()).loss,0
+        finally: [h.remove() for h in hooks]
+    got,want,plain = within(llama(4), amount(budget, lambda: llama(4)), forward)[0],within(llama(4), None, forward)[0],within(llama(4), None, lambda m: (m(**batch()).loss, 0))[0]
+    assert equal(got, want) and got[0][0]!=plain[0][0]
+
+def test_compiled_blocks_with_hooks_are_refused_on_a_device():
+    "Where the compiled code itself must be measured"
+    model = llama(3, use_cache=False)
+    for b in model.base_model.model.model.layers: b.compile(backend='eager')
+    model.base_model.model.model.layers[0].mlp.register_forward_hook(lambda *args: None)
+    limit = ActivationBudget(model.train(), find_layers(model), '1GiB')
+    limit.meter = Allocator()
+    try:
+        with pytest.warns(UserWarning, match='called twice'): limit.plan([0])
+        with pytest.raises(ISTError, match='hooks inside that would see this'): model(**batch())
+    finally: limit.lift(); limit.meter.live.stop(); torch._dynamo.reset()
 
 def test_optimizer_is_asked_for():
     for how in ('offload', 'reset'):

@@ -2,7 +2,7 @@
 import gc,json,sys,warnings,weakref
 from itertools import product
 from pathlib import Path
-import pytest,torch
+import numpy as np,pytest,torch
 from datasets import Dataset
 from peft import LoraConfig,get_peft_model
 from torch.optim import optimizer as hooks
@@ -187,6 +187,69 @@ def test_scaled_gradients_are_unscaled():
             scaler.step(opt)
         ist.witness.collect(); means.append(ist.witness.mean)
     assert means[0].any() and torch.allclose(*means, rtol=1e-6, atol=0)
+
+# -- the rules, computed once more from what is recorded
+def z(x): return (x-x.mean())/x.std()
+
+@pytest.mark.parametrize('scorer', ['first_order', 'fisher'])
+def test_importance_from_recorded_gradients(scorer):
+    "60 steps, so that layers are seen more than the 20 times after which old steps fade; the mean, the variance and the importance by their definitions, in numpy"
+    model,b = lora(dropout=0.),pm.batch('')
+    with torch.no_grad():
+        for k,(n,p) in enumerate(model.named_parameters()):
+            if 'lora_B' in n: p.normal_(0, 0.1, generator=torch.Generator().manual_seed(k))
+    ist,opt = IST(model, ISTConfig(scorer=scorer, score_interval=10, n_active=3)),torch.optim.SGD(params(model), lr=0.3)
+    seen,want = [[] for _ in range(4)],np.zeros(4)
+    def check(t):
+        if t%10 or not t: return
+        told,target,mean,var = np.array([len(o)>0 for o in seen]),np.zeros(4),np.zeros(4),np.full(4, np.nan)
+        for i,scores in enumerate(seen):
+            w = np.ones(len(scores))                                        # of each step: 1/n for the first 20, then all others fade by 0.95
+            for k in range(len(scores)): w[:k] *= 1-max(1/(k+1), 0.05); w[k] = max(1/(k+1), 0.05)
+            if len(scores): mean[i] = w@scores
+            m = min(len(scores), 20)
+            if m>1: var[i] = w@(np.array(scores)-mean[i])**2 * m/(m-1)
+        target[told] = z(mean[told])
+        if scorer=='fisher': target[~np.isnan(var)] += z(var[~np.isnan(var)])
+        target[told] = z(target[told])
+        want[:] += 0.1*(target-want)
+        assert np.allclose(ist.importance, want, atol=1e-4), (t, ist.importance, want)
+    for t in range(61):
+        with ist.step():
+            check(t)
+            loss_of(model, {k:v.roll(t, 0)[:2] for k,v in b.items()}).backward()
+            for i in ist.active.tolist(): seen[i].append(-sum((p.grad*p).sum().item() for n,p in model.named_parameters() if f'layers.{i}.' in n and 'lora_B' in n))
+            opt.step(); opt.zero_grad()
+    assert len(ist.history)==6 and min(map(len, seen))>30 and np.abs(want).max()>0.3
+
+@pytest.mark.parametrize('config', [dict(), dict(use_dora=True), dict(use_rslora=True, rank_pattern={'v_proj':1})])
+def test_paper_is_the_released_rule(config):
+    "Scaling times 0.25 in the layers of each candidate, whatever the variant; e to the minus loss, less the mean; -10 p (1-p)"
+    torch.manual_seed(0)
+    model = get_peft_model(pm.tiny(), LoraConfig(r=2, target_modules=pm.linear, task_type='CAUSAL_LM', init_lora_weights=False, **config))
+    b,opt = pm.batch(''),torch.optim.SGD(params(model), lr=0.5)
+    ist = IST(model, ISTConfig.paper(score_interval=1, n_candidates=3), probe=[b])
+    importance = np.zeros(4)
+    for _ in range(4):
+        with ist.step():
+            if ist.history:
+                record,losses = ist.history[-1],[]
+                for S in record['suppressed']:
+                    assert len(S)==2
+                    own = [(m.scaling, dict(m.scaling)) for i in S for m in model.base_model.model.model.layers[i].modules() if hasattr(m, 'lora_A')]
+                    for held,_ in own: held['default'] *= 0.25
+                    with torch.no_grad(): losses.append(model(**b).loss.item())
+                    for held,was in own: held.update(was)
+                assert np.allclose(losses, record['losses'], rtol=0, atol=1e-7) and len({round(o, 7) for o in losses})==3
+                r,p = np.exp(-np.array(losses)),1/(1+np.exp(importance))
+                for k,S in enumerate(record['suppressed']): importance[S] -= (10*(r-r.mean())[k]*p*(1-p))[S]
+                assert np.allclose(ist.importance, importance, atol=1e-6)
+            model(**b).loss.backward(); opt.step(); opt.zero_grad()
+    assert len(ist.history)==3 and np.abs(importance).min()>0
+    if 'use_dora' in config:                                                # where the definition is another: the numbers above tell the two apart
+        with torch.no_grad():
+            a,d = [Probe(model, ist.layers, b, lambda m, o: m(**o).loss, 0.25, form).loss([0, 1]) for form in ('scaling', 'response')]
+        assert abs(a-d)>1e-5
 
 # -- stop and resume
 def rows(n=32): ids = torch.randint(0, 64, (n, 8), generator=torch.Generator().manual_seed(5)); return [dict(input_ids=o, labels=o) for o in ids]

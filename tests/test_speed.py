@@ -1,11 +1,14 @@
 "Fast steps give the same results: in a Trainer, compiled by the real compiler, on 4-bit weights; and the sampler by depth keeps its promises"
-import json,math,random,re,shutil,warnings
+import copy,io,json,math,pickle,random,re,shutil,warnings
 import pytest,torch
 from pathlib import Path
+from dataclasses import fields
 from datasets import Dataset
 from hypothesis import given,settings,strategies as st
 from peft import IA3Config,LoraConfig,PeftModel,get_peft_model,prepare_model_for_kbit_training
-from transformers import AutoModelForCausalLM,BitsAndBytesConfig,LlamaConfig,LlamaForCausalLM,T5Config,T5ForConditionalGeneration,Trainer,TrainerCallback,TrainingArguments
+from peft.tuners.lora import LoraLayer
+from transformers import (AutoModelForCausalLM,BitsAndBytesConfig,LlamaConfig,LlamaForCausalLM,MixtralConfig,MixtralForCausalLM,Qwen2Config,Qwen2ForCausalLM,
+                          T5Config,T5ForConditionalGeneration,Trainer,TrainerCallback,TrainingArguments)
 from transformers.trainer_callback import PrinterCallback
 import ist_nb.speed as speed
 from ist_nb import IST,ISTCallback,ISTConfig,ISTError,find_layers
@@ -13,7 +16,7 @@ from ist_nb.finetune import assets
 from ist_nb.samplers import depth_plan,depth_sampler,inclusion_by_depth
 from ist_nb.scorers import Probe
 from ist_nb.ist import model_loss
-from ist_nb.speed import Folded,fold,kept_bytes,pull,to_fp8
+from ist_nb.speed import Folded,fold,kept_bytes,pull,to_fp8,unfold
 from ist_nb.suppression import suppress
 
 def gen(seed=0): return torch.Generator().manual_seed(seed)
@@ -201,6 +204,160 @@ def test_suppression_by_hooks_of_compiled_blocks(config):
         with torch.no_grad(): got = [loss_with(model, S) for S in ([], [0, 2], [3])]
         assert torch.allclose(torch.tensor(got), torch.tensor(want), rtol=1e-6) and len({round(o, 4) for o in got})==3
     finally: torch._dynamo.reset()
+
+# -- whatever PEFT can put into a layer of LoRA is folded exactly, or left alone
+every = 'all-linear'
+bd = dict(target_modules_bd_a=['q_proj', 'k_proj', 'v_proj', 'up_proj', 'gate_proj'], target_modules_bd_b=['o_proj', 'down_proj'], nblocks=2)
+options = dict(   # by the field of LoraConfig that is tried
+    r=dict(r=3, lora_alpha=5), use_rslora=dict(use_rslora=True), use_dora=dict(use_dora=True), lora_bias=dict(lora_bias=True), bias=dict(bias='all'),
+    rank_pattern=dict(rank_pattern={'q_proj':1}, alpha_pattern={'v_proj':9}), init_lora_weights=dict(init_lora_weights='pissa'), olora=dict(init_lora_weights='olora'),
+    mica=dict(init_lora_weights='mica'), fan_in_fan_out=dict(fan_in_fan_out=True), modules_to_save=dict(modules_to_save=['lm_head']), exclude_modules=dict(exclude_modules='.*down_proj'),
+    layers_to_transform=dict(target_modules=['q_proj', 'up_proj'], layers_to_transform=[1], layers_pattern='layers'), layer_replication=dict(layer_replication=[(0, 2), (1, 2)]), trainable_token_indices=dict(trainable_token_indices=[1, 2]),
+    alora_invocation_tokens=dict(alora_invocation_tokens=[3]), velora_config=dict(velora_config={}), monteclora_config=dict(monteclora_config={}), use_bdlora=dict(use_bdlora=bd), kasa_config=dict(kasa_config={}),
+    target_parameters=dict(target_modules=['q_proj'], target_parameters=['mlp.experts.gate_up_proj']), ensure_weight_tying=dict(target_modules=['q_proj', 'lm_head'], ensure_weight_tying=True))
+elsewhere = dict(lora_alpha='r', alpha_pattern='rank_pattern', layers_pattern='layers_to_transform', target_modules='ensure_weight_tying', lora_dropout='folding leaves it out, which the page says',
+    task_type='no part of a layer', peft_type='no part of a layer', auto_mapping='no part of a layer', peft_version='no part of a layer', base_model_name_or_path='no part of a layer', revision='no part of a layer',
+    inference_mode='all frozen, as tried', runtime_config='where starting weights are computed', megatron_config='layers of Megatron are of another class', megatron_core='as megatron_config',
+    use_qalora='layers of GPTQ are of another class', qalora_group_size='as use_qalora', arrow_config='a variant, as aLoRA',
+    loftq_config='starting weights', eva_config='starting weights', corda_config='starting weights', lora_ga_config='starting weights')
+
+def test_every_option_of_peft_is_tried():
+    "A field that a new PEFT brings is to be put into one of the two"
+    known = {f.name for f in fields(LoraConfig)}
+    assert known<=options.keys()|elsewhere.keys() and options.keys()-{'olora', 'mica'}<=known
+
+def small_model(name, bias):
+    torch.manual_seed(0)
+    size = dict(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, use_cache=False)
+    if name=='target_parameters': return MixtralForCausalLM(MixtralConfig(num_local_experts=2, experts_implementation='eager', **size))
+    if bias and name!='layer_replication': return Qwen2ForCausalLM(Qwen2Config(tie_word_embeddings=name=='ensure_weight_tying', **size))
+    return LlamaForCausalLM(LlamaConfig(tie_word_embeddings=name=='ensure_weight_tying', **size))
+
+def randomised(name, bias, **more):
+    "In float64, every parameter moved at random: nothing is 0 by its start"
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        model = get_peft_model(small_model(name, bias), LoraConfig(**(dict(r=2, target_modules=every, task_type='CAUSAL_LM') | options[name] | more))).double()
+    with torch.no_grad(): [p.add_(torch.randn(p.shape, generator=gen(k), dtype=p.dtype), alpha=0.1) for k,p in enumerate(model.parameters())]
+    return model
+
+def lora_layers(model): return [(n, m) for n,m in model.named_modules() if isinstance(m, LoraLayer) and isinstance(m.get_base_layer(), torch.nn.Linear)]
+
+def outcomes(model, tokens):
+    "Output and gradients of each layer by itself, with what it draws drawn from one seed"
+    res = {}
+    for n,m in lora_layers(model):
+        x = torch.randn(2, tokens//2, m.in_features, generator=gen(1), dtype=torch.float64, requires_grad=True)
+        torch.manual_seed(3)
+        y = m(x)
+        wanted = [x, *(p for p in m.parameters() if p.requires_grad)]
+        grads = torch.autograd.grad(y.square().sum(), wanted, allow_unused=True)
+        res[n] = [y.detach(), *(torch.zeros(()) if g is None else g for g in grads)]
+    return res
+
+def same_results(model):
+    "The layers give what PEFT's own give, in evaluation, frozen and trained, for many tokens and few; how many are folded"
+    if not (folded := fold(model)): return 0                                   # PEFT's own, every one
+    whole = dict(input_ids=ids[:3, :12]%64)
+    before = [p.requires_grad for p in model.parameters()]
+    for mode in ('eval', 'frozen', 'trained'):
+        model.train(mode!='eval')
+        for p,on in zip(model.parameters(), before): p.requires_grad_(on and mode=='trained')
+        for tokens in (48, 4):
+            fold(model); got = outcomes(model, tokens)
+            unfold(model); want = outcomes(model, tokens)
+            for n in want:
+                assert len(got[n])==len(want[n]) and all(torch.allclose(a, b, rtol=1e-9, atol=1e-11) for a,b in zip(got[n], want[n])), (mode, tokens, n)
+        seen = []
+        for f in (fold, unfold):
+            f(model); torch.manual_seed(3)
+            seen.append(model(**whole).logits)
+        assert torch.allclose(*seen, rtol=1e-5, atol=1e-5)                    # norms work in float32
+    for p,on in zip(model.parameters(), before): p.requires_grad_(on)
+    return folded
+
+plain_options = 'r', 'use_rslora', 'use_dora', 'lora_bias', 'bias', 'rank_pattern', 'init_lora_weights', 'olora', 'modules_to_save', 'exclude_modules', 'layers_to_transform', 'layer_replication', 'trainable_token_indices', 'target_parameters', 'ensure_weight_tying'
+
+@pytest.mark.parametrize('name', options)
+def test_folded_as_peft_computes_it(name):
+    folded = [same_results(m) for m in (randomised(name, False), randomised(name, True))]
+    assert all(n>0 for n in folded) if name in plain_options else name=='fan_in_fan_out' or not any(folded)
+
+@pytest.mark.parametrize('name', ['r', 'use_dora', 'lora_bias'])
+def test_compiled_folded_as_peft_computes_it(name):
+    "With a bias on the base layer and without, through the operator that the compiler sees"
+    torch._dynamo.reset()
+    try:
+        for mode in ('frozen', 'trained'):
+            model = randomised(name, True)
+            for p in model.parameters(): p.requires_grad_(p.requires_grad and mode=='trained')
+            some = [m for n,m in lora_layers(model) if 'layers.0' in n and n.endswith(('q_proj', 'o_proj'))]
+            assert [m.base_layer.bias is None for m in some]==[False, True]
+            x,seen = torch.randn(2, 24, 16, generator=gen(1), dtype=torch.float64, requires_grad=True),[]
+            for way in (unfold, fold):
+                way(model)
+                f = torch.compile(lambda x: [m(x) for m in some], backend='aot_eager') if way is fold else lambda x: [m(x) for m in some]
+                ys = f(x)
+                seen.append([*ys, *torch.autograd.grad(sum(y.square().sum() for y in ys), [x, *(p for m in some for p in m.parameters() if p.requires_grad)])])
+            assert len(seen[0])>3-(mode=='frozen') and all(torch.allclose(a, b, rtol=1e-9, atol=1e-11) for a,b in zip(*seen, strict=True))
+    finally: torch._dynamo.reset()
+
+def test_adapters_that_come_after_folding():
+    "One of a kind that does not fold, several at a time, one for each row"
+    model = randomised('r', True)
+    fold(model)
+    for name in ('use_dora', 'use_bdlora', 'velora_config', 'lora_bias'): model.add_adapter(name, LoraConfig(**(dict(r=2, target_modules=every, task_type='CAUSAL_LM') | options[name])))
+    with torch.no_grad(): [p.add_(torch.randn(p.shape, generator=gen(k)), alpha=0.1) for k,p in enumerate(model.parameters())]
+    model.double().eval()
+    for names in (['default'], ['use_dora'], ['use_bdlora'], ['velora_config'], ['lora_bias'], ['default', 'lora_bias']):
+        model.base_model.set_adapter(names)
+        layers = [m for m in model.modules() if isinstance(m, Folded)]
+        x = torch.randn(2, 24, 16, generator=gen(1), dtype=torch.float64)
+        with torch.no_grad():
+            for m in layers:
+                if m.in_features!=16: continue
+                assert torch.allclose(m(x), super(Folded, m).forward(x), rtol=1e-9, atol=1e-11), names
+                if 'use_dora' not in names: assert torch.equal(m(x, adapter_names=['default', '__base__']), super(Folded, m).forward(x, adapter_names=['default', '__base__']))
+
+def test_what_folding_would_pass_by():
+    "A hook on a part of the layer, a base layer that is trained too, a magnitude alone that is, a class of somebody's own"
+    model = randomised('r', True)
+    (_,layer),*_ = lora_layers(model)
+    x = torch.randn(2, 24, 16, generator=gen(1), dtype=torch.float64)
+    for part in (layer.base_layer, layer.lora_A['default'], layer.lora_B['default']):
+        hook = part.register_forward_hook(lambda m, args, y: 2*y)
+        want = layer(x); fold(model); assert torch.equal(layer(x), want)
+        unfold(model); hook.remove()
+        assert not torch.allclose(layer(x), want)
+    for name in ('r', 'use_dora'):
+        model = randomised(name, True)
+        (_,layer),*_ = lora_layers(model)
+        for p in layer.parameters(): p.requires_grad_(False)
+        trained = layer.base_layer.weight if name=='r' else layer.lora_magnitude_vector['default'].weight
+        trained.requires_grad_(True)
+        want, = torch.autograd.grad(layer(x).square().sum(), trained)
+        fold(model)
+        got, = torch.autograd.grad(layer(x).square().sum(), trained)
+        assert torch.allclose(got, want, rtol=1e-9)
+        unfold(model)
+    class Mine(type(layer)):
+        def forward(self, x): return 3*super().forward(x)
+    layer.__class__ = Mine
+    want = layer(x)
+    assert fold(model)==13 and torch.equal(layer(x), want)
+
+# -- a folded model is copied and saved as any other
+def test_folded_models_are_copied_and_pickled(tmp_path):
+    model = randomised('use_dora', True).eval()
+    pull(model, find_layers(model), 'fold')
+    want = model(input_ids=ids[:2]%64).logits
+    torch.save(model, tmp_path/'model.pt')
+    for again in (pickle.loads(pickle.dumps(model)), pickle.loads(pickle.dumps(model, 2)), torch.load(tmp_path/'model.pt', weights_only=False), copy.deepcopy(model)):
+        assert not any(isinstance(m, Folded) for m in again.modules()) and sum(isinstance(m, Folded) for m in model.modules())==14
+        assert {type(m).__module__.split('.')[0] for m in again.modules()}<={'peft', 'transformers', 'torch'}      # opens where the package is not
+        assert torch.allclose(again(input_ids=ids[:2]%64).logits, want, atol=1e-5)
+        pull(again, find_layers(again), 'fold')                                                                    # and folds again
+        assert torch.equal(again(input_ids=ids[:2]%64).logits, want)
 
 # -- 4-bit weights
 def quantised(dtype=torch.float32, dora=False):
