@@ -513,7 +513,8 @@ def libraries():
     "Import what every case needs, once"
     import torch
     names = ('datasets peft matplotlib.pyplot transformers.models.llama.modeling_llama transformers.trainer '
-             'trl.trainer.sft_trainer ist_nb.callback ist_nb.data ist_nb.evaluate ist_nb.finetune ist_nb.plot ist_nb.runs')
+             'trl.trainer.sft_trainer ist_nb.callback ist_nb.data ist_nb.evaluate ist_nb.finetune ist_nb.plot '
+             'ist_nb.runs')
     for o in names.split(): import_module(o)
     torch.set_num_threads(1)
 
