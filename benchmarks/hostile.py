@@ -11,6 +11,7 @@ saves most of the time."""
 import argparse,gzip,hashlib,json,math,os,pickle,platform,shutil,signal,sys,tempfile,time,traceback
 from collections import Counter
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 import psutil,yaml
@@ -510,10 +511,11 @@ def versions():
 
 def libraries():
     "Import what every case needs, once"
-    import torch,transformers,trl,peft,datasets,matplotlib.pyplot
-    from transformers import LlamaForCausalLM,Trainer
-    from trl import SFTConfig,SFTTrainer,TrlParser
-    import ist_nb.callback,ist_nb.data,ist_nb.evaluate,ist_nb.finetune,ist_nb.plot,ist_nb.runs
+    import torch
+    names = ('datasets peft matplotlib.pyplot transformers.models.llama.modeling_llama transformers.trainer '
+             'trl.trainer.sft_trainer ist_nb.callback ist_nb.data ist_nb.evaluate ist_nb.finetune ist_nb.plot '
+             'ist_nb.runs')
+    for o in names.split(): import_module(o)
     torch.set_num_threads(1)
 
 if __name__=='__main__':
