@@ -181,6 +181,7 @@ def _clear_errors():
 
 _count = 'a whole number of at least 1',lambda v: v>=1
 _share = 'a number in [0, 1)',lambda v: 0<=v<1
+_few = 'to four for each processor'
 _training_allowed = dict(
     learning_rate=('a number of at least 0', lambda v: v>=0 and math.isfinite(v)),
     per_device_train_batch_size=_count, per_device_eval_batch_size=_count, gradient_accumulation_steps=_count,
@@ -188,7 +189,8 @@ _training_allowed = dict(
     adam_beta1=_share, adam_beta2=_share, adam_epsilon=('a number of at least 0', lambda v: v>=0), weight_decay=('a number of at least 0', lambda v: v>=0),
     max_steps=('a whole number of at least 1, or -1 for whole epochs', lambda v: v>=1 or v==-1),
     resume_from_checkpoint=('nothing: --resume finds the last intact checkpoint of --output_dir', lambda v: v is None),
-    dataloader_num_workers=('a whole number from 0 to four for each processor', lambda v: 0<=v<=4*(os.cpu_count() or 1)))
+    dataloader_num_workers=(f'a whole number from 0 {_few}', lambda v: 0<=v<=4*(os.cpu_count() or 1)),
+    dataset_num_proc=(f'a whole number from 1 {_few}', lambda v: v is None or 1<=v<=4*(os.cpu_count() or 1)))
 
 def check_training(
     sft, # An `SFTConfig`
@@ -527,7 +529,7 @@ def finetune(
         with during('making the optimizer'): trainer.create_optimizer()
         if checkpoint: check_moments(checkpoint, [p for g in trainer.optimizer.param_groups for p in g['params']])
         elif not ranks.rank: write_json(folder/'run.json', dict(data=rows, settings=settings, versions=versions()))
-        with during('training'):
+        with during(f'training, resumed from {checkpoint},' if checkpoint else 'training'):
             if not (checkpoint and take_finished(trainer, checkpoint)): trainer.train(resume_from_checkpoint=checkpoint)
         check_stopped(trainer)
         with during('saving the adapter'): trainer.save_model()   # on every process: a sharded model is put together by all; and now, before anything else can go wrong

@@ -145,7 +145,8 @@ def check_moments(
 # %% ../nbs/06_runs.ipynb #a1f08fda
 _saved = re.compile(r'(adapter_model|adapter_config|model|pytorch_model|optimizer|scheduler|scaler|rng_state|trainer_state|training_args|config'
                     r'|generation_config|tokenizer|special_tokens_map|added_tokens|vocab|merges|chat_template|processor_config'
-                    r'|preprocessor_config|global_step|README|manifest)([-_.\d].*)?')   # what transformers, PEFT, engines and we write
+                    r'|preprocessor_config|README|manifest)([-_.\d].*)?')   # what transformers, PEFT, engines and we write
+_sharded = re.compile(r'(global_step|optimizer_|pytorch_model_fsdp_)\d+')      # the folders of DeepSpeed and FSDP
 
 def remove_checkpoint(
     folder, # A checkpoint, intact or not
@@ -153,8 +154,9 @@ def remove_checkpoint(
     "Remove what a Trainer wrote to `folder`, and the folder if nothing else is in it; links are not followed"
     folder = Path(folder)
     for p in folder.iterdir():
-        if not _saved.fullmatch(p.name): continue
-        shutil.rmtree(p) if p.is_dir() and not p.is_symlink() else p.unlink()
+        if p.is_dir() and not p.is_symlink():
+            if _sharded.fullmatch(p.name): shutil.rmtree(p)
+        elif _saved.fullmatch(p.name): p.unlink()
     if not any(folder.iterdir()): folder.rmdir()
 
 def rotate(
@@ -263,7 +265,7 @@ def _settings_in(text, argv):
     words,low = set(re.findall(r'[\w./+-]+', text)) | set(re.findall(r'\w+', text)),re.sub(r'[\W_]+', ' ', text.lower())
     pairs = [(a[2:].partition('=')[0], a.partition('=')[2] or (b if not b.startswith('--') else '')) for a,b in zip(argv, [*argv[1:], '']) if a.startswith('--')]
     named = lambda name: f" {name.replace('_', ' ')}" in f' {low}' and len(name)>4      # 'optim' is in 'optimizers'
-    held = lambda v: v not in ('no', 'yes', 'true', 'false', 'auto') and len(v)>1 and (v in words or v in text and len(v)>3) or _number(v) is not None and _number(v) in map(_number, words)
+    held = lambda v: v not in ('no', 'yes', 'true', 'false', 'auto') and len(v)>1 and (v in words or v in text and len(v)>3) or len(v)>1 and _number(v) is not None and _number(v) in map(_number, words)
     return [f'--{name} {v[:80]}'.rstrip() for name,v in pairs if named(name) or held(v)][:3]
 
 def _number(s):
