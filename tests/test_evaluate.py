@@ -132,6 +132,18 @@ def test_likelihood_is_the_naive_one(pico, batch_size):
             assert l==pytest.approx(logp(model, tok(p+s)['input_ids'], n), abs=1e-5*max(1, abs(l)))
     assert cut==[0]*4
 
+def test_many_choices_are_taken_in_parts(pico, monkeypatch):
+    "A row with many choices repeats its cache for each, so a batch has at most eight times as many choices as rows, and the numbers are the same"
+    import ist_nb.evaluate as e
+    real,sizes = e._batch_log_likelihoods,[]
+    monkeypatch.setattr(e, '_batch_log_likelihoods', lambda m, p, r, t: sizes.append(sum(map(len, r))) or real(m, p, r, t))
+    prompts,answers = ['One', 'Two and three', 'Four'],[[f' {i}' for i in range(k)] for k in (9, 5, 14)]
+    got,_ = log_likelihoods(*pico, prompts, answers, batch_size=3)
+    assert len(sizes)==2 and sum(sizes)==28 and max(sizes)<=24
+    one,_ = log_likelihoods(*pico, prompts, answers, batch_size=1)
+    assert sorted(sizes[2:])==[5, 9, 14]
+    for a,b in zip(got, one): assert a==pytest.approx(b, rel=1e-5)
+
 def test_likelihood_with_an_adapter_and_without_a_cache(pico, monkeypatch):
     "The adapter counts, and a model whose cache cannot be repeated gets the plain form"
     import copy,ist_nb.evaluate as e
