@@ -522,7 +522,7 @@ def test_which_name_counts(want, text): assert extract_choice(text, ['answer1', 
 
 @pytest.mark.parametrize('want,text', [(24, 'The answer is 24 dollars, not 12.'), (24, 'The answer is 24 (12 eggs at 2 dollars).'), (8, 'Answer: 8\n\n### Instruction:\nWhat is 2+2? Answer: 4'), (1500, 'Answer: 1 500'),
     (24, 'The answer is 24 because 12 eggs cost 2 each.'), (24, 'The answer is 24, since 12*2 is 24 and 1 more is 25'), (1234567, 'It costs 1\u00a0234\u00a0567 in all'), (15, 'The answer is 30 - 15 = 15.'), (7, 'The answer is the sum of 3 and 4 = 7'),
-    (15, 'The answer is, as we saw, 15'), (8, 'So 8.\n\nQ: Tom has 7 pens and 2 more.'), (5, '\n### Question: again?\nThe answer is 5'), (72, 'it is so\n#### 72'), (1.5, 'answer: 1.5 of 10'), (-1500, 'The answer is -$1,500; 3 are left'), (3, 'Answer: [3]'), (12, 'The answer is 12: 3 times 4')])
+    (15, 'The answer is, as we saw, 15'), (8, 'So 8.\n\nQ: Tom has 7 pens and 2 more.'), (5, '\n### Question: again?\nThe answer is 5'), (72, 'it is so\n#### 72'), (1.5, 'answer: 1.5 of 10'), (-1500, 'The answer is -$1,500; 3 are left'), (3, 'Answer: [3]'), (4, 'The answer is 3. No: the answer is 4.'), (12, 'The answer is 12: 3 times 4')])
 def test_numbers_and_what_is_said_of_them(want, text): assert extract_number(text)==want
 
 def test_help_is_quick_and_whole():
