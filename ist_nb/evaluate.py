@@ -756,7 +756,7 @@ def _base_of(
 def _check_patterns(
     conf:dict, # Fields of a configuration of PEFT
     names:list, # Names of the model's modules
-    seconds:float=10., # At most
+    seconds:float=5., # At most
 ): # Raises `ISTError`
     "Whether the regular expressions in `conf` are whole, and matched in a reasonable time: some take for ever"
     import subprocess
@@ -851,7 +851,8 @@ def main(
     if '--version' in argv:
         from ist_nb import __version__
         return print(f'ist_evaluate {__version__}') or 0
-    import warnings
+    import logging,warnings
+    logging.getLogger('bitsandbytes').setLevel(logging.ERROR)     # what it lacks is not used
     args = None
     try:
         args = parse(argv)
