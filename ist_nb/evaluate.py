@@ -414,6 +414,17 @@ def _batch_log_likelihoods(model, prefixes, rests, token):
     return logp.sum(1).tolist()
 
 # %% ../nbs/08_evaluate.ipynb #bc118e15
+def _few(batch, sizes, most):
+    "Parts of `batch` whose sizes come to at most `most`, or of one element"
+    part,total = [],0
+    for i in batch:
+        if part and total+sizes[i]>most:
+            yield part
+            part,total = [],0
+        part.append(i)
+        total += sizes[i]
+    yield part
+
 def log_likelihoods(
     model, # A causal language model of transformers, with adapters or without
     tokenizer, # Its tokenizer
@@ -431,7 +442,7 @@ def log_likelihoods(
         cut.append(max(0, len(prefix)-room) if room else 0)
         pairs[i] = prefix[cut[-1]:],rest
     with quietly(model):
-        for b in by_length([p for p,_ in pairs], batch_size, about, progress):
+        for b in (o for b in by_length([p for p,_ in pairs], batch_size, about, progress) for o in _few(b, [len(r) for _,r in pairs], 8*batch_size)):     # each choice repeats the cache
             flat = _batch_log_likelihoods(model, [pairs[i][0] for i in b], [pairs[i][1] for i in b], _pad_id(tokenizer))
             flat = iter(flat if flat is not None else [log_likelihood(model, pairs[i][0], o) for i in b for o in pairs[i][1]])
             for i in b: res[i] = [next(flat) for _ in pairs[i][1]]
@@ -745,7 +756,7 @@ def _base_of(
 def _check_patterns(
     conf:dict, # Fields of a configuration of PEFT
     names:list, # Names of the model's modules
-    seconds:float=10., # At most
+    seconds:float=5., # At most
 ): # Raises `ISTError`
     "Whether the regular expressions in `conf` are whole, and matched in a reasonable time: some take for ever"
     import subprocess
@@ -840,7 +851,8 @@ def main(
     if '--version' in argv:
         from ist_nb import __version__
         return print(f'ist_evaluate {__version__}') or 0
-    import warnings
+    import logging,warnings
+    logging.getLogger('bitsandbytes').setLevel(logging.ERROR)     # what it lacks is not used
     args = None
     try:
         args = parse(argv)

@@ -132,6 +132,18 @@ def test_likelihood_is_the_naive_one(pico, batch_size):
             assert l==pytest.approx(logp(model, tok(p+s)['input_ids'], n), abs=1e-5*max(1, abs(l)))
     assert cut==[0]*4
 
+def test_many_choices_are_taken_in_parts(pico, monkeypatch):
+    "A row with many choices repeats its cache for each, so a batch has at most eight times as many choices as rows, and the numbers are the same"
+    import ist_nb.evaluate as e
+    real,sizes = e._batch_log_likelihoods,[]
+    monkeypatch.setattr(e, '_batch_log_likelihoods', lambda m, p, r, t: sizes.append(sum(map(len, r))) or real(m, p, r, t))
+    prompts,answers = ['One', 'Two and three', 'Four'],[[f' {i}' for i in range(k)] for k in (9, 5, 14)]
+    got,_ = log_likelihoods(*pico, prompts, answers, batch_size=3)
+    assert len(sizes)==2 and sum(sizes)==28 and max(sizes)<=24
+    one,_ = log_likelihoods(*pico, prompts, answers, batch_size=1)
+    assert sorted(sizes[2:])==[5, 9, 14]
+    for a,b in zip(got, one): assert a==pytest.approx(b, rel=1e-5)
+
 def test_likelihood_with_an_adapter_and_without_a_cache(pico, monkeypatch):
     "The adapter counts, and a model whose cache cannot be repeated gets the plain form"
     import copy,ist_nb.evaluate as e
@@ -510,7 +522,7 @@ def test_which_name_counts(want, text): assert extract_choice(text, ['answer1', 
 
 @pytest.mark.parametrize('want,text', [(24, 'The answer is 24 dollars, not 12.'), (24, 'The answer is 24 (12 eggs at 2 dollars).'), (8, 'Answer: 8\n\n### Instruction:\nWhat is 2+2? Answer: 4'), (1500, 'Answer: 1 500'),
     (24, 'The answer is 24 because 12 eggs cost 2 each.'), (24, 'The answer is 24, since 12*2 is 24 and 1 more is 25'), (1234567, 'It costs 1\u00a0234\u00a0567 in all'), (15, 'The answer is 30 - 15 = 15.'), (7, 'The answer is the sum of 3 and 4 = 7'),
-    (15, 'The answer is, as we saw, 15'), (8, 'So 8.\n\nQ: Tom has 7 pens and 2 more.'), (5, '\n### Question: again?\nThe answer is 5'), (72, 'it is so\n#### 72'), (1.5, 'answer: 1.5 of 10'), (-1500, 'The answer is -$1,500; 3 are left'), (3, 'Answer: [3]'), (12, 'The answer is 12: 3 times 4')])
+    (15, 'The answer is, as we saw, 15'), (8, 'So 8.\n\nQ: Tom has 7 pens and 2 more.'), (5, '\n### Question: again?\nThe answer is 5'), (72, 'it is so\n#### 72'), (1.5, 'answer: 1.5 of 10'), (-1500, 'The answer is -$1,500; 3 are left'), (3, 'Answer: [3]'), (4, 'The answer is 3. No: the answer is 4.'), (12, 'The answer is 12: 3 times 4')])
 def test_numbers_and_what_is_said_of_them(want, text): assert extract_number(text)==want
 
 def test_help_is_quick_and_whole():
