@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 from fastcore.docments import docments
-from .config import ISTConfig, ISTError, scorers, suggest
+from .config import ISTConfig, ISTError, read_value, scorers, suggest
 from .evaluate import versions
 
 # %% ../nbs/10_finetune.ipynb #46dd7a81
@@ -44,15 +44,13 @@ class FinetuneArguments:
 
 # %% ../nbs/10_finetune.ipynb #e8103621
 def number(
-    s, # As typed, or as YAML read it
-): # An int if `s` looks like one, or a float, or True or False, or `s` itself
-    "The number that a string means"
-    if not isinstance(s, str): return s
-    if s.lower() in ('true', 'false'): return s.lower()=='true'
+    s:str, # As typed, or as YAML read it
+): # An int if `s` looks like one, or a float, else what it is as JSON, or `s` itself
+    "The value that a word means"
     for f in (int, float):
         try: return f(s)
         except ValueError: pass
-    return s
+    return read_value(s)
 
 def ist_arguments():
     "A dataclass of the fields of `ISTConfig`, each None until it is given"
@@ -256,7 +254,11 @@ def load_model(
     if not isinstance(sft.model_init_kwargs or {}, dict): raise ISTError(f"--model_init_kwargs {sft.model_init_kwargs!r} is not a dictionary. Write it as in '{{\"dtype\": \"bfloat16\"}}'.")
     code = bool(sft.trust_remote_code)      # not None, which asks on the terminal
     kwargs = dict(dtype='auto' if torch.cuda.is_available() else torch.float32, trust_remote_code=code) | (sft.model_init_kwargs or {})
-    try: return AutoModelForCausalLM.from_pretrained(name, **kwargs),AutoTokenizer.from_pretrained(name, trust_remote_code=code)
+    try:
+        model,info = AutoModelForCausalLM.from_pretrained(name, **kwargs, output_loading_info=True)
+        if lost := sorted(info['missing_keys']): raise ISTError(f"{len(lost)} weights of the model {args.model!r} are missing ({', '.join(lost[:3])}), and would be random numbers. Copy or save it again.")
+        return model,AutoTokenizer.from_pretrained(name, trust_remote_code=code)
+    except ISTError: raise
     except Exception as e:
         why = ' '.join(str(e).split())[:300]
         raise ISTError(f"The model {args.model!r} cannot be loaded{suggest(args.model, ['pico'])} Give 'pico', a folder with config.json, weights and tokenizer, "
@@ -405,6 +407,7 @@ def make_trainer(
     from transformers.trainer_callback import ProgressCallback
     from trl import SFTTrainer
     from ist_nb.callback import ISTCallback
+    from ist_nb.evaluate import _check_patterns
     from ist_nb.runs import RunGuard, during
     model,tokenizer = load_model(args, sft)
     if len(tokenizer)>model.get_input_embeddings().num_embeddings:
@@ -413,8 +416,10 @@ def make_trainer(
     if data.kind=='text': sft.packing,sft.packing_strategy = True,'wrapped'   # long texts are cut into rows rather than cut off
     callbacks = [ISTCallback(cfg, stack=args.stack)] if cfg else []
     callbacks.append(RunGuard(reraise=False, how='the same command with --resume'))
+    config = adapter_config(args)
+    _check_patterns(config.to_dict(), [k for k,_ in model.named_modules()])
     with during('putting the trainer together'):
-        trainer = SFTTrainer(model, sft, train_dataset=data.train, eval_dataset=data.test, processing_class=tokenizer, peft_config=adapter_config(args), callbacks=callbacks)
+        trainer = SFTTrainer(model, sft, train_dataset=data.train, eval_dataset=data.test, processing_class=tokenizer, peft_config=config, callbacks=callbacks)
     if not hasattr(trainer.model.get_output_embeddings(), 'bias'):
         raise ISTError("The output head was wrapped by PEFT (trainable_token_indices on a model with tied embeddings), and TRL's trainer cannot compute a loss with it. "
                        "Leave trainable_token_indices out, or train with a Trainer of your own and ISTCallback.")
@@ -679,7 +684,7 @@ def save_run(
 ) -> dict: # What is in `results.json`
     "Write the run's folder and print the summary"
     from ist_nb.callback import ISTCallback
-    from ist_nb.plot import layer_table
+    from ist_nb.plot import layer_table, plot_importance, try_picture
     from ist_nb.runs import write_json
     folder,sft = Path(trainer.args.output_dir),trainer.args
     ist = next((c.ist for c in trainer.callback_handler.callbacks if isinstance(c, ISTCallback)), None)
@@ -692,16 +697,10 @@ def save_run(
     (folder/'README.md').write_text(model_card(res, folder.absolute().name), encoding='utf-8')
     write_json(folder/'results.json', res)
     if ist:
-        _picture(state, f'{args.model}, {args.method}: {ist.t} steps', folder/'importance.png')
+        try_picture(lambda: plot_importance(state, f'{args.model}, {args.method}: {ist.t} steps'), folder/'importance.png')
         print(f"{ist}\n{layer_table(state)}")
     print(f"Held-out loss: {res['loss_before']:.4f} -> {res['loss_after']:.4f} in {res['steps']} steps and {res['seconds']:.0f} s\n{_left(folder, args)}")
     return res
-
-def _picture(state, title, path):
-    "A picture must not fail a run that is done"
-    from ist_nb.plot import plot_importance
-    try: plot_importance(state, title.replace('$', r'\$')).savefig(path, dpi=150)
-    except Exception as e: print(f'The picture {path} could not be drawn ({type(e).__name__}: {e}).', file=sys.stderr)
 
 def _left(folder, args):
     "What a run has left, and what one can do with it"
