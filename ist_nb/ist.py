@@ -418,7 +418,7 @@ def begin_step(self:IST):
     self.active = self.draw()
     if due or not self.started: self._agree(drawn=self.active.tolist())
     self.started = True
-    reshard(self.model)
+    if self.engine.name=='FSDP2': reshard(self.model)
     self._check_trained()
     self.watch.check_gradients()
     if self.activations: self.activations.plan(self.active.tolist())
@@ -474,15 +474,10 @@ class _Watch:
     def begin(self):
         self.used,self.at_work = False,None
         if self.ist().engine.name.startswith('DeepSpeed'): return   # which holds flat tensors of its own
-        me = weakref.ref(self)
-        def call(name):     # a hook returns nothing: torch takes what it returns for new arguments
-            def f(optimizer, *_):
-                if me() and me().ist(): getattr(me(), name)(optimizer)
-            return f
         if not self.hooks:
-            self.hooks.append(register_optimizer_step_post_hook(call('saw')))
+            self.hooks.append(register_optimizer_step_post_hook(_weakly(self.saw)))
             weakref.finalize(self, _remove, self.hooks)
-        self.hooks.append(register_optimizer_step_pre_hook(call('see')))
+        self.hooks.append(register_optimizer_step_pre_hook(_weakly(self.see)))
 
     def end(self, count):
         if not count: self.used = None
@@ -537,6 +532,13 @@ class _Watch:
         if not grads or not any(g.any() for g in grads) or not all(g.isfinite().all() for g in grads): return   # zeros are no loss; and a loss scaler leaves out a step that is not finite
         raise ISTError("The step before has left gradients that no optimizer has used, in layers that are to rest now, where they would be lost. All micro-batches of an optimizer step belong inside of one step of IST: "
                        "`with ist.step():` around the loop over micro-batches and `with accelerator.accumulate(model):` inside of it. A step that was left out on purpose ends with zero_grad().")
+
+def _weakly(method):
+    "A hook that keeps nothing alive, and returns nothing: torch takes what a hook returns for new arguments"
+    ref = weakref.WeakMethod(method)
+    def hook(optimizer, *_):
+        if ref() and ref().__self__.ist(): ref()(optimizer)
+    return hook
 
 def _remove(hooks, keep=0):
     while len(hooks)>keep: hooks.pop().remove()
