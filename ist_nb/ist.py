@@ -435,7 +435,7 @@ def end_step(self:IST,
 ): # Raises `ISTError`
     "Make every layer trainable again"
     if not self.in_step: raise ISTError("No step has begun, or it is over: each begin_step() has one end_step(), and `with ist.step():` calls both. (A new IST of the same model ends the step of an older one.)")
-    woken = [o.name for o in self.resting() if any(p.requires_grad for p in o.params)]
+    woken = [o.name for o in self._resting() if any(p.requires_grad for p in o.params)]
     if self.activations: self.activations.lift()
     self.layers.thaw()
     self.in_step = False
@@ -503,7 +503,7 @@ class _Watch:
         self.at_work,self.before = optimizer,{}
         if optimizer in self.passed or not ist.in_step or ist.engine.name=='FSDP1': return   # that one cuts parameters anywhere
         held = {id(p) for g in optimizer.param_groups for p in g['params']}
-        self.before = {p:_local(p).cpu().clone() for o in ist.resting() for p in o.params if id(p) in held}
+        self.before = {p:_local(p).cpu().clone() for o in ist._resting() for p in o.params if id(p) in held}
 
     def saw(self, optimizer):
         "It has made its step; raises `ISTError` if layers at rest have moved"
@@ -528,7 +528,7 @@ class _Watch:
     def check_gradients(self):
         "Refuse to throw away gradients that no optimizer has used"
         if self.used is not False or not self.hooks: return
-        grads = [p.grad for o in self.ist().resting() for p in o.params if p.grad is not None]
+        grads = [p.grad for o in self.ist()._resting() for p in o.params if p.grad is not None]
         if not grads or not any(g.any() for g in grads) or not all(g.isfinite().all() for g in grads): return   # zeros are no loss; and a loss scaler leaves out a step that is not finite
         raise ISTError("The step before has left gradients that no optimizer has used, in layers that are to rest now, where they would be lost. All micro-batches of an optimizer step belong inside of one step of IST: "
                        "`with ist.step():` around the loop over micro-batches and `with accelerator.accumulate(model):` inside of it. A step that was left out on purpose ends with zero_grad().")
@@ -561,7 +561,7 @@ def _in_step_with(ist):
     return [o for o in list(_stepping) if o is not ist and any(id(p) in own for layer in o.layers for p in layer.params)]
 
 @patch
-def resting(self:IST) -> list: # Of `Layer`
+def _resting(self:IST) -> list: # Of `Layer`
     "The layers that the latest step did not train"
     active = set(self.active.tolist())
     return [o for i,o in enumerate(self.layers) if i not in active]
