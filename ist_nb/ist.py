@@ -418,7 +418,7 @@ def begin_step(self:IST):
     self.active = self.draw()
     if due or not self.started: self._agree(drawn=self.active.tolist())
     self.started = True
-    reshard(self.model)
+    if self.engine.name=='FSDP2': reshard(self.model)
     self._check_trained()
     self.watch.check_gradients()
     if self.activations: self.activations.plan(self.active.tolist())
@@ -435,7 +435,7 @@ def end_step(self:IST,
 ): # Raises `ISTError`
     "Make every layer trainable again"
     if not self.in_step: raise ISTError("No step has begun, or it is over: each begin_step() has one end_step(), and `with ist.step():` calls both. (A new IST of the same model ends the step of an older one.)")
-    woken = [o.name for o in self.resting() if any(p.requires_grad for p in o.params)]
+    woken = [o.name for o in self._resting() if any(p.requires_grad for p in o.params)]
     if self.activations: self.activations.lift()
     self.layers.thaw()
     self.in_step = False
@@ -474,15 +474,10 @@ class _Watch:
     def begin(self):
         self.used,self.at_work = False,None
         if self.ist().engine.name.startswith('DeepSpeed'): return   # which holds flat tensors of its own
-        me = weakref.ref(self)
-        def call(name):     # a hook returns nothing: torch takes what it returns for new arguments
-            def f(optimizer, *_):
-                if me() and me().ist(): getattr(me(), name)(optimizer)
-            return f
         if not self.hooks:
-            self.hooks.append(register_optimizer_step_post_hook(call('saw')))
+            self.hooks.append(register_optimizer_step_post_hook(_weakly(self.saw)))
             weakref.finalize(self, _remove, self.hooks)
-        self.hooks.append(register_optimizer_step_pre_hook(call('see')))
+        self.hooks.append(register_optimizer_step_pre_hook(_weakly(self.see)))
 
     def end(self, count):
         if not count: self.used = None
@@ -508,7 +503,7 @@ class _Watch:
         self.at_work,self.before = optimizer,{}
         if optimizer in self.passed or not ist.in_step or ist.engine.name=='FSDP1': return   # that one cuts parameters anywhere
         held = {id(p) for g in optimizer.param_groups for p in g['params']}
-        self.before = {p:_local(p).cpu().clone() for o in ist.resting() for p in o.params if id(p) in held}
+        self.before = {p:_local(p).cpu().clone() for o in ist._resting() for p in o.params if id(p) in held}
 
     def saw(self, optimizer):
         "It has made its step; raises `ISTError` if layers at rest have moved"
@@ -533,10 +528,17 @@ class _Watch:
     def check_gradients(self):
         "Refuse to throw away gradients that no optimizer has used"
         if self.used is not False or not self.hooks: return
-        grads = [p.grad for o in self.ist().resting() for p in o.params if p.grad is not None]
+        grads = [p.grad for o in self.ist()._resting() for p in o.params if p.grad is not None]
         if not grads or not any(g.any() for g in grads) or not all(g.isfinite().all() for g in grads): return   # zeros are no loss; and a loss scaler leaves out a step that is not finite
         raise ISTError("The step before has left gradients that no optimizer has used, in layers that are to rest now, where they would be lost. All micro-batches of an optimizer step belong inside of one step of IST: "
                        "`with ist.step():` around the loop over micro-batches and `with accelerator.accumulate(model):` inside of it. A step that was left out on purpose ends with zero_grad().")
+
+def _weakly(method):
+    "A hook that keeps nothing alive, and returns nothing: torch takes what a hook returns for new arguments"
+    ref = weakref.WeakMethod(method)
+    def hook(optimizer, *_):
+        if ref() and ref().__self__.ist(): ref()(optimizer)
+    return hook
 
 def _remove(hooks, keep=0):
     while len(hooks)>keep: hooks.pop().remove()
@@ -559,7 +561,7 @@ def _in_step_with(ist):
     return [o for o in list(_stepping) if o is not ist and any(id(p) in own for layer in o.layers for p in layer.params)]
 
 @patch
-def resting(self:IST) -> list: # Of `Layer`
+def _resting(self:IST) -> list: # Of `Layer`
     "The layers that the latest step did not train"
     active = set(self.active.tolist())
     return [o for i,o in enumerate(self.layers) if i not in active]

@@ -115,8 +115,8 @@ class Slots:
     def __call__(self): self.n += 1; return self.rng.rand()+self.n.item()
 class Pops(Dataset):
     "Gives its own rows away"
-    def __init__(self): self.rows = [dict(x=torch.tensor(float(i)), y=torch.tensor(1.)) for i in range(24)]
-    def __len__(self): return 24
+    def __init__(self, n=1200): self.rows = [dict(x=torch.tensor(float(i)), y=torch.tensor(1.)) for i in range(n)]   # more than a probe looks through
+    def __len__(self): return len(self.rows)
     def __getitem__(self, i): return self.rows[i]
 def pop(rows): return torch.stack([r.pop('x') for r in rows])
 def by_closure():
@@ -182,8 +182,8 @@ def test_a_probe_changes_no_batch_of_the_training(kind):
 def test_a_probe_leaves_the_rows():
     "Of a data set that gives its own rows to a collate function that takes them apart"
     loader = DataLoader(Pops(), batch_size=4, collate_fn=pop)
-    probe = ProbeBatches(loader, 8, 0)
-    assert torch.cat([probe[m] for m in range(3)]).sort().values.tolist()==torch.cat(list(loader)).tolist()==list(range(24))
+    probe = ProbeBatches(loader, 400, 0)
+    assert torch.cat([probe[m] for m in range(3)]).sort().values.tolist()==torch.cat(list(loader)).tolist()==list(range(1200))
 
 def test_what_cannot_be_copied_is_refused():
     once = (i for i in range(10**6))
@@ -243,7 +243,7 @@ def train(m, make_opt, config, steps=6):
     def loss(): opt.zero_grad(); l = m(**batch()).loss; l.backward(); return l
     for _ in range(steps):
         with ist.step():
-            rest = [(p, p.detach().clone()) for o in ist.resting() for p in o.params]
+            rest = [(p, p.detach().clone()) for o in ist._resting() for p in o.params]
             loss()
             yield ist,rest,opt
             opt.step(loss if isinstance(opt, torch.optim.LBFGS) else None)
