@@ -89,7 +89,7 @@ def _leads_to(o) -> list:
 def _is_iterator(o):
     "Whether `o` is an iterator of Python's own, or the method of one: it shows no state, but a copy of it can be put in its place"
     if isinstance(o, (types.MethodWrapperType, types.BuiltinMethodType)): o = o.__self__
-    return type(o).__module__ in ('builtins', 'itertools') and hasattr(o, '__next__')
+    return type(o).__module__ in ('builtins', 'itertools') and hasattr(type(o), '__next__')   # of the type: a class is no iterator, whatever its instances are
 
 def _twin(v):
     "An iterator that goes on where `v` stands; anything else as it is"

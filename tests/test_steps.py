@@ -185,6 +185,13 @@ def test_a_probe_leaves_the_rows():
     probe = ProbeBatches(loader, 400, 0)
     assert torch.cat([probe[m] for m in range(3)]).sort().values.tolist()==torch.cat(list(loader)).tolist()==list(range(1200))
 
+class Counts:
+    "A class with instances that are iterators, which a collate function may name"
+    def __iter__(self): return self
+    def __next__(self): return 1
+def test_a_class_is_no_iterator():
+    assert ProbeBatches(DataLoader([torch.zeros(1)]*8, collate_fn=Collate(None, lambda _: next(Counts()))), 4, 0)[0].shape==(4, 1)
+
 def test_what_cannot_be_copied_is_refused():
     once = (i for i in range(10**6))
     class Gen(IterableDataset):
