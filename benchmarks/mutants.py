@@ -66,6 +66,9 @@ mutants = [Mutant(*o) for o in (
     ('scorers', 'layers are drawn with replacement', 'replacement=False', 'replacement=True', ['02_scorers']),
     ('scorers', 'a weight that underflows is no layer', 'torch.multinomial(weights.clamp_min(tiny), n', 'torch.multinomial(weights, n', ['02_scorers', '03_samplers']),
     ('scorers', 'score_lr is ignored', 'rewards(losses), config.score_lr),record', 'rewards(losses), 10.),record', ['02_scorers']),
+    ('scorers', 'n_candidates is ignored', 'draw_candidates(importance, n, config.n_candidates, generator)', 'draw_candidates(importance, n, 3, generator)', ['02_scorers']),
+    ('scorers', 'n_suppressed is ignored', "n = layer_count(config.n_suppressed, len(importance), 'n_suppressed')", 'n = max(1, len(importance)//2)', ['02_scorers']),
+    ('scorers', 'suppression_factor is ignored', 'suppress(self.layers, which, self.factor, self.form)', 'suppress(self.layers, which, 0.25, self.form)', ['02_scorers']),
     ('scorers', 'the paper is suppressed by the definition', "exp(-loss), centred', form='scaling')", "exp(-loss), centred')", [paper]),
     ('scorers', 'the gate stands at 1', "def gate_scorer(importance, probe, config, generator):\n    loss,gradient = probe.gates((1+probe.factor)/2)", "def gate_scorer(importance, probe, config, generator):\n    loss,gradient = probe.gates(1.)", ['02_scorers']),
     ('scorers', 'a probe leaves gradients', 'with frozen(self.model), ExitStack() as stack:', 'with ExitStack() as stack:', [probes_k+'no_trace']),
@@ -82,6 +85,7 @@ mutants = [Mutant(*o) for o in (
     # -- samplers
     ('samplers', 'unimportant layers are drawn', 'torch.sigmoid(importance)   # [N]', 'torch.sigmoid(-importance)   # [N]', ['03_samplers']),
     ('samplers', 'nothing is explored', 'explore = config.explore>0 and', 'explore = False and', ['03_samplers']),
+    ('samplers', 'explore is ignored', 'generator=generator)<config.explore', 'generator=generator)<0.1', ['03_samplers']),
     ('samplers', 'the layer where the pass stops is not trained', 'on[:a],on[a] = False,True', 'on[:a] = False', [speed_k+'depth_sampler']),
     ('samplers', 'no step trains all layers', 'if u[N]<dense: return torch.arange(N)', 'if False: return torch.arange(N)', [speed_k+'depth_sampler']),
     ('samplers', 'the pass stops at unimportant layers', 'log_w = logsigmoid(importance.double())                        # [N]', 'log_w = logsigmoid(-importance.double())                        # [N]', [speed_k+'depth_sampler']),
@@ -99,6 +103,8 @@ mutants = [Mutant(*o) for o in (
     ('ist', "a scorer's form is ignored", "getattr(self.scorer, 'form', 'response')", "'response'", [paper]),
     ('ist', 'layers are drawn without looking at importance', 'self.sampler(self.importance[pos], n,', 'self.sampler(torch.zeros(N), n,', ['04_ist']),
     ('ist', 'layers stay frozen after a step', '    self.layers.thaw()\n    self.in_step = False', '    self.in_step = False', ['04_ist']),
+    ('ist', 'score_interval is ignored', 'due = self.t%self.config.score_interval==0', 'due = self.t%10==0', ['04_ist']),
+    ('ist', 'score_batch_size is ignored', 'ProbeBatches(probe, self.config.score_batch_size,', 'ProbeBatches(probe, 4,', ['04_ist']),
     # -- callback
     ('callback', 'the probe given is not used', 'probe = train_dataloader if self.probe is None else self.probe', 'probe = train_dataloader', ['05_callback']),
     ('callback', 'log=False logs', 'if not self.log or self.ist is None', 'if self.ist is None', ['tests/test_logging.py -k quiet']),
