@@ -137,7 +137,7 @@ mutants = [Mutant(*o) for o in (
     ('memory', 'blocks that write to buffers are not known', 'if shield.wrote: self.writes.add(i)', 'pass', [hooked]),
     ('memory', 'a second forward has the hooks of another time', 'm.__dict__ = vars(m) | found | dict(', 'm.__dict__ = vars(m) | dict(', [hooked]),
     ('memory', 'hooks on a block are called twice', 'if self._compiled(i): return again', 'if True: return again', [hooked]),
-    ('memory', 'measuring loses gradients', 'for p,g in zip(layer.params, grads): p.grad = g', 'pass', [kept]),
+    ('memory', 'measuring loses gradients', 'for p,g in zip(layer.params, grads): p.grad = g', 'pass', [memory_k+'larger_batch_within']),
     ('memory', 'measuring draws random numbers', '    with fork_rng(self.device):\n', '    with nullcontext():\n', [kept]),
     ('memory', 'a cache is written twice', 'for c in self.was[1]: c.use_cache = False', 'pass', [memory_k+'left_as_it_was']),
     ('memory', "'reset' forgets nothing", "if not hasattr(p, 'device_mesh'): state.pop(p, None)", "if not hasattr(p, 'device_mesh'): pass", ['06_memory']),
