@@ -145,6 +145,13 @@ def test_gradients_that_enter_below():
     got,limit = steps(make(), budget, active=[[4, 5]]*4, n=4)
     assert same(free, got) and all(o.peak<=budget for o in got) and limit.lowest==0 and got[3].which[0]==0
 
+def test_a_larger_batch_within_a_step():
+    "Measuring it must not lose the gradients of the smaller one before"
+    batches = lambda t: [batch(2, 12), batch(4, 24)]
+    free,_ = steps(llama(4), n=2, batches=batches)
+    got,limit = steps(llama(4), '1GiB', n=2, batches=batches)
+    assert same(free, got) and len(limit.seen[0])==2
+
 def test_two_forwards_before_a_backward():
     def both(model, budget):
         layers = find_layers(model.train())
