@@ -4,6 +4,7 @@ The package and the notebook of a mutant's module are changed alike, since a not
 import json,multiprocessing,os,platform,shlex,shutil,sys,tempfile,time
 from collections import Counter,namedtuple
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from fastcore.script import call_parse
 
@@ -238,7 +239,7 @@ def main(
 ):
     if bad := [o for o in map(wrong, mutants) if o]: raise SystemExit('\n'.join(bad))
     chosen = [m for m in mutants if not only or m.module in only.split(',')]
-    import torch,transformers,peft,trl,datasets,matplotlib   # once, before the forks; nothing of ours
+    for o in ('torch', 'transformers', 'peft', 'trl', 'datasets', 'matplotlib'): import_module(o)   # once, before the forks
     assert not any(o=='ist_nb' or o.startswith('ist_nb.') for o in sys.modules)
     rows = []
     for m in chosen:
