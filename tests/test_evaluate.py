@@ -468,7 +468,7 @@ def test_no_code_of_a_model_is_run(folder, tmp_path, capsys, monkeypatch):
     shutil.copytree(assets/'pico', d)
     made = json.loads((d/'config.json').read_text())
     (d/'config.json').write_text(json.dumps(made | dict(model_type='mine', auto_map=dict(AutoConfig='code.MyConfig', AutoModelForCausalLM='code.MyModel'))))
-    (d/'code.py').write_text(f"open({str(tmp_path/'ran')!r}, 'w')\nfrom transformers import LlamaConfig as MyConfig, LlamaForCausalLM as MyModel\n")
+    (d/'code.py').write_text(f"open({str(tmp_path/'ran')!r}, 'w')\nfrom transformers import LlamaConfig,LlamaForCausalLM\nclass MyConfig(LlamaConfig): pass\nclass MyModel(LlamaForCausalLM): pass\n")
     argv = f'--model {d} --data {folder} --tasks boolq --how likelihood --limit 1 --output_dir {tmp_path/"o"}'.split()
     assert main(argv)==2
     said = capsys.readouterr().err

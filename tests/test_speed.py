@@ -59,7 +59,7 @@ def test_trainer(tmp_path, capsys, monkeypatch):
     "Levers are named once, what rests does not move, and what is saved is an adapter as any other"
     model,folds = pico(),[]
     t,ist,steps = trained(model, tmp_path)
-    IST(model, ISTConfig(fast=True), probe=[0])                                   # once for a model, not for each IST
+    IST(model, ISTConfig(fast=True), probe=[0], loss_fn=lambda m, b: None)                                   # once for a model, not for each IST
     assert [l for l in capsys.readouterr().out.splitlines() if l.startswith('IST:')]==['IST: fast steps with fold']
     assert sum(isinstance(m, Folded) for m in model.modules())==16*7
     assert len(steps)==6 and all(o['moved']==o['active'] and len(o['active'])==4 for o in steps)
@@ -486,7 +486,7 @@ def test_depth_that_cannot_be():
     model = tiny()
     config = ISTConfig(sampler='depth', depth=0.1, n_active=0.5)
     with pytest.raises(ISTError, match=r'depth=0.1 is not allowed with 3 of 6 active layers') as said:
-        with IST(model, config, probe=[0]).step(): pass
+        with IST(model, config, probe=[0], loss_fn=lambda m, b: None).step(): pass
     assert all(p.requires_grad for o in find_layers(model) for p in o.params)
     for N in (3, 7, 22, 39):   # such as 15/22*22 < 15
         for n in range(1, N):
