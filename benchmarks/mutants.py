@@ -55,7 +55,7 @@ mutants = [Mutant(*o) for o in (
     ('suppression', 'a decision is always that of the adapter', 'return y if factor>=0.5 else y_base', 'return y', ['01_suppression']),
     ('suppression', "form='scaling' is ignored", "fast = scales(o) or form=='scaling' and isinstance(o, LoraLayer)", 'fast = scales(o)', [paper]),
     ('suppression', 'compiled code runs past new hooks', 'with uncompiled() if hooks else nullcontext(): yield', 'with nullcontext(): yield', [speed_k+'suppression_by_hooks']),
-    ('suppression', 'an adapter that PEFT has switched off is damped', "if getattr(module, 'disable_adapters', False) or list(", 'if list(', ['01_suppression']),
+    ('suppression', 'an adapter that was made active since is damped', "if getattr(module, 'disable_adapters', False) or list(getattr(module, 'active_adapters', [])) != active: return y", "if getattr(module, 'disable_adapters', False): return y", ['01_suppression']),
     ('suppression', 'a merged adapter is suppressed without effect', "if getattr(module, 'merged', False):", 'if False:', ['01_suppression']),
     # -- scorers
     ('scorers', 'the update lacks 1-p', 'return importance - lr * gain * p*(1-p)', 'return importance - lr * gain * p', ['02_scorers']),
