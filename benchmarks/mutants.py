@@ -1,7 +1,7 @@
 """Do the tests see a fault? Each mutant is one small fault in the core, put into a copy of the package; a test must fail.
 `python benchmarks/mutants.py` writes results/mutants.json; `--only speed,memory` tries these modules alone and keeps the rest of the file.
 The package and the notebook of a mutant's module are changed alike, since a notebook runs its own code"""
-import json,multiprocessing,os,platform,shlex,shutil,sys,tempfile,time
+import json,multiprocessing,os,platform,shlex,shutil,signal,sys,tempfile,time
 from collections import Counter,namedtuple
 from functools import cache
 from importlib import import_module
@@ -19,7 +19,7 @@ full = dict(
     suppression=['01_suppression', 'tests/test_probes.py', 'tests/test_speed.py'],
     scorers=['02_scorers', 'tests/test_probes.py', 'tests/test_ist.py'],
     samplers=['03_samplers', 'tests/test_speed.py', 'tests/test_ist.py'],
-    ist=['04_ist', 'tests/test_ist.py', 'tests/test_probes.py'],
+    ist=['tests/test_steps.py', '04_ist', 'tests/test_ist.py', 'tests/test_probes.py'],
     callback=['05_callback', 'tests/test_logging.py', 'tests/test_ist.py'],
     speed=['06_speed', 'tests/test_speed.py'],
     memory=['06_memory', 'tests/test_memory.py'],
@@ -43,10 +43,9 @@ mutants = [Mutant(*o) for o in (
     ('layers', 'a frozen layer keeps its gradient', 'p.grad,p.frozen_by_ist = None,True', 'p.frozen_by_ist = True', ['00_layers']),
     ('layers', 'what a method has frozen itself is thawed', 'if not p.requires_grad: continue', 'if False: continue', ['00_layers', 'tests/test_peft.py -k adamss']),
     ('layers', 'shared parameters stay stand-ins after a step', 'for held,key in self.shared: held[key] = real(held[key])', 'pass', ['00_layers']),
-    ('layers', 'layers frozen together do not share their stand-ins', 'o.thaw() if i in active else o.freeze(made)', 'o.thaw() if i in active else o.freeze()', ['00_layers']),
-    ('layers', 'layer 10 comes before layer 2', '(stacks.index(o[0]), o[1])', '(stacks.index(o[0]), str(o[1]))', ['00_layers']),
-    ('layers', 'an adapter within an adapter counts twice', " and not any(name.startswith(o+'.') for o in found)", '', ['00_layers']),
-    ('layers', 'enable_adapters thaws frozen layers', "_thawing = 'set_adapter','enable_adapters'", "_thawing = 'set_adapter',", ['00_layers']),
+    ('layers', 'layer 10 comes before layer 2', '(stacks.index(o[0]), o[1])', '(stacks.index(o[0]), str(o[1]))', ['tests/test_core.py']),
+    ('layers', 'an adapter within an adapter counts twice', " and not any(name.startswith(o+'.') for o in found)", '', ['tests/test_core.py']),
+    ('layers', 'set_adapter thaws frozen layers', "_thawing = 'set_adapter','enable_adapters'", "_thawing = 'enable_adapters',", ['00_layers']),
     # -- suppression
     ('suppression', 'DoRA is suppressed by its scaling', ' and not any(a in module.lora_variant for a in module.active_adapters)', '', ['01_suppression']),
     ('suppression', 'experts of a mixture are suppressed by their scaling', ' and not isinstance(module, (MultiheadAttention, ParamWrapper))', '', ['01_suppression', 'tests/test_peft.py -k experts']),
@@ -92,13 +91,13 @@ mutants = [Mutant(*o) for o in (
     ('samplers', 'the pass stops at unimportant layers', 'log_w = logsigmoid(importance.double())                        # [N]', 'log_w = logsigmoid(-importance.double())                        # [N]', [speed_k+'depth_sampler']),
     ('samplers', 'the lowest layers are the highest', 'return torch.arange(len(importance)-n, len(importance))', 'return torch.arange(n)', ['03_samplers']),
     # -- ist
-    ('ist', 'the seed draws nothing', 'return generator_for(self.config.seed, purpose, self.t)', 'return generator_for(purpose, self.t)', ['04_ist']),
+    ('ist', 'the seed draws nothing', 'return generator_for(self.config.seed, purpose, self.t)', 'return generator_for(purpose, self.t)', ["tests/test_steps.py -k 'seed or seeds'"]),
     ('ist', 'every step draws the same', 'return generator_for(self.config.seed, purpose, self.t)', 'return generator_for(self.config.seed, purpose)', ['04_ist']),
-    ('ist', 'layers and candidates are drawn from the same numbers', 'return generator_for(self.config.seed, purpose, self.t)', 'return generator_for(self.config.seed, self.t)', ['04_ist']),
-    ('ist', 'every epoch of probes has the same order', "generator_for(self.seed, 'probe', epoch)", "generator_for(self.seed, 'probe')", ['04_ist']),
+    ('ist', 'layers and candidates are drawn from the same numbers', 'return generator_for(self.config.seed, purpose, self.t)', 'return generator_for(self.config.seed, self.t)', ["tests/test_steps.py -k 'seed or seeds'"]),
+    ('ist', 'every epoch of probes has the same order', "generator_for(self.seed, 'probe', epoch)", "generator_for(self.seed, 'probe')", ["tests/test_steps.py -k 'seed or seeds'"]),
     ('ist', 'steps are not counted', 'self.times_active[self.active] += 1', 'pass', ['04_ist']),
     ('ist', 'scored before the first step', 'if self.scores and self.t>0 and due:', 'if self.scores and due:', ['04_ist']),
-    ('ist', "Python's and numpy's random numbers are used up", 'random.setstate(state[0]); np.random.set_state(state[1])', 'pass', ['04_ist']),
+    ('ist', "Python's and numpy's random numbers are used up", 'random.setstate(state[0]); np.random.set_state(state[1])', 'pass', ['tests/test_core.py']),
     ('ist', 'the model stays in evaluation mode', 'for m,training in modes: m.training = training', 'pass', ['04_ist']),
     ('ist', 'the older half of the history is lost', 'history = history[:half:2]+history[half:]', 'history = history[half:]', ['04_ist']),
     ('ist', "a scorer's form is ignored", "getattr(self.scorer, 'form', 'response')", "'response'", [paper]),
@@ -107,10 +106,10 @@ mutants = [Mutant(*o) for o in (
     ('ist', 'score_interval is ignored', 'due = self.t%self.config.score_interval==0', 'due = self.t%10==0', ['04_ist']),
     ('ist', 'score_batch_size is ignored', 'ProbeBatches(probe, self.config.score_batch_size,', 'ProbeBatches(probe, 4,', ['04_ist']),
     # -- callback
-    ('callback', 'the probe given is not used', 'probe = train_dataloader if self.probe is None else self.probe', 'probe = train_dataloader', ['05_callback']),
+    ('callback', 'the probe given is not used', 'probe = train_dataloader if self.probe is None else self.probe', 'probe = train_dataloader', ['tests/test_core.py']),
     ('callback', 'log=False logs', 'if not self.log or self.ist is None', 'if self.ist is None', ['tests/test_logging.py -k quiet']),
     ('callback', 'the host runs ahead unasked', 'if self.config.fast: run_ahead(', 'if True: run_ahead(', ['05_callback']),
-    ('callback', 'a probe takes the labels out of its batch', 'trainer.compute_loss(model, copy(batch))', 'trainer.compute_loss(model, batch)', ['05_callback']),
+    ('callback', 'a probe takes the labels out of its batch', 'trainer.compute_loss(model, copy(batch))', 'trainer.compute_loss(model, batch)', ['tests/test_core.py']),
     ('callback', 'a schedule for another length', 'n_steps=state.max_steps', 'n_steps=2*state.max_steps', ['05_callback', 'tests/test_ist.py -k recommended']),
     # -- speed
     ('speed', "folding drops the base layer's bias", 'return y if base.bias is None else y+base.bias.to(x.dtype)', 'return y', [folds]),
@@ -190,6 +189,7 @@ def arguments(check):
 
 def run_check(at, check, log):
     "In a process of its own: exits with 0 where the check passes, with 1 where a test fails"
+    os.setsid()     # a test that sends a signal to its group reaches nobody else
     fd = os.open(log, os.O_WRONLY|os.O_CREAT|os.O_TRUNC)
     os.dup2(fd, 1); os.dup2(fd, 2)
     os.chdir(at)
@@ -208,7 +208,7 @@ def outcome(m, check, seconds):
         mutated(m, at)
         p = multiprocessing.get_context('fork').Process(target=run_check, args=(at, check, Path(d)/'log'))
         p.start(); p.join(seconds)
-        if p.is_alive(): p.kill(); p.join(); return 'too long'
+        if p.is_alive(): os.killpg(p.pid, signal.SIGKILL); p.join(); return 'too long'
         if p.exitcode not in (0, 1, 2): raise SystemExit(f'{check}, {m and m.about}: pytest ended with {p.exitcode}\n'+(Path(d)/'log').read_text()[-3000:])
         return 'failed' if p.exitcode else 'passed'
 
@@ -239,7 +239,7 @@ def main(
 ):
     if bad := [o for o in map(wrong, mutants) if o]: raise SystemExit('\n'.join(bad))
     chosen = [m for m in mutants if not only or m.module in only.split(',')]
-    for o in ('torch', 'transformers', 'peft', 'trl', 'datasets', 'matplotlib'): import_module(o)   # once, before the forks
+    for o in ('torch', 'transformers', 'peft', 'trl', 'datasets', 'matplotlib'): import_module(o)   # once, before the forks; nothing of ours
     assert not any(o=='ist_nb' or o.startswith('ist_nb.') for o in sys.modules)
     rows = []
     for m in chosen:

@@ -36,3 +36,11 @@ def test_the_probe_that_is_given_is_asked(tmp_path):
     args = TrainingArguments(str(tmp_path), max_steps=3, per_device_train_batch_size=4, report_to=[], use_cpu=True, save_strategy='no', logging_strategy='no', disable_tqdm=True)
     Trainer(get_peft_model(pm.tiny(), LoraConfig(r=2, target_modules=pm.linear, task_type='CAUSAL_LM')), args, train_dataset=rows, callbacks=[cb]).train()
     assert asked==[mine[0]['input_ids'].tolist()]*4
+
+def test_a_probe_keeps_its_labels(tmp_path):
+    "A Trainer that smooths labels takes them out of what it is given"
+    from ist_nb.callback import trainer_loss
+    ids = torch.randint(0, 64, (2, 6), generator=torch.Generator().manual_seed(0))
+    model,b = pm.tiny(),dict(input_ids=ids, labels=ids)
+    loss = trainer_loss(Trainer(model, TrainingArguments(str(tmp_path), label_smoothing_factor=0.1, report_to=[], use_cpu=True)))
+    assert loss(model, b).item()==loss(model, b).item()!=model(**b).loss.item() and 'labels' in b
