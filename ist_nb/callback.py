@@ -64,7 +64,8 @@ def on_train_begin(self:ISTCallback, args, state, control, model=None, optimizer
     self._begin_show(state)
 
 # %% ../nbs/05_callback.ipynb #d5af42c4
-def _callbacks(trainer): return [o for o in trainer.callback_handler.callbacks if isinstance(o, ISTCallback) and o.ist is not None]
+def _callbacks(trainer):     # by what they have: this page, run beside the package, defines the class a second time
+    return [o for o in trainer.callback_handler.callbacks if hasattr(o, 'ist_report') and o.ist is not None]
 
 @patch
 def _inner_training_loop(self:Trainer, *args, **kwargs):
