@@ -36,7 +36,7 @@ def adapters(model): return [p.detach().clone() for n,p in model.named_parameter
 def base(model): return {k:v.clone() for k,v in model.state_dict().items() if 'lora' not in k and isinstance(v, torch.Tensor)}
 def same(a, b): return len(a)==len(b) and all(torch.equal(x, y) for x,y in zip(a, b))
 
-@pytest.mark.parametrize('bits', [4, 8])
+@pytest.mark.parametrize('bits', [4, pytest.param(8, marks=pytest.mark.slow)])
 def test_quantised(bits, tmp_path):
     model = quantised(bits)
     before = base(model)
