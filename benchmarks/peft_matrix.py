@@ -52,7 +52,7 @@ faults = {'XLORA': dict(load='PEFT 0.21 loads a saved X-LoRA without its classif
 notes = {
     'ADALORA': 'Its own rank allocation (`update_and_allocate`) needs the gradient of every layer, which a step of IST does not compute: PEFT raises a TypeError. Without it AdaLoRA trains with the ranks it starts with.',
     'SHADOW': 'The shadow network beside the model trains at every step, so the backward pass always goes to the bottom.',
-    'BOTTLENECK': 'Not one of PEFT\'s own: [ours](../06_adapters.ipynb).',
+    'BOTTLENECK': 'Not one of PEFT\'s own: [ours](../16_adapters.ipynb).',
     'XLORA': 'With `use_trainable_adapters=True`; otherwise only the classifier beside the model trains, and it is refused.',
 }
 
