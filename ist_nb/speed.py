@@ -373,7 +373,7 @@ def block_shape(
     layers,c = find_layers(model),model.config.get_text_config()
     block = blocks_of(model, layers)[layers[0].index]
     f,adapted = getattr(c, 'intermediate_size', None),[m for m in block.modules() if isinstance(m, LoraLayer)]
-    if not f or not adapted: raise ISTError(f"estimate knows blocks of attention and an MLP with LoRA; {type(model.get_base_model()).__name__} has {'no LoRA' if f else 'no intermediate_size'}. Measure it with benchmarks/speed.py instead.")
+    if not f or not adapted: raise ISTError(f"estimate knows blocks of attention and an MLP with LoRA; {type(model.get_base_model()).__name__} has {'no LoRA' if f else 'no intermediate_size'}. Measure it with `python -m benchmarks speed` instead.")
     inside = {id(o) for m in adapted for o in m.modules()}-{id(m.base_layer) for m in adapted}
     P = sum(m.weight.numel() for m in block.modules() if isinstance(m, nn.Linear) and not isinstance(m, LoraLayer) and id(m) not in inside)
     kv = getattr(c, 'num_key_value_heads', None) or c.num_attention_heads
@@ -449,7 +449,7 @@ def _probes(s, config, names, args):
 
 def _draws(n, config, steps=1000):
     "Positions of the layers of `steps` steps"
-    if isinstance(config.n_active, dict): raise ISTError(f"estimate knows one stack of blocks, and n_active={config.n_active} has several. Measure it with benchmarks/speed.py instead.")
+    if isinstance(config.n_active, dict): raise ISTError(f"estimate knows one stack of blocks, and n_active={config.n_active} has several. Measure it with `python -m benchmarks speed` instead.")
     g,I = torch.Generator().manual_seed(config.seed),torch.zeros(n)
     k,mean = layer_count(config.n_active, n),config.n_active*n if isinstance(config.n_active, float) else config.n_active
     many = [shrunk(mean, n, t, steps) if config.schedule=='shrink' else k for t in range(steps)]

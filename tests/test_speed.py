@@ -521,7 +521,7 @@ results = Path(__file__).parent.parent/'benchmarks'/'results'
 @pytest.mark.parametrize('name,n', [('speed_gpu', 15), ('speed_cpu', 6)])
 def test_estimate_is_within_15_percent(name, n):
     "Seconds and bytes, as shares of LoRA's, of every variant that was measured"
-    from speed import estimated
+    from benchmarks.speed import estimated
     found,seen = json.loads((results/f'{name}.json').read_text())['shapes'][0],0
     lora = found['variants']['LoRA']
     for k,ratios in estimated(found).items():

@@ -1,0 +1,109 @@
+"What a training step costs by arithmetic: products at the measured rate, and bytes moved; `speed` measures it"
+import statistics
+from dataclasses import dataclass
+from math import ceil,inf
+import torch
+from peft import get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import AutoModelForCausalLM
+from ist_nb import ISTConfig,find_layers
+from ist_nb.config import layer_count,samplers,scorers
+from ist_nb.ist import generator_for
+from ist_nb.speed import blocks_of
+
+@dataclass
+class Shape:
+    "What the cost of a model's steps depends on"
+    n:int     # Blocks
+    h:int     # Width
+    kv:int    # Width of keys and values together with their heads
+    f:int     # Width of the MLP
+    vocab:int # Words
+    P:int     # Weights of the linear layers of a block
+    P_a:int   # Of those with adapters
+    sin:int   # Numbers a token that layers with adapters read
+    sout:int  # That they write
+    rank:int
+
+def shape_of(c, lora):
+    "The shape of a configuration of transformers with LoRA; it costs no memory"
+    with torch.device('meta'): model = get_peft_model(AutoModelForCausalLM.from_config(c), lora)
+    blocks = blocks_of(model, find_layers(model))
+    adapted = [m for m in blocks[0].modules() if isinstance(m, LoraLayer)]
+    inside = {id(o) for m in adapted for o in m.modules()}-{id(m.base_layer) for m in adapted}
+    linears = [m for m in blocks[0].modules() if isinstance(m, nn.Linear) and not isinstance(m, LoraLayer)]
+    head = getattr(c, 'head_dim', None) or c.hidden_size//c.num_attention_heads
+    return Shape(len(blocks), c.hidden_size, c.num_key_value_heads*head, c.intermediate_size, c.vocab_size,
+                 sum(m.weight.numel() for m in linears if id(m) not in inside),
+                 sum(m.in_features*m.out_features for m in adapted), sum(m.in_features for m in adapted),
+                 sum(m.out_features for m in adapted), lora.r)
+
+def kept_per_token(s, kind, compiled, e, mask):
+    "Bytes that a block ('trained', 'frozen' or 'folded') keeps of a token for its backward pass"
+    base = e*(4*s.h+2*s.kv+2*s.f) if compiled else 8*s.h+e*(2*s.h+2*s.kv+3*s.f)
+    if compiled: mask = 1
+    return base + dict(trained=e+mask, frozen=mask, folded=0)[kind]*s.sin
+
+def moved_per_token(s, kind, compiled, e):
+    "Bytes that the operations of a block's forward pass move, products apart; norms and adapters work in 32 bits"
+    cast = e<4
+    if compiled: base,own = e*(8*s.h+2*(s.h+s.kv)+3*s.f),3*e/2*(s.sin+s.sout)
+    else:
+        base = (72 if cast else 56)*s.h + e*(10*(s.h+s.kv)+5*s.f+10*s.h)
+        own = (23*s.sin+12*s.sout) if cast else (17*s.sin+24*s.sout)
+    return base + (0 if kind=='folded' else own)
+
+def step_cost(s, active, tokens, seq, rates, names=(), budget=inf, e=2, mask=1, checkpointing=False, wait=1e-3):
+    """Seconds and bytes of a step that trains the blocks `active` (none: a forward pass) on `tokens` in rows of `seq`.
+    `e` and `mask` are bytes of a number and of an element of dropout's mask; `wait` is for how many seconds a block the
+    host keeps the GPU waiting unless it runs ahead"""
+    compiled,T,k,n = 'compile' in names,tokens,s.n-min(active, default=s.n),len(active)
+    rest = 'folded' if 'fold' in names and T*(s.sin+2*s.sout)>2*s.P_a else 'frozen'
+    kept = T*kept_per_token(s, rest, compiled, e, mask)*(k-n) + T*kept_per_token(s, 'trained', compiled, e, mask)*n
+    head = T*s.vocab*(2 if 'loss' in names else 12)
+    freed = kept/k-e*s.h*T if k else 0   # by a block that keeps only its input
+    again = k if checkpointing else min(k, ceil((kept+head-budget)/freed)) if kept+head>budget else 0
+    move = lambda kind: T*moved_per_token(s, kind, compiled, e) + (2*e*s.P_a if kind=='folded' else 0)
+    moved = move('trained')*2.2*n + move(rest)*(s.n-n+1.2*(k-n)+again) + T*s.vocab*(10 if 'loss' in names else 42)
+    products = 2*T*s.P*(s.n+k+again) + 2*T*s.h*s.vocab*(3 if 'loss' in names else 2) + 2*T*seq*s.h*(s.n+2.5*k)
+    folded = rest=='folded'
+    small = 2*T*s.rank*(s.sin+s.sout)*((n if folded else s.n)+(n if folded else k)+n)
+    if 'fp8' in names: products,moved = products/2,moved+5*(s.P+T*s.P/s.h)*(s.n+k+again)
+    waits = 'loss' in names or 'fp8' in names or checkpointing or 'ahead' not in names   # the host has more to do
+    seconds = products/(0.9*rates[0]) + small/(0.3*rates[0]) + moved/(0.75*rates[1]) + (wait*s.n if waits else 0)
+    return seconds,kept-again*freed+head
+
+def estimated(found, lora, config_of, variants, steps=24):
+    "Name of each variant in the JSON of a shape -> seconds and peak memory, as shares of LoRA's, of the steps it drew"
+    s,T,seq = shape_of(config_of(found['shape']), lora),found['batch']*found['length'],found['length']
+    e = 4 if found['shape']=='pico' else 2
+    args = dict(seq=seq, rates=(found['matrix_flops'], found['copy_bytes']), e=e, mask=1 if e<4 else e,
+                wait=1e-3 if e<4 else 0)
+    dense,res = step_cost(s, range(s.n), T, **args),{}
+    for name,v in found['variants'].items():
+        if name not in variants: continue
+        settings,names,checkpointing = variants[name]
+        settings = dict(settings or dict(sampler='uniform', n_active=1.))
+        share = settings.pop('activation_budget', None)
+        budget = inf if share is None else int(share*dense[1]/2**20)*2**20
+        how = args | dict(names=names.split(), checkpointing=checkpointing)
+        rows = []
+        for seed in range(v['reps']):
+            o = ISTConfig(**settings, seed=seed)
+            draw = samplers[o.sampler]
+            drawn = [draw(torch.zeros(s.n), layer_count(o.n_active, s.n), o, generator_for(seed, 'layers', t)).tolist()
+                     for t in range(steps)]
+            costs = [step_cost(s, d, T, budget=budget, **how) for d in drawn[3:]]
+            rows.append((statistics.mean(c[0] for c in costs)+probes(s, o, how), max(c[1] for c in costs)))
+        res[name] = [statistics.median(r[i] for r in rows)/dense[i] for i in range(2)]
+    return res
+
+def probes(s, config, how):
+    "Seconds a step for the importance loop"
+    scorer = scorers[config.scorer]
+    no_scores = not getattr(samplers[config.sampler], 'needs_importance', True)
+    if no_scores or getattr(scorer, 'observes', None)=='backward': return 0
+    once = lambda active: step_cost(s, active, config.score_batch_size*how['seq'], **how)[0]
+    each = once(range(s.n)) if getattr(scorer, 'gradients', False) else config.n_candidates*once(())
+    return each/config.score_interval
