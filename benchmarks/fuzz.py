@@ -66,7 +66,7 @@ def make_ists():
     from peft import LoraConfig,get_peft_model
     probe = [dict(x=0)]
     model = lambda: get_peft_model(Tiny(), LoraConfig(r=1, target_modules=['lin']))
-    return [IST(model(), ISTConfig(), probe=probe, loss_fn=lambda model, batch: None), IST(model(), ISTConfig(scorer='first_order'))]
+    return [IST(model(), ISTConfig(), probe=probe, loss_fn=lambda model, batch: None), IST(model(), ISTConfig(scorer='fisher'))]
 
 def states(): return [json.loads(p.read_text()) for p in sorted(fixtures.glob('ist_state_v*.json'))]
 

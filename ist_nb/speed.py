@@ -17,7 +17,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora.variants import DoraLinearVariant
 from peft.utils.integrations import dequantize_module_weight
-from .config import ISTError, levers
+from .config import ISTError, optimisations
 from .layers import Layers, tuner_layers
 
 # %% ../nbs/08_speed.ipynb #462f36e6
@@ -285,21 +285,21 @@ def fuse_loss(
     f(**(switches | dict(fused_linear_cross_entropy=True)), model=model.get_base_model())
 
 # %% ../nbs/08_speed.ipynb #6cc75f34
-@levers.register('fold', 'Frozen adapters of LoRA and DoRA become part of the frozen weight, without dropout')
+@optimisations.register('fold', 'Frozen adapters of LoRA and DoRA become part of the frozen weight, without dropout')
 def _fold_lever(model, layers): fold(model)
 
-@levers.register('compile', 'Each block is compiled by itself')
+@optimisations.register('compile', 'Each block is compiled by itself')
 def _compile_lever(model, layers): compile_blocks(model, layers)
 
-@levers.register('loss', "Liger's fused cross-entropy, which never forms the logits: less memory, not less time (GPU)")
+@optimisations.register('loss', "Liger's fused cross-entropy, which never forms the logits: less memory, not less time (GPU)")
 def _loss_lever(model, layers): fuse_loss(model)
 
-@levers.register('fp8', 'Products with frozen weights in 8-bit floating point (GPU of 2022 or later; changes the numbers)')
+@optimisations.register('fp8', 'Products with frozen weights in 8-bit floating point (GPU of 2022 or later; changes the numbers)')
 def _fp8_lever(model, layers): to_fp8(model, layers)
 
 def safe_levers(
     model, # A model with PEFT adapters
-) -> list[str]: # Names in `levers`
+) -> list[str]: # Names in `optimisations`
     "What `fast=True` means here"
     if next(model.parameters()).device.type!='cuda': return ['fold']   # compiling takes a minute, which a run on a CPU rarely wins back
     return ['fold', 'compile']
@@ -311,10 +311,10 @@ def pull(
 ) -> list[str]: # The names of the levers that were pulled
     "Apply levers to a model, and say which, once; a lever does nothing where it was pulled before"
     names = safe_levers(model) if fast is True else [o.strip() for o in fast.split(',')]
-    lever = {o:levers[o] for o in names}   # refuses unknown names before anything is done
+    lever = {o:optimisations[o] for o in names}   # refuses unknown names before anything is done
     told = model.__dict__.setdefault('ist_levers', [])
     new = [o for o in lever if o not in told]
-    for o in sorted(lever, key=list(levers.entries).index):
+    for o in sorted(lever, key=list(optimisations.entries).index):
         lever[o](model, layers)        # also on a copy of a model, which is not folded or compiled
         if o in new: told.append(o)
     if new: print(f"IST: fast steps with {', '.join(new)}")

@@ -74,7 +74,7 @@ def test_trainer(tmp_path, capsys, monkeypatch):
     assert abs(a-b)<1e-5*b and abs(b-untrained)>1e-2, (a, b, untrained)
     assert len(folds)==16*7                                                       # it was the folded form that was compared
 
-@pytest.mark.parametrize('scorer', ['gate', 'first_order'])
+@pytest.mark.parametrize('scorer', ['gate', 'fisher'])
 def test_resumed_trainer_is_bit_exact(scorer, tmp_path):
     "With dropout, which layers that rest do not draw"
     dials = dict(sampler='depth', scorer=scorer, depth=0.5)
@@ -405,13 +405,13 @@ def test_folded_4bit_evaluated():
 # -- pulling levers
 def test_levers_that_cannot_be_pulled(monkeypatch):
     model = tiny(); layers = find_layers(model)
-    with pytest.raises(ISTError, match="lever='fold-all' is unknown.*did you mean 'fold'.*Allowed: fold, compile, loss, fp8"): pull(model, layers, 'fold,fold-all')
-    with pytest.raises(ISTError, match="lever='turbo' is unknown"): ISTConfig(fast='fold,turbo')
+    with pytest.raises(ISTError, match="optimisation='fold-all' is unknown.*did you mean 'fold'.*Allowed: fold, compile, loss, fp8"): pull(model, layers, 'fold,fold-all')
+    with pytest.raises(ISTError, match="optimisation='turbo' is unknown"): ISTConfig(fast='fold,turbo')
     assert not any(isinstance(m, Folded) for m in model.modules()) and not getattr(model, 'ist_levers', [])
     with pytest.raises(ISTError, match="'fp8' needs"): pull(model, layers, 'fp8')                          # whatever is missing here: torchao, or a GPU
     missing = lambda name, real=speed.find_spec: None if name in ('torchao', 'liger_kernel') else real(name)
     monkeypatch.setattr(speed, 'find_spec', missing)
-    for o in ('fold', 'compile', 'loss', 'fp8'): monkeypatch.setitem(speed.levers.entries, o, getattr(speed, f'_{o}_lever'))   # a notebook that ran in this process has registered its own
+    for o in ('fold', 'compile', 'loss', 'fp8'): monkeypatch.setitem(speed.optimisations.entries, o, getattr(speed, f'_{o}_lever'))   # a notebook that ran in this process has registered its own
     with pytest.raises(ISTError, match='pip install torchao.*leave .fp8. out'): pull(model, layers, 'fp8')
     with pytest.raises(ISTError, match='pip install liger-kernel.*leave .loss. out'): pull(model, layers, 'fold,loss')
     assert model.ist_levers==['fold']            # what was done is known to be done
