@@ -32,7 +32,7 @@ from .layers import find_layers, find_stack
 from .memory import ActivationBudget, OptimizerState, complete_state, innermost, lift_all
 from .processes import Case, Ranks, SharedProbe, check_engine, device_of, reshard, share, unwrap, weight
 from .scorers import Probe, Witness
-from .speed import check_compiled, embedding_hooks, is_reentrant, pull, shorten_backward
+from .speed import check_compiled, embedding_hooks, is_reentrant, apply_optimisations, shorten_backward
 from .suppression import suppress
 
 
@@ -376,7 +376,7 @@ def _change_model(self:IST, optimizer):
     configs = {id(m.config):m.config for m in model.modules() if getattr(getattr(m, 'config', None), 'use_cache', False)}
     self.undo = [lambda: [held.setdefault(k, f) for held,k,f in hooks], lambda: [setattr(c, 'use_cache', True) for c in configs.values()]]
     try:
-        if fast: pull(model, self.layers, 'fold' if fast is True and self.engine.sharded else fast)
+        if fast: apply_optimisations(model, self.layers, 'fold' if fast is True and self.engine.sharded else fast)
         self._set_memory(optimizer)
         shorten_backward(model)
     except BaseException: self.close(); raise
