@@ -236,7 +236,7 @@ refused = {   # name: engine, the setting, the arguments of `run`, a part of the
     'DDP, compiled as a whole': ('DDP', dict(wrap=lambda m: torch.compile(ddp(m), backend='eager')), 'compiled as a whole'),
     'FSDP2, shared parameters': ('FSDP2', dict(model=shared, wrap=partial(fsdp2, per_block=False)), 'parameters that several layers share'),
     'FSDP2, activation_budget': ('FSDP2', dict(config=dict(activation_budget='1GiB')), 'Leave activation_budget out'),
-    'FSDP2, fp8': ('FSDP2', dict(config=dict(fast='fp8')), "Use the levers 'fold'"),
+    'FSDP2, fp8': ('FSDP2', dict(config=dict(fast='fp8')), "Use the optimisations 'fold'"),
     'FSDP2, offload': ('FSDP2', dict(config=dict(optimizer_state='offload')), 'CPUOffloadPolicy'),
     'FSDP2, sharded after IST was made': ('FSDP2', dict(late=True), 'Make IST after the model is wrapped'),
     'DDP, wrapped after IST was made': ('DDP', dict(wrap=partial(ddp, find_unused_parameters=False), late=True), 'ddp_find_unused_parameters=True'),

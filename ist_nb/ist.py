@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['history_limit', 'state_version', 'migrations', 'generator_for', 'ProbeBatches', 'quietly', 'model_loss', 'to_device',
-           'layers_of', 'budgets', 'IST', 'n_rows', 'first_rows', 'thin', 'is_plain', 'state_fields', 'checked_state']
+           'layers_of', 'budgets', 'IST', 'n_rows', 'first_rows', 'downsample', 'is_plain', 'state_fields',
+           'checked_state']
 
 # %% ../nbs/05_ist.ipynb #9730d6fc
 import copy,random,reprlib,sys,sysconfig,time,types,warnings,weakref
@@ -31,7 +32,7 @@ from .layers import find_layers, find_stack
 from .memory import ActivationBudget, OptimizerState, complete_state, innermost, lift_all
 from .processes import Case, Ranks, SharedProbe, check_engine, device_of, reshard, share, unwrap, weight
 from .scorers import Probe, Witness
-from .speed import check_compiled, embedding_hooks, is_reentrant, pull, shorten_backward
+from .speed import check_compiled, embedding_hooks, is_reentrant, apply_optimisations, shorten_backward
 from .suppression import suppress
 
 
@@ -375,7 +376,7 @@ def _change_model(self:IST, optimizer):
     configs = {id(m.config):m.config for m in model.modules() if getattr(getattr(m, 'config', None), 'use_cache', False)}
     self.undo = [lambda: [held.setdefault(k, f) for held,k,f in hooks], lambda: [setattr(c, 'use_cache', True) for c in configs.values()]]
     try:
-        if fast: pull(model, self.layers, 'fold' if fast is True and self.engine.sharded else fast)
+        if fast: apply_optimisations(model, self.layers, 'fold' if fast is True and self.engine.sharded else fast)
         self._set_memory(optimizer)
         shorten_backward(model)
     except BaseException: self.close(); raise
@@ -621,7 +622,7 @@ def score(self:IST):
     if importance.shape!=self.importance.shape or not importance.isfinite().all():
         raise ISTError(f"The scorer {self.config.scorer!r} returned {importance}; it must return {len(self.layers)} finite numbers.")
     self.importance = importance
-    self.history = thin([*self.history, dict(step=self.t, importance=self.importance.tolist(), times_active=self.times_active.tolist()) | record])
+    self.history = downsample([*self.history, dict(step=self.t, importance=self.importance.tolist(), times_active=self.times_active.tolist()) | record])
     if record.get('dropped'): self._dropped()
     self.score_seconds += time.perf_counter()-start
 
@@ -691,7 +692,7 @@ def _halve(self:IST, rows):
 # %% ../nbs/05_ist.ipynb #3657249c
 history_limit = 512   # records; each holds about N numbers twice
 
-def thin(
+def downsample(
     history:list, # Of records
     limit:int|None=None, # Most of them to keep; `history_limit` if not given
 ) -> list: # The same, or a shorter one
@@ -809,6 +810,6 @@ def load_state_dict(self:IST,
     if self.witness:
         if 'witness' in state: self.witness.load_state_dict(state['witness'])
         elif state['t'] and state['config'].get('scorer')==self.config.scorer: raise _bad_state('witness', None, _witness_words)
-    self.t,self.n_dropped,self.probe_rows,self.history = state['t'],state['n_dropped'],state['probe_rows'],thin(list(state['history']))
+    self.t,self.n_dropped,self.probe_rows,self.history = state['t'],state['n_dropped'],state['probe_rows'],downsample(list(state['history']))
     self.importance = torch.tensor(state['importance'], dtype=torch.float32)   # [N]
     self.times_active = torch.tensor(state['times_active'])                    # [N]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from .config import ISTConfig, ISTError, layer_count, scorers
 from .layers import Layers
-from .suppression import scales, suppress
+from .suppression import scaling_is_exact, suppress
 
 # %% ../nbs/03_scorers.ipynb #3053a0cc
 def move_importance(
@@ -199,7 +199,7 @@ def linear_params(
     module, # An adapted module
 ) -> list: # Pairs of a parameter and its neutral value; empty if there are none that we know
     "The parameters in which the response of `module` is linear, and where they make it 0"
-    if not isinstance(module, BaseTunerLayer) or isinstance(module, LoraLayer) and not scales(module): return []
+    if not isinstance(module, BaseTunerLayer) or isinstance(module, LoraLayer) and not scaling_is_exact(module): return []
     for name,neutral in linear_in.items():
         held = getattr(module, name, None)
         found = [held[a] for a in module.active_adapters if held is not None and a in held]

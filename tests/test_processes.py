@@ -48,7 +48,7 @@ def test_committed_gpu_table():
     assert all(o['ok'] for o in have[1].values())
     want = set(P.all_cases(2))-{('deepspeed', n) for n in P.deepspeeds}-{('trainer refused', 'Trainer, processes apart')}   # that one is of a CPU
     assert set(have[2])==want | {('trainer', 'Trainer, FSDP1'), ('resume', 'Trainer, FSDP2')}
-    cells = json.loads((root/'nbs/tutorials/processes.ipynb').read_text())['cells']
+    cells = json.loads((root/'nbs/reference/processes.ipynb').read_text())['cells']
     page = ''.join(''.join(o.get('data', {}).get('text/markdown', '')) for c in cells for o in c.get('outputs', []))
     bad = [(o['name'], str(o['processes'])) for o in on_gpus['cases'] if not o['ok']]
     assert re.findall(r'^- \*(.+)\* on (\d) GPUs: ', page, re.M)==bad
