@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from ist_nb import IST,ISTConfig
 from ist_nb.config import scorers
 from ist_nb.ist import quietly
-from ist_nb.scorers import follow,move_importance,sample_layers,standardize
+from ist_nb.scorers import ema_update,move_importance,sample_layers,standardize
 from ist_nb.suppression import suppress
 from benchmarks import record
 from benchmarks.small import lm_batch,physics,pico,rank_correlation,trainable
@@ -20,9 +20,9 @@ length,batch = 64,16   # tokens in a row, rows in a step
 @scorers.register('gate at 1', 'As gate, with the gates where the model is: the first-order score', gradients=True)
 def _(importance, probe, config, generator):
     loss,gradient = probe.gates(1.)
-    return follow(importance, -gradient),dict(losses=[loss])
+    return ema_update(importance, -gradient),dict(losses=[loss])
 
-@scorers.register('antithetic', 'As suppression, with each set of layers followed by its complement')
+@scorers.register('antithetic', 'As suppression, with each set of layers ema_updateed by its complement')
 def _(importance, probe, config, generator):
     half = len(importance)//2
     sets = [sample_layers(torch.sigmoid(-importance), half, generator) for _ in range(config.n_candidates//2)]
@@ -60,8 +60,8 @@ class Watched:
 
     @contextmanager
     def step(self, active):
-        "Around one step of the run; only what the witness does is timed"
-        w = self.ist.witness
+        "Around one step of the run; only what the tracker does is timed"
+        w = self.ist.tracker
         if not w: yield; return
         with self.timed(): w.begin(active)
         see = type(w).see

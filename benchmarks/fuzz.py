@@ -5,7 +5,7 @@ from pathlib import Path
 from hypothesis import HealthCheck,Phase,given,seed,settings,strategies as st
 from torch import nn
 from ist_nb.config import ISTConfig,ISTError
-from ist_nb.data import Part,read_rows
+from ist_nb.data import _Part,read_rows
 from ist_nb.ist import IST
 
 fixtures = Path(__file__).resolve().parent.parent/'tests'/'fixtures'
@@ -99,7 +99,7 @@ def read_file(folder, name):
         path = folder/name
         path.write_bytes(case)
         n = 0
-        for row in Part(name, read_rows(path)).convert(): n += 1
+        for row in _Part(name, read_rows(path)).convert(): n += 1
         if not n: raise ISTError('no rows')
     return target
 

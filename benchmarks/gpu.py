@@ -8,7 +8,7 @@ from peft import LoraConfig,get_peft_model,prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM,BitsAndBytesConfig,Trainer,TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from ist_nb import ISTCallback,ISTConfig,find_layers
-from ist_nb.suppression import damp_response,scales,suppress
+from ist_nb.suppression import damp_response,scaling_is_exact,suppress
 from benchmarks import record
 from benchmarks.small import lm_batch,pico_path,same
 
@@ -58,7 +58,7 @@ def check(name, dtype=torch.float32, bits=None, **kwargs):
         b = {k:v.to(gpu) for k,v in lm_batch(ids[:4]).items()}
         model.eval()
         layers = find_layers(model)
-        assert all(scales(t) for o in layers for t in o.tuners)
+        assert all(scaling_is_exact(t) for o in layers for t in o.tuners)
         with torch.no_grad():
             full = model(**b).loss
             with suppress(layers, range(8), 0.25): fast = model(**b).loss

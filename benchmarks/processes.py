@@ -255,6 +255,7 @@ refused = {   # name, which begins with the engine: the arguments of `run`, a pa
                                      'use_orig_params=True'),
     'FSDP1, compiled blocks': (dict(config=dict(fast='fold, compile')), "Use fast='fold', or FSDP2"),
     'FSDP1, gate': (dict(config=dict(scorer='gate')), 'or FSDP2'),
+    'FSDP1, fisher': (dict(config=dict(scorer='fisher')), 'or FSDP2'),
 }
 
 def refuse(name, rank, size):
@@ -369,6 +370,7 @@ trainers = {   # name: arguments
     'Trainer, DDP': {},
     'Trainer, DDP, checkpointing': dict(gradient_checkpointing=True),
     'Trainer, FSDP2': sharded(2),
+    'Trainer, FSDP2, fisher': sharded(2) | dict(config=dict(scorer='fisher')),
     'Trainer, FSDP1': sharded(1) | dict(dtype=torch.float32),   # it takes norms in float32 only
 }
 def trainer_plain(name): return {k:v for k,v in trainers[name].items() if k in ('config', 'dtype')}
@@ -440,7 +442,9 @@ checkpoints = ['FSDP2, keep', 'FSDP2, reset']
 deepspeeds = {f'DeepSpeed ZeRO-{s}, {what}':(s, opt, config, part if s else None) for s in range(4)
               for what,opt,config,part in (('AdamW', adam, {}, 'has momentum or weight decay'),
                                            ('SGD without momentum', sgd, {}, None),
-                                           ('AdamW, all layers active', adam, dict(n_active=1.), None))}
+                                           ('AdamW, all layers active', adam, dict(n_active=1.), None),
+                                           ('SGD, fisher', sgd, dict(scorer='fisher'),
+                                            'its optimizer holds one flat tensor'))}
 def ds_plain(name):
     _,opt,config,_ = deepspeeds[name]
     return dict(config=config, sgd=opt is sgd)

@@ -16,7 +16,7 @@ from ist_nb.config import samplers,scorers,shrunk
 from ist_nb.evaluate import confidence_interval,held_out_loss,read_task,score_likelihood,tasks as known_tasks
 from ist_nb.memory import DeviceMeter,LiveBytes
 from ist_nb.samplers import inclusion_by_depth
-from ist_nb.scorers import follow
+from ist_nb.scorers import ema_update
 from ist_nb.speed import fold,to_fp8
 from benchmarks import record
 from benchmarks.small import pico_path
@@ -92,7 +92,7 @@ def from_gradients(importance, probe, of):
     loss = probe.loss_fn(probe.model, probe.batch)
     g = iter(torch.autograd.grad(loss, [p for o in probe.layers for p in o.params]))
     sizes = torch.stack([of([next(g).double() for _ in o.params]) for o in probe.layers])   # [N]
-    return follow(importance, sizes.cpu().log()),dict(losses=[loss.item()])
+    return ema_update(importance, sizes.cpu().log()),dict(losses=[loss.item()])
 @scorers.register('gradient norm', "Norm of the gradient of a layer's adapters, on the probe", suppresses=False,
                   gradients=True)
 def _(importance, probe, config, generator):
@@ -106,7 +106,7 @@ def _(importance, probe, config, generator):
     def of(o): return (o.weight if hasattr(o, 'weight') else o).double().square().sum()
     far = [sum(of(o) for m in l.tuners for o in m.lora_B.values()).sqrt() for l in probe.layers]
     far = torch.stack(far).detach().cpu()   # [N]
-    return (follow(importance, far),dict(losses=[])) if far.std()>0 else (importance, dict(dropped=True))
+    return (ema_update(importance, far),dict(losses=[])) if far.std()>0 else (importance, dict(dropped=True))
 
 def lm_rows(path, tokenizer, length):
     "Rows of a book for training, choosing and judging: modules 5 and 9 of each 12 are held out"
