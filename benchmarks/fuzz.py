@@ -6,7 +6,7 @@ from pathlib import Path
 from hypothesis import HealthCheck,Phase,given,seed,settings,strategies as st
 from torch import nn
 from ist_nb.config import ISTConfig,ISTError
-from ist_nb.data import Part,read_rows
+from ist_nb.data import _Part as Part,read_rows
 from ist_nb.ist import IST
 
 fixtures = Path(__file__).resolve().parent.parent/'tests'/'fixtures'
