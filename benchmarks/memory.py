@@ -8,7 +8,8 @@ import torch
 from peft import LoraConfig,get_peft_model
 from transformers import LlamaConfig,LlamaForCausalLM
 from ist_nb.layers import find_layers
-from ist_nb.memory import ActivationBudget,OptimizerState
+from ist_nb.memory import ActivationBudget
+from ist_nb.moments import OptimizerState
 
 gpu,GiB = torch.device('cuda', 0),2**30
 
@@ -38,7 +39,7 @@ def run(model, budget=None, steps=14, rows=16, length=256, how='keep', grads=Fal
         mine = batches(accumulate, vocab, rows, length)
         torch.cuda.synchronize(); start = time.perf_counter()
         if rest: rest.begin(active)
-        if limit: limit.plan(active)
+        if limit: limit.begin(active)
         layers.switch(active)
         torch.cuda.reset_peak_memory_stats(); before = torch.cuda.memory_allocated()
         for b in mine: model(**b).loss.backward()
@@ -46,7 +47,7 @@ def run(model, budget=None, steps=14, rows=16, length=256, how='keep', grads=Fal
         opt.step()
         kept = [p.grad.clone() for p in model.parameters() if p.grad is not None] if grads else None
         opt.zero_grad()
-        if limit: limit.lift()
+        if limit: limit.end()
         layers.thaw()
         torch.cuda.synchronize()
         res.append(dict(seconds=time.perf_counter()-start, peak=peak, lowest=min(active), foreseen=limit and limit.expected, checkpointed=len(limit.checkpointed) if limit else 0,
