@@ -30,7 +30,7 @@ full = dict(
 
 speed_k,memory_k,probes_k = ('tests/test_speed.py -k ', 'tests/test_memory.py -k ', 'tests/test_probes.py -k ')
 folds,beside,hooked,paper = speed_k+'peft_computes',speed_k+'pass_by',memory_k+'"hooks or records or writes or second_backward"',probes_k+'released'
-recorded,exact,kept = probes_k+'recorded',probes_k+'first_order_is_the_gate',memory_k+'"budget_is_kept or under_ist"'
+recorded,exact,kept = probes_k+'recorded',probes_k+'tracked_gradients',memory_k+'"budget_is_kept or under_ist"'
 
 mutants = [Mutant(*o) for o in (
     # -- config
@@ -44,10 +44,10 @@ mutants = [Mutant(*o) for o in (
     # -- layers
     ('layers', 'a frozen layer keeps its gradient', 'p.grad,p.frozen_by_ist = None,True', 'p.frozen_by_ist = True', ['01_layers']),
     ('layers', 'what a method has frozen itself is thawed', 'if not p.requires_grad: continue', 'if False: continue', ['01_layers', 'tests/test_peft.py -k adamss']),
-    ('layers', 'shared parameters stay stand-ins after a step', 'for held,key in self.shared: held[key] = real(held[key])', 'pass', ['01_layers']),
+    ('layers', 'shared parameters stay stand-ins after a step', 'for held,key in self.shared: held[key] = _real(held[key])', 'pass', ['01_layers']),
     ('layers', 'layer 10 comes before layer 2', '(stacks.index(o[0]), o[1])', '(stacks.index(o[0]), str(o[1]))', ['tests/test_core.py']),
     ('layers', 'an adapter within an adapter counts twice', " and not any(name.startswith(o+'.') for o in found)", '', ['tests/test_core.py']),
-    ('layers', 'set_adapter thaws frozen layers', "_thawing = 'set_adapter','enable_adapters'", "_thawing = 'enable_adapters',", ['01_layers']),
+    ('layers', 'set_adapter thaws frozen layers', "_switches = 'set_adapter','enable_adapters'", "_switches = 'enable_adapters',", ['01_layers']),
     # -- suppression
     ('suppression', 'DoRA is suppressed by its scaling', ' and not any(a in module.lora_variant for a in module.active_adapters)', '', ['02_suppression']),
     ('suppression', 'experts of a mixture are suppressed by their scaling', ' and not isinstance(module, (MultiheadAttention, ParamWrapper))', '', ['02_suppression', 'tests/test_peft.py -k experts']),
@@ -74,12 +74,12 @@ mutants = [Mutant(*o) for o in (
     ('scorers', 'the paper is suppressed by the definition', "exp(-loss), centred', form='scaling')", "exp(-loss), centred')", [paper]),
     ('scorers', 'the gate stands at 1', "def gate_scorer(importance, probe, config, generator):\n    loss,gradient = probe.gates((1+probe.factor)/2)", "def gate_scorer(importance, probe, config, generator):\n    loss,gradient = probe.gates(1.)", ['03_scorers']),
     ('scorers', 'a probe leaves gradients', 'with frozen(self.model), ExitStack() as stack:', 'with ExitStack() as stack:', [probes_k+'no_trace']),
-    ('scorers', 'importance follows twice as fast', 'memory = 0.1   # weight', 'memory = 0.2   # weight', [recorded]),
+    ('scorers', 'importance follows twice as fast', 'ema_weight = 0.1   # weight', 'ema_weight = 0.2   # weight', [recorded]),
     ('scorers', 'importance goes the other way', 'standardize(-scores[known], 1.).to(z)', 'standardize(scores[known], 1.).to(z)', [recorded]),
-    ('scorers', 'old gradients do not fade', '.clamp_min(self.memory)', '', [recorded]),
+    ('scorers', 'old gradients do not fade', '.clamp_min(self.ema_weight)', '', [recorded]),
     ('scorers', 'the variance lacks n/(n-1)', '(self.var*n/(n-1))[many]', 'self.var[many]', [recorded]),
     ('scorers', 'fisher has no variance', 'if many.any(): z[many] +=', 'if False: z[many] +=', [recorded]),
-    ('scorers', 'the witness has the wrong sign', '(-s-self.mean)[seen]', '(s-self.mean)[seen]', [exact]),
+    ('scorers', 'the tracker has the wrong sign', '(-s-self.mean)[seen]', '(s-self.mean)[seen]', [exact]),
     ('scorers', 'the neutral value is taken for 0', '[p-z if z else p for p,z in zip(params, neutral)]', 'params', [exact]),
     ('scorers', 'scaled gradients are taken as they are', 'return res if scale is None else res/scale.to(res)', 'return res', [probes_k+'unscaled']),
     ('scorers', 'gate+fisher gives both the same weight', '+0.5*z, weight=0.4)', '+z, weight=0.4)', ['03_scorers']),

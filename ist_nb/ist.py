@@ -32,7 +32,7 @@ from .layers import find_layers, find_stack
 from .memory import ActivationBudget, lift_all
 from .moments import OptimizerState, complete_state, innermost
 from .processes import Case, Ranks, SharedProbe, check_engine, device_of, reshard, share, unwrap, weight
-from .scorers import Probe, Witness
+from .scorers import Probe, GradientTracker
 from .speed import check_compiled, embedding_hooks, is_reentrant, apply_optimisations, shorten_backward
 from .suppression import suppress
 
@@ -326,7 +326,7 @@ class IST:
         self.sampler,self.scorer = samplers[self.config.sampler],scorers[self.config.scorer]
         self.scores = getattr(self.sampler, 'needs_importance', True)
         self.sparse = sum(k for _,k in self.budgets)<N or getattr(self.sampler, 'varies', False)
-        self.batches,self.witness,self.started,self.engine = None,None,False,None
+        self.batches,self.tracker,self.started,self.engine = None,None,False,None
         self._check_engine()
         self.watch = _Watch(self)
         if optimizer is not None: self.watch.check_known(innermost(optimizer))
@@ -342,7 +342,7 @@ class IST:
 def _set_probe(self:IST, probe):
     "Check that importance can be scored"
     observes = getattr(self.scorer, 'observes', None)   # 'backward': the training alone; 'both': the training and a probe
-    if observes: self.witness = Witness(self.layers, self.ranks.spread)
+    if observes: self.tracker = GradientTracker(self.layers, self.ranks.spread)
     if observes=='backward': return
     layer_count(self.config.n_suppressed, len(self.layers), 'n_suppressed')
     if probe is None: raise ISTError(f"sampler={self.config.sampler!r} needs importance, and importance needs data to probe with. "
@@ -428,7 +428,7 @@ def begin_step(self:IST):
     _stepping.add(self)
     if self.moments: self.moments.begin(self.active.tolist())
     self.layers.switch(self.active.tolist())
-    if self.witness: self.witness.begin(self.active.tolist())
+    if self.tracker: self.tracker.begin(self.active.tolist())
     self.watch.begin()
 
 @patch
@@ -444,12 +444,12 @@ def end_step(self:IST,
     _stepping.discard(self)
     self.watch.end(count)
     if count and woken:
-        if self.witness: self.witness.end(False)
+        if self.tracker: self.tracker.end(False)
         raise ISTError(f"{len(woken)} layers that rest in this step ({woken[0]}, ...) were made trainable in the middle of it, so they may have moved. Leave requires_grad alone between begin_step() and end_step().")
     if count:
         self.times_active[self.active] += 1
         self.t += 1
-    if self.witness: self.witness.end(count)
+    if self.tracker: self.tracker.end(count)
 
 @patch
 @contextmanager
@@ -618,7 +618,7 @@ def _draw_from(self:IST, pos, n, g):
 def score(self:IST):
     "One importance update, now; `begin_step` calls it every `score_interval` steps"
     start = time.perf_counter()
-    importance,record = self._probe() if self.batches else self.scorer(self.importance, self.witness, self.config, self.rng('scores'))
+    importance,record = self._probe() if self.batches else self.scorer(self.importance, self.tracker, self.config, self.rng('scores'))
     if importance.shape==self.importance.shape: importance = self.ranks.same(self.t, importance.detach().float())
     if importance.shape!=self.importance.shape or not importance.isfinite().all():
         raise ISTError(f"The scorer {self.config.scorer!r} returned {importance}; it must return {len(self.layers)} finite numbers.")
@@ -680,7 +680,7 @@ def _fitting(self:IST, batch, n):
 
 @patch
 def _score_with(self:IST, batch, n):
-    args = self.model, self.layers, batch, self.loss_fn, self.config.suppression_factor, getattr(self.scorer, 'form', 'response'), self.witness
+    args = self.model, self.layers, batch, self.loss_fn, self.config.suppression_factor, getattr(self.scorer, 'form', 'response'), self.tracker
     probe = Probe(*args) if self.ranks.size==1 else SharedProbe(self.ranks, weight(self.model, batch, n), *args)
     return self.scorer(self.importance, probe, self.config, self.rng('scores'))
 
@@ -748,14 +748,14 @@ def is_plain(
 def _is_record(h, n, t):
     return isinstance(h, dict) and _is_count(h.get('step'), t) and _all(h.get('importance'), n, _is_finite) and _all(h.get('times_active'), n, lambda o: _is_count(o, t)) and is_plain(h)
 
-def _is_witness(w, n):
+def _is_tracker(w, n):
     if not (isinstance(w, dict) and set(w)=={'mean', 'var', 'count', 'missed', 'pending'}): return False
     real = lambda o: _is_finite(o, 1e300)
     step = lambda s: isinstance(s, list) and all(isinstance(o, (list, tuple)) and len(o)==2 and isinstance(o[0], list) and _all(o[0], len(o[0]), lambda i: _is_count(i, n-1)) and _all(o[1], len(o[0]), _is_num) for o in s)
     return _all(w['mean'], n, real) and _all(w['var'], n, real) and _all(w['count'], n, _is_count) and _is_count(w['missed']) and isinstance(w['pending'], list) and all(map(step, w['pending']))
 
 # %% ../nbs/05_ist.ipynb #ea7ffca0
-_witness_words = 'what `Witness.state_dict` returns, for as many layers'
+_tracker_words = 'what `GradientTracker.state_dict` returns, for as many layers'
 
 def state_fields(
     n:int, # Layers
@@ -770,7 +770,7 @@ def state_fields(
         probe_rows=('a count of at least 1, or None', lambda v: v is None or _is_count(v) and v>0),
         history=(f'a list of records with step, importance and times_active, for {n} layers and at most {t} steps', lambda v: isinstance(v, list) and all(_is_record(h, n, t) for h in v)),
         config=('a dictionary of settings', lambda v: isinstance(v, dict) and is_plain(v, 1000)),
-        witness=(_witness_words, lambda v: _is_witness(v, n)))
+        tracker=(_tracker_words, lambda v: _is_tracker(v, n)))
 
 # %% ../nbs/05_ist.ipynb #395f926a
 def checked_state(
@@ -786,7 +786,7 @@ def checked_state(
     fields = state_fields(len(labels), state.get('t') if _is_count(state.get('t')) else 0)
     for o in state:
         if o not in {*fields, 'version', 'layers'}: raise _bad_state(_short(o), state[o], f"left out: the fields of a state are version, layers, {', '.join(fields)}")
-    if (lacks := [o for o in [*fields, 'layers'] if o not in state and o!='witness']): raise _bad_state(lacks[0], None, 'there')
+    if (lacks := [o for o in [*fields, 'layers'] if o not in state and o!='tracker']): raise _bad_state(lacks[0], None, 'there')
     if state['layers']!=labels: raise ISTError(f"The state is of a model with adapters in layers {_short(state['layers'])}, this one has them in {labels}. "
                                                "Resume with the model and the adapter configuration of the first run.")
     for o,(words,ok) in fields.items():
@@ -798,7 +798,7 @@ def checked_state(
 def state_dict(self:IST) -> dict: # Plain numbers, lists and strings only
     "What a resumed run needs to go on as if nothing had happened"
     return dict(version=state_version, t=self.t, importance=self.importance.tolist(), times_active=self.times_active.tolist(), n_dropped=self.n_dropped, probe_rows=self.probe_rows,
-                history=list(self.history), layers=[o.label for o in self.layers], config=asdict(self.config)) | (dict(witness=self.witness.state_dict()) if self.witness else {})
+                history=list(self.history), layers=[o.label for o in self.layers], config=asdict(self.config)) | (dict(tracker=self.tracker.state_dict()) if self.tracker else {})
 
 @patch
 def load_state_dict(self:IST,
@@ -808,9 +808,9 @@ def load_state_dict(self:IST,
     state = checked_state(state, [o.label for o in self.layers])
     changed = {k:(v, getattr(self.config, k, None)) for k,v in state['config'].items() if getattr(self.config, k, None)!=v}
     if changed: warnings.warn('IST resumes with other settings: ' + ', '.join(f'{k} was {_short(a)}, now {b!r}' for k,(a,b) in changed.items()))
-    if self.witness:
-        if 'witness' in state: self.witness.load_state_dict(state['witness'])
-        elif state['t'] and state['config'].get('scorer')==self.config.scorer: raise _bad_state('witness', None, _witness_words)
+    if self.tracker:
+        if 'tracker' in state: self.tracker.load_state_dict(state['tracker'])
+        elif state['t'] and state['config'].get('scorer')==self.config.scorer: raise _bad_state('tracker', None, _tracker_words)
     self.t,self.n_dropped,self.probe_rows,self.history = state['t'],state['n_dropped'],state['probe_rows'],downsample(list(state['history']))
     self.importance = torch.tensor(state['importance'], dtype=torch.float32)   # [N]
     self.times_active = torch.tensor(state['times_active'])                    # [N]

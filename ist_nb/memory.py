@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache
 from .activations import DeviceMeter, LiveBytes, fewest_checkpoints, peak_of, storage, tensors_in
 from .config import ISTError, to_bytes
-from .layers import Layers, trains
+from .layers import Layers, is_trainable
 
 # %% ../nbs/07_memory.ipynb #a98c5d44
 class ActivationBudget:
@@ -39,7 +39,7 @@ class ActivationBudget:
         self.meter = LiveBytes() if self.device.type=='cpu' else DeviceMeter(self.device)
         self.budget = budget if isinstance(budget, int) else to_bytes(budget) or int(budget*_free_memory(self.device))
         self._find_switches()
-        self.trained = [p for p in model.parameters() if trains(p)]
+        self.trained = [p for p in model.parameters() if is_trainable(p)]
         self.cost = {}            # (block, trained, passes gradients on) -> bytes kept, bytes at work
         self.entry = {}           # block -> bytes of its input
         self.seen = {}            # block -> shapes that were measured

@@ -74,7 +74,7 @@ def test_trainer(tmp_path, capsys, monkeypatch):
     assert abs(a-b)<1e-5*b and abs(b-untrained)>1e-2, (a, b, untrained)
     assert len(folds)==16*7                                                       # it was the folded form that was compared
 
-@pytest.mark.parametrize('scorer', ['gate', 'first_order'])
+@pytest.mark.parametrize('scorer', ['gate', 'fisher'])
 def test_resumed_trainer_is_bit_exact(scorer, tmp_path):
     "With dropout, which layers that rest do not draw"
     dials = dict(sampler='depth', scorer=scorer, depth=0.5)
