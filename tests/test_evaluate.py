@@ -159,7 +159,7 @@ class Ids:
                          ids=lambda o: o if isinstance(o, str) else '')
 def test_architectures(name, kwargs, monkeypatch):
     "Learned, rotary and no positions, a sliding window, states in place of a cache: padded and batched is one at a time"
-    import models_matrix as m
+    from benchmarks import models as m
     monkeypatch.setitem(m.models, name, m.lm(**kwargs) if kwargs else m.models[name])
     model = m.make(name).eval()
     with torch.no_grad():
