@@ -147,7 +147,8 @@ def evaluate(
         way = dict(answers=answers)
         if how=='generate': way = dict(num_beams=num_beams, max_new_tokens=max_new_tokens or t.max_new_tokens)
         asked = [(prompt(o), o['answer']) for o in rows[t.name]]
-        settings = dict(how=how, **way, questions=len(asked), model=mark, rows=hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16])
+        digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
+        settings = dict(how=how, **way, questions=len(asked), model=mark, rows=digest)
         path = Path(output_dir)/f'{t.name}.json' if output_dir else None
         res[t.name] = path and _done(path, settings, overwrite)
         if res[t.name]: continue
@@ -283,8 +284,8 @@ def _parser():
     from argparse import ArgumentParser, RawDescriptionHelpFormatter
     class Parser(ArgumentParser):
         def error(self, message): raise ISTError(f'{message[0].upper()}{message[1:]}. See `ist_evaluate --help`.')
-    p = Parser('ist_evaluate', '', _about, add_help=False, allow_abbrev=False,
-               formatter_class=RawDescriptionHelpFormatter)
+    p = Parser('ist_evaluate', 'ist_evaluate --data FOLDER [--NAME VALUE ...]', _about, add_help=False,
+               allow_abbrev=False, formatter_class=RawDescriptionHelpFormatter)
     about,allowed = docments(EvaluateArguments),dict(how=_ways, answers=_answer_forms, dtype=_dtypes)
     for f in fields(EvaluateArguments):
         kind = dict(type=f.type, choices=allowed.get(f.name), metavar='')
