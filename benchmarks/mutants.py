@@ -18,7 +18,8 @@ checks = dict(
     samplers='04_samplers tests/test_speed.py tests/test_ist.py',
     ist='05_ist tests/test_steps.py tests/test_core.py tests/test_ist.py tests/test_probes.py',
     callback='06_callback tests/test_core.py tests/test_logging.py tests/test_ist.py',
-    speed='08_speed tests/test_speed.py', memory='07_memory tests/test_memory.py',
+    speed='08_speed tests/test_speed.py', activations='21_activations tests/test_memory.py',
+    memory='07_memory tests/test_memory.py', moments='22_moments tests/test_memory.py',
     evaluate='13_evaluate tests/test_evaluate.py', finetune='12_finetune tests/test_finetune.py')
 checks = {k:v.split() for k,v in checks.items()}
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM,AutoTokenizer
 from ist_nb import IST,ISTConfig,find_layers
 from ist_nb.config import samplers,scorers,shrunk
 from ist_nb.evaluate import confidence_interval,held_out_loss,read_task,score_likelihood,tasks as known_tasks
-from ist_nb.memory import DeviceMeter,LiveBytes
+from ist_nb.activations import DeviceMeter,LiveBytes
 from ist_nb.samplers import inclusion_by_depth
 from ist_nb.scorers import ema_update
 from ist_nb.speed import fold,to_fp8
