@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM,AutoTokenizer
 from ist_nb import IST,ISTConfig
 from ist_nb.config import scorers
 from ist_nb.finetune import assets
-from ist_nb.ist import quietly
+from ist_nb.probe import quietly
 from ist_nb.scorers import follow,move_importance,sample_layers,standardize
 from ist_nb.suppression import suppress
 from speed import typed
@@ -53,7 +53,7 @@ class Watched:
     @contextmanager
     def step(self, active):
         "Around one step of the run; only what the witness does is timed"
-        w = self.ist.witness
+        w = self.ist.tracker
         if not w: yield; return
         with self.timed(): w.begin(active)
         see = type(w).see

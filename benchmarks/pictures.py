@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM,AutoTokenizer
 from ist_nb import IST,ISTConfig
 from ist_nb.evaluate import held_out_loss
 from ist_nb.finetune import assets
-from ist_nb.ist import model_loss,quietly
+from ist_nb.probe import model_loss,quietly
 from ist_nb.scorers import Probe,suppression_curves
 from speed import typed
 

@@ -12,7 +12,7 @@ from transformers.trainer_callback import PrinterCallback,ProgressCallback
 from ist_nb import ISTCallback,ISTConfig,find_layers
 from ist_nb.finetune import assets
 from ist_nb.config import layer_count,samplers
-from ist_nb.ist import generator_for
+from ist_nb.probe import generator_for
 from ist_nb.speed import block_shape,blocks_of,compile_blocks,estimate,fold,fuse_loss,kept_bytes,machine_rates,step_cost,to_fp8,unfold,_liger
 
 os.environ.setdefault('PYTORCH_CUDA_ALLOC_CONF', 'expandable_segments:True')   # selections differ in what they keep; without it the allocator asks the driver again and again

@@ -33,7 +33,7 @@ def held_out_loss(
     batches, # Dictionaries with `input_ids` and `labels`, e.g. `trainer.get_eval_dataloader()`
 ) -> float: # Nats per predicted token
     "Mean loss over all predicted tokens of `batches`; the model's mode and the random state are left as they were"
-    from ist_nb.ist import model_loss, quietly, to_device
+    from ist_nb.probe import model_loss, quietly, to_device
     device,total,n = next(model.parameters()).device,0.,0
     with quietly(model):
         for batch in batches:
@@ -314,7 +314,7 @@ def generate(
     progress:bool=False, # Show a bar
 ) -> tuple: # What the model wrote after each prompt, and how many tokens each prompt was cut by
     "Continue each prompt by beam search; deterministic, and the same in any batch"
-    from ist_nb.ist import quietly
+    from ist_nb.probe import quietly
     room,ids = _room(model, max_new_tokens),encode(tokenizer, prompts)
     cut = [max(0, len(o)-room) if room else 0 for o in ids]
     ids,res,device = [o[n:] for o,n in zip(ids, cut)],[None]*len(ids),next(model.parameters()).device
@@ -377,7 +377,7 @@ def log_likelihood(
 ) -> float: # Nats, summed over `rest`
     "The log-probability of `rest` after `prefix`, by the definition"
     import torch
-    from ist_nb.ist import quietly
+    from ist_nb.probe import quietly
     ids = torch.tensor([prefix+rest], device=next(model.parameters()).device)
     with quietly(model): logp = model(input_ids=ids).logits[0].float().log_softmax(-1)
     return sum(logp[len(prefix)-1+t, o].item() for t,o in enumerate(rest))
@@ -435,7 +435,7 @@ def log_likelihoods(
     progress:bool=False, # Show a bar
 ) -> tuple: # For each prompt a list of nats, and how many tokens it was cut by
     "The log-probability of each answer, summed over its tokens; a prompt is read once for all its answers"
-    from ist_nb.ist import quietly
+    from ist_nb.probe import quietly
     pairs,res,cut = [split_answer(tokenizer, p, a) for p,a in zip(prompts, answers)],[None]*len(prompts),[]
     for i,(prefix,rest) in enumerate(pairs):
         room = _room(model, max(map(len, rest)))
@@ -661,7 +661,7 @@ def harness(
     except ImportError: raise ISTError("lm-evaluation-harness is not installed. Run: pip install 'ist_nb[eval]'") from None
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
-    from ist_nb.ist import quietly
+    from ist_nb.probe import quietly
     from tempfile import TemporaryDirectory
     names = [o.strip() for o in names.split(',')] if isinstance(names, str) else list(names)
     with TemporaryDirectory() as d, quietly(model):        # it seeds the global generators

@@ -225,6 +225,12 @@ def lift_all(
         owner = getattr(getattr(m._compiled_call_impl, 'func', None), '__self__', None)
         if isinstance(owner, ActivationBudget): owner.lift()
 
+# %% ../nbs/07_memory.ipynb #af95f278
+@patch
+def begin(self:ActivationBudget, active): self.plan(active)
+@patch
+def end(self:ActivationBudget, counted): self.lift()
+
 # %% ../nbs/07_memory.ipynb #f5b423da
 @patch
 def _call(self:ActivationBudget, i, inner, *args, **kwargs):

@@ -114,13 +114,13 @@ def test_needs_no_probe_and_watches_only_in_a_step():
     with ist.step():
         assert len(hooks._global_optimizer_pre_hooks)==n+2             # the witness, and the watch of IST
         loss_of(model, b).backward(); opt.step(); opt.zero_grad()
-    assert len(hooks._global_optimizer_pre_hooks)==n and len(ist.witness.pending)==1
+    assert len(hooks._global_optimizer_pre_hooks)==n and len(ist.tracker.pending)==1
     loss_of(model, b).backward(); opt.step(); opt.zero_grad()          # outside of a step: none of ours
-    assert len(ist.witness.pending)==1
+    assert len(ist.tracker.pending)==1
     with pytest.raises(KeyError), ist.step():
         loss_of(model, b).backward(); opt.step(); raise KeyError       # a step that fails does not count
-    assert len(hooks._global_optimizer_pre_hooks)==n and len(ist.witness.pending)==1
-    ist.begin_step(); gone = weakref.ref(ist.witness); del ist; gc.collect()
+    assert len(hooks._global_optimizer_pre_hooks)==n and len(ist.tracker.pending)==1
+    ist.begin_step(); gone = weakref.ref(ist.tracker); del ist; gc.collect()
     assert gone() is None and len(hooks._global_optimizer_pre_hooks)==n   # a step that was never ended leaves nothing behind
 
 def test_frozen_layers_are_not_scored_and_another_models_optimizer_is_not_seen():
@@ -147,8 +147,8 @@ def test_several_optimizers_make_one_observation():
         with ist.step():
             loss_of(model, b).backward()
             for o in opts: o.step()
-        assert ist.witness.collect()
-        seen.append((ist.witness.mean, ist.witness.count))
+        assert ist.tracker.collect()
+        seen.append((ist.tracker.mean, ist.tracker.count))
     assert torch.allclose(seen[0][0], seen[1][0], rtol=1e-6, atol=1e-9) and torch.equal(seen[0][1], seen[1][1]) and seen[0][1].sum()==2
 
 def test_an_optimizer_that_does_not_tell_is_found_out():
@@ -185,7 +185,7 @@ def test_scaled_gradients_are_unscaled():
         with ist.step():
             scaler.scale(loss_of(model, b)).backward()
             scaler.step(opt)
-        ist.witness.collect(); means.append(ist.witness.mean)
+        ist.tracker.collect(); means.append(ist.tracker.mean)
     assert means[0].any() and torch.allclose(*means, rtol=1e-6, atol=0)
 
 # -- the rules, computed once more from what is recorded
@@ -270,7 +270,7 @@ def test_resumed_loop_is_bit_exact(scorer):
     model,ist,opt = make(); loop(model, ist, opt, pairs)
     a,i,o = make(); loop(a, i, o, pairs[:8])                # stops between two scores, with steps in hand
     saved = json.loads(json.dumps(i.state_dict()))
-    if scorer!='gate': assert len(saved['witness']['pending'])==2
+    if scorer!='gate': assert len(saved['tracker']['pending'])==2
     b,j,p = make(); b.load_state_dict(a.state_dict()); p.load_state_dict(o.state_dict()); j.load_state_dict(saved); loop(b, j, p, pairs[8:])
     assert len(ist.history)==5 and ist.importance.any()
     assert json.dumps(j.state_dict())==json.dumps(ist.state_dict())
@@ -289,7 +289,7 @@ def test_resumed_trainer_is_bit_exact(scorer, tmp_path):
     model,ist = run(tmp_path/'a')
     again,ist2 = run(tmp_path/'b', str(tmp_path/'a'/'checkpoint-5'))
     assert ist.t==8 and len(ist.history)==2 and ist.importance.any()
-    if scorer!='gate': assert sum(ist.history[-1]['seen'])==12 and len(ist.witness.pending)==2
+    if scorer!='gate': assert sum(ist.history[-1]['seen'])==12 and len(ist.tracker.pending)==2
     plain = lambda o: json.loads(json.dumps(o.state_dict()))            # JSON keeps every bit of a number
     assert plain(ist)==plain(ist2)
     assert all(torch.equal(x, y) for x,y in zip(model.state_dict().values(), again.state_dict().values()))
