@@ -15,7 +15,7 @@ from ist_nb import IST,ISTConfig
 from ist_nb.config import scorers
 from ist_nb.finetune import assets
 from ist_nb.probe import quietly
-from ist_nb.scorers import follow,move_importance,sample_layers,standardize
+from ist_nb.scorers import ema_update,move_importance,sample_layers,standardize
 from ist_nb.suppression import suppress
 from speed import typed
 
@@ -24,7 +24,7 @@ length,batch = 64,16   # tokens in a row, rows in a step
 @scorers.register('gate at 1', 'As gate, with the gates where the model is: the first-order score', gradients=True)
 def _(importance, probe, config, generator):
     loss,gradient = probe.gates(1.)
-    return follow(importance, -gradient),dict(losses=[loss])
+    return ema_update(importance, -gradient),dict(losses=[loss])
 
 @scorers.register('antithetic', 'As suppression, with each set of layers followed by its complement')
 def _(importance, probe, config, generator):
@@ -39,7 +39,7 @@ def rivals():
     sets += [('paper', 3, 16, 10), ('paper', 3, 4, 10), ('antithetic', 2, 16, 10), ('antithetic', 2, 6, 10), ('antithetic', 4, 4, 10)]
     one = [('gate', r, i) for r,i in ((16, 5), (16, 10), (16, 20), (16, 40), (8, 10), (8, 20), (4, 5), (4, 10), (4, 20), (2, 5))] + [('gate at 1', 16, 10), ('gate at 1', 4, 10)]
     other = [dict(scorer=s, score_batch_size=8, score_interval=i, passes=2, probe='held out') for s,i in (('gate', 20), ('gate', 24), ('gate+fisher', 24))]   # rows that neither trains nor judges
-    free = [('first_order', 10), ('fisher', 10)]
+    free = [('fisher', 10)]
     return ([dict(scorer=s, n_candidates=k, score_batch_size=r, score_interval=i, passes=k) for s,k,r,i in sets] +
             [dict(scorer=s, score_batch_size=r, score_interval=i, passes=2) for s,r,i in one] + [dict(scorer=s, score_interval=i, passes=0) for s,i in free] + other)
 
@@ -52,7 +52,7 @@ class Watched:
 
     @contextmanager
     def step(self, active):
-        "Around one step of the run; only what the witness does is timed"
+        "Around one step of the run; only what the tracker does is timed"
         w = self.ist.tracker
         if not w: yield; return
         with self.timed(): w.begin(active)

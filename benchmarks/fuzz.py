@@ -6,7 +6,7 @@ from pathlib import Path
 from hypothesis import HealthCheck,Phase,given,seed,settings,strategies as st
 from torch import nn
 from ist_nb.config import ISTConfig,ISTError
-from ist_nb.data import Part,read_rows
+from ist_nb.data import _Part as Part,read_rows
 from ist_nb.ist import IST
 
 fixtures = Path(__file__).resolve().parent.parent/'tests'/'fixtures'
@@ -66,7 +66,7 @@ def make_ists():
     from peft import LoraConfig,get_peft_model
     probe = [dict(x=0)]
     model = lambda: get_peft_model(Tiny(), LoraConfig(r=1, target_modules=['lin']))
-    return [IST(model(), ISTConfig(), probe=probe, loss_fn=lambda model, batch: None), IST(model(), ISTConfig(scorer='first_order'))]
+    return [IST(model(), ISTConfig(), probe=probe, loss_fn=lambda model, batch: None), IST(model(), ISTConfig(scorer='fisher'))]
 
 def states(): return [json.loads(p.read_text()) for p in sorted(fixtures.glob('ist_state_v*.json'))]
 

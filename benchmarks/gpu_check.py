@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM,BitsAndBytesConfig,Trainer,Trainin
 from transformers.trainer_callback import PrinterCallback
 from ist_nb import ISTCallback,ISTConfig,find_layers
 from ist_nb.finetune import assets
-from ist_nb.suppression import damp_response,scales,suppress
+from ist_nb.suppression import damp_response,scaling_is_exact,suppress
 
 gpu = torch.device('cuda', 0)
 ids = torch.randint(5, 1000, (32, 24), generator=torch.Generator().manual_seed(0))
@@ -50,7 +50,7 @@ def check(name, dtype=torch.float32, bits=None, **kwargs):
         b = {k:v.to(gpu) for k,v in dict(input_ids=ids[:4], labels=ids[:4]).items()}
         model.eval()
         layers = find_layers(model)
-        assert all(scales(t) for o in layers for t in o.tuners)
+        assert all(scaling_is_exact(t) for o in layers for t in o.tuners)
         with torch.no_grad():
             full = model(**b).loss
             with suppress(layers, range(8), 0.25): fast = model(**b).loss

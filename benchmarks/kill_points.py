@@ -111,7 +111,7 @@ def accelerate_loop(folder, point, out):
     from torch.utils.data import DataLoader
     from datasets import Dataset
     from ist_nb import IST,ISTConfig
-    from ist_nb.runs import checkpoint_with,recovered,whole
+    from ist_nb.runs import checkpoint_with,recovered,atomic_folder
     step,where = point or (-1, '')
     a = Accelerator(cpu=True)
     model,loader = tiny_model(),DataLoader(Dataset.from_list(rows()).with_format('torch'), batch_size=8, generator=torch.Generator())
@@ -132,7 +132,7 @@ def accelerate_loop(folder, point, out):
                 opt.step(); opt.zero_grad()
             losses.append(loss.item())
             if ist.t%save_steps==0:
-                with whole(saved) as part:
+                with atomic_folder(saved) as part:
                     a.save_state(part)
                     if where=='before the rename' and ist.t>=step: die()
                     (part/'losses.json').write_text(json.dumps(losses))

@@ -28,7 +28,7 @@ full = dict(
 
 speed_k,memory_k,probes_k = ('tests/test_speed.py -k ', 'tests/test_memory.py -k ', 'tests/test_probes.py -k ')
 folds,beside,hooked,paper = speed_k+'peft_computes',speed_k+'pass_by',memory_k+'"hooks or records or writes or second_backward"',probes_k+'released'
-recorded,exact,kept = probes_k+'recorded',probes_k+'first_order_is_the_gate',memory_k+'"budget_is_kept or under_ist"'
+recorded,exact,kept = probes_k+'recorded',probes_k+'tracked_gradients',memory_k+'"budget_is_kept or under_ist"'
 
 mutants = [Mutant(*o) for o in (
     # -- config
@@ -52,7 +52,7 @@ mutants = [Mutant(*o) for o in (
     ('suppression', 'the scaling is not put back', 'return lambda: module.scaling.update(kept)', 'return lambda: None', ['02_suppression']),
     ('suppression', 'the factor is that of the base output', 'torch.lerp(y_base.to(y.dtype), y, factor', 'torch.lerp(y, y_base.to(y.dtype), factor', ['02_suppression']),
     ('suppression', 'a decision is always that of the adapter', 'return y if factor>=0.5 else y_base', 'return y', ['02_suppression']),
-    ('suppression', "form='scaling' is ignored", "fast = scales(o) or form=='scaling' and isinstance(o, LoraLayer)", 'fast = scales(o)', [paper]),
+    ('suppression', "form='scaling' is ignored", "fast = scaling_is_exact(o) or form=='scaling' and isinstance(o, LoraLayer)", 'fast = scaling_is_exact(o)', [paper]),
     ('suppression', 'compiled code runs past new hooks', 'with uncompiled() if hooks else nullcontext(): yield', 'with nullcontext(): yield', [speed_k+'suppression_by_hooks']),
     ('suppression', 'an adapter that was made active since is damped', "if getattr(module, 'disable_adapters', False) or list(getattr(module, 'active_adapters', [])) != active: return y", "if getattr(module, 'disable_adapters', False): return y", ['02_suppression']),
     ('suppression', 'a merged adapter is suppressed without effect', "if getattr(module, 'merged', False):", 'if False:', ['02_suppression']),
@@ -72,12 +72,12 @@ mutants = [Mutant(*o) for o in (
     ('scorers', 'the paper is suppressed by the definition', "exp(-loss), centred', form='scaling')", "exp(-loss), centred')", [paper]),
     ('scorers', 'the gate stands at 1', "def gate_scorer(importance, probe, config, generator):\n    loss,gradient = probe.gates((1+probe.factor)/2)", "def gate_scorer(importance, probe, config, generator):\n    loss,gradient = probe.gates(1.)", ['03_scorers']),
     ('scorers', 'a probe leaves gradients', 'with frozen(self.model), ExitStack() as stack:', 'with ExitStack() as stack:', [probes_k+'no_trace']),
-    ('scorers', 'importance follows twice as fast', 'memory = 0.1   # weight', 'memory = 0.2   # weight', [recorded]),
+    ('scorers', 'importance follows twice as fast', 'ema_weight = 0.1   # weight', 'ema_weight = 0.2   # weight', [recorded]),
     ('scorers', 'importance goes the other way', 'standardize(-scores[known], 1.).to(z)', 'standardize(scores[known], 1.).to(z)', [recorded]),
-    ('scorers', 'old gradients do not fade', '.clamp_min(self.memory)', '', [recorded]),
+    ('scorers', 'old gradients do not fade', '.clamp_min(self.ema_weight)', '', [recorded]),
     ('scorers', 'the variance lacks n/(n-1)', '(self.var*n/(n-1))[many]', 'self.var[many]', [recorded]),
     ('scorers', 'fisher has no variance', 'if many.any(): z[many] +=', 'if False: z[many] +=', [recorded]),
-    ('scorers', 'the witness has the wrong sign', '(-s-self.mean)[seen]', '(s-self.mean)[seen]', [exact]),
+    ('scorers', 'the tracker has the wrong sign', '(-s-self.mean)[seen]', '(s-self.mean)[seen]', [exact]),
     ('scorers', 'the neutral value is taken for 0', '[p-z if z else p for p,z in zip(params, neutral)]', 'params', [exact]),
     ('scorers', 'scaled gradients are taken as they are', 'return res if scale is None else res/scale.to(res)', 'return res', [probes_k+'unscaled']),
     ('scorers', 'gate+fisher gives both the same weight', '+0.5*z, weight=0.4)', '+z, weight=0.4)', ['03_scorers']),

@@ -9,7 +9,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as registry
 from transformers import LlamaConfig,LlamaForCausalLM,MixtralConfig,MixtralForCausalLM
 import ist_nb.adapters   # puts ours into the registry
 from ist_nb import IST,ISTConfig,ISTError,find_layers
-from ist_nb.suppression import scales,suppress
+from ist_nb.suppression import scaling_is_exact,suppress
 
 N = 4   # layers
 linear = ['q_proj', 'v_proj', 'up_proj']
@@ -155,7 +155,7 @@ def check(name):
         again = PeftModel.from_pretrained(base(), d/'saved', is_trainable=True).eval()
         agree('load', name, off(logits(again, b), y), 1e-6)
         assert [o.label for o in find_layers(again)]==[o.label for o in layers], 'loaded, it has other layers'
-        forms = {'scaling' if scales(t) else 'response' for o in layers for t in o.tuners}
+        forms = {'scaling' if scaling_is_exact(t) else 'response' for o in layers for t in o.tuners}
         return dict(method=name, status='supported', form=forms.pop(), shared=len(layers.shared), outside=len(layers.outside), response=response, error=error,
                     loss=[losses[0], losses[-1]], loads=faults.get(name, {}).get('load'), merges=merges(name, model, b, y))
 

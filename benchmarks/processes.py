@@ -146,7 +146,6 @@ works = {   # name: engine, what is done, and the arguments of `run`
     'DDP': ('DDP', 'probes', {}),
     'DDP, given to IST as it is': ('DDP', 'the wrapper in place of the model', dict(give=lambda model, outer: outer)),
     'DDP, gate': ('DDP', 'gradients in probes', dict(config=dict(scorer='gate'))),
-    'DDP, first_order': ('DDP', 'no probes', dict(config=dict(scorer='first_order'))),
     'DDP, fisher': ('DDP', 'no probes', dict(config=dict(scorer='fisher'))),
     'DDP, accumulation': ('DDP', '2 micro-batches, no_sync', dict(accumulate=2)),
     'DDP, gradient_as_bucket_view': ('DDP', 'gradients are views', dict(wrap=partial(ddp, gradient_as_bucket_view=True))),
@@ -160,7 +159,6 @@ works = {   # name: engine, what is done, and the arguments of `run`
     'FSDP2, one row in a probe': ('FSDP2', 'more processes than rows', dict(config=dict(score_batch_size=1))),
     'FSDP2, one unit': ('FSDP2', 'only the root is sharded', dict(wrap=partial(fsdp2, per_block=False))),
     'FSDP2, gate': ('FSDP2', 'gradients in probes', dict(config=dict(scorer='gate'))),
-    'FSDP2, first_order': ('FSDP2', 'no probes', dict(config=dict(scorer='first_order'))),
     'FSDP2, fisher': ('FSDP2', 'no probes', dict(config=dict(scorer='fisher'))),
     'FSDP2, evaluation between steps': ('FSDP2', 'only the root is sharded', dict(wrap=partial(fsdp2, per_block=False), evaluate=True)),
     'FSDP2, accumulation': ('FSDP2', '2 micro-batches', dict(accumulate=2)),
@@ -236,13 +234,13 @@ refused = {   # name: engine, the setting, the arguments of `run`, a part of the
     'DDP, compiled as a whole': ('DDP', dict(wrap=lambda m: torch.compile(ddp(m), backend='eager')), 'compiled as a whole'),
     'FSDP2, shared parameters': ('FSDP2', dict(model=shared, wrap=partial(fsdp2, per_block=False)), 'parameters that several layers share'),
     'FSDP2, activation_budget': ('FSDP2', dict(config=dict(activation_budget='1GiB')), 'Leave activation_budget out'),
-    'FSDP2, fp8': ('FSDP2', dict(config=dict(fast='fp8')), "Use the levers 'fold'"),
+    'FSDP2, fp8': ('FSDP2', dict(config=dict(fast='fp8')), "Use the optimisations 'fold'"),
     'FSDP2, offload': ('FSDP2', dict(config=dict(optimizer_state='offload')), 'CPUOffloadPolicy'),
     'FSDP2, sharded after IST was made': ('FSDP2', dict(late=True), 'Make IST after the model is wrapped'),
     'DDP, wrapped after IST was made': ('DDP', dict(wrap=partial(ddp, find_unused_parameters=False), late=True), 'ddp_find_unused_parameters=True'),
     'FSDP1, use_orig_params=False': ('FSDP1', dict(wrap=partial(fsdp1, use_orig_params=False), uniform=True), 'use_orig_params=True'),
     'FSDP1, compiled blocks': ('FSDP1', dict(config=dict(fast='fold, compile')), "Use fast='fold', or FSDP2"),
-    'FSDP1, first_order': ('FSDP1', dict(config=dict(scorer='first_order')), "or FSDP2"),
+    'FSDP1, fisher': ('FSDP1', dict(config=dict(scorer='fisher')), "or FSDP2"),
     'FSDP1, gate': ('FSDP1', dict(config=dict(scorer='gate')), "or FSDP2"),
 }
 
@@ -346,7 +344,7 @@ trainers = {   # name: arguments
     'Trainer, DDP': {},
     'Trainer, DDP, checkpointing': dict(gradient_checkpointing=True),
     'Trainer, FSDP2': sharded(2),
-    'Trainer, FSDP2, first_order': sharded(2) | dict(config=dict(scorer='first_order')),
+    'Trainer, FSDP2, fisher': sharded(2) | dict(config=dict(scorer='fisher')),
     'Trainer, FSDP1': sharded(1) | dict(dtype=torch.float32),   # it takes norms in float32 only
 }
 def trainer_plain(name): return {k:v for k,v in trainers[name].items() if k in ('config', 'dtype')}
@@ -412,7 +410,7 @@ checkpoints = ['FSDP2, keep', 'FSDP2, reset']
 # -- DeepSpeed, where it is installed
 deepspeeds = {f'DeepSpeed ZeRO-{s}, {what}':(s, opt, config, part) for s in range(4) for what,opt,config,part in (
     ('AdamW', adam, {}, None if s==0 else 'has momentum or weight decay'), ('SGD without momentum', sgd, {}, None), ('AdamW, all layers active', adam, dict(n_active=1.), None),
-    ('SGD, first_order', sgd, dict(scorer='first_order'), None if s==0 else 'its optimizer holds one flat tensor'))}
+    ('SGD, fisher', sgd, dict(scorer='fisher'), None if s==0 else 'its optimizer holds one flat tensor'))}
 def ds_plain(name):
     _,opt,config,_ = deepspeeds[name]
     return dict(config=config, sgd=opt is sgd)
@@ -449,7 +447,7 @@ def ds(name, rank, size, refs):
     return judged(res, weights=1e-3, importance=1e-3, sparse='n_active' not in config)   # float32
 
 # -- many cases
-main_cases = ['DDP', 'DDP, first_order', 'DDP, one row in a probe', 'FSDP2', 'FSDP2, gate', 'FSDP2, first_order', 'FSDP2, one row in a probe', 'FSDP1', 'uneven labels', 'seed', 'importance', 'Trainer, DDP', 'Trainer, FSDP2', 'Trainer, processes apart', 'FSDP2, keep',
+main_cases = ['DDP', 'DDP, fisher', 'DDP, one row in a probe', 'FSDP2', 'FSDP2, gate', 'FSDP2, fisher', 'FSDP2, one row in a probe', 'FSDP1', 'uneven labels', 'seed', 'importance', 'Trainer, DDP', 'Trainer, FSDP2', 'Trainer, processes apart', 'FSDP2, keep',
               'DDP, find_unused_parameters=False', 'DeepSpeed ZeRO-2, AdamW', 'DeepSpeed ZeRO-2, SGD without momentum', 'DeepSpeed ZeRO-3, SGD without momentum']   # on more than two processes
 
 def works_here(name, size):

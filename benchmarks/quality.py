@@ -18,7 +18,7 @@ from ist_nb.evaluate import confidence_interval,held_out_loss,read_task,score_li
 from ist_nb.finetune import assets
 from ist_nb.memory import DeviceMeter,LiveBytes
 from ist_nb.samplers import inclusion_by_depth
-from ist_nb.scorers import follow
+from ist_nb.scorers import ema_update
 from ist_nb.speed import fold
 from speed import typed
 
@@ -75,7 +75,7 @@ def from_gradients(importance, probe, of):
     for o in probe.layers: o.thaw()
     loss = probe.loss_fn(probe.model, probe.batch)
     g = iter(torch.autograd.grad(loss, [p for o in probe.layers for p in o.params]))
-    return follow(importance, torch.stack([of([next(g).double() for _ in o.params]) for o in probe.layers]).cpu().log()),dict(losses=[loss.item()])
+    return ema_update(importance, torch.stack([of([next(g).double() for _ in o.params]) for o in probe.layers]).cpu().log()),dict(losses=[loss.item()])
 @scorers.register('gradient norm', 'Norm of the gradient of the adapters of a layer, on the probe', suppresses=False, gradients=True)
 def _(importance, probe, config, generator): return from_gradients(importance, probe, lambda g: sum(o.square().sum() for o in g).sqrt())
 @scorers.register('promise', 'How much a step of Adam, as long in each weight, promises to gain: the sum of the sizes of the gradients', suppresses=False, gradients=True)
@@ -84,7 +84,7 @@ def _(importance, probe, config, generator): return from_gradients(importance, p
 def _(importance, probe, config, generator):
     moved = [sum((o.weight if hasattr(o, 'weight') else o).double().square().sum() for m in l.tuners for o in m.lora_B.values()).sqrt() for l in probe.layers]
     moved = torch.stack(moved).detach().cpu()
-    return (follow(importance, moved),dict(losses=[])) if moved.std()>0 else (importance, dict(dropped=True))
+    return (ema_update(importance, moved),dict(losses=[])) if moved.std()>0 else (importance, dict(dropped=True))
 
 def lm_rows(path, tokenizer, length):
     "Rows of a book for training, choosing and judging: modules 5 and 9 of each 12 are held out"

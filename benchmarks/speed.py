@@ -13,7 +13,8 @@ from ist_nb import ISTCallback,ISTConfig,find_layers
 from ist_nb.finetune import assets
 from ist_nb.config import layer_count,samplers
 from ist_nb.probe import generator_for
-from ist_nb.speed import block_shape,blocks_of,compile_blocks,estimate,fold,fuse_loss,kept_bytes,machine_rates,step_cost,to_fp8,unfold,_liger
+from ist_nb.speed import blocks_of,compile_blocks,fold,fuse_loss,kept_bytes,to_fp8,unfold,_liger
+from estimate import block_shape,estimate,machine_rates,step_cost
 
 os.environ.setdefault('PYTORCH_CUDA_ALLOC_CONF', 'expandable_segments:True')   # selections differ in what they keep; without it the allocator asks the driver again and again
 gpu = torch.cuda.is_available()

@@ -108,8 +108,8 @@ def read_task(
     for at,row in read_rows(path):
         if limit is not None and len(res)>=limit: break
         lacks = [o for o in ('instruction', 'answer') if not isinstance(row, dict) or o not in row]
-        if lacks: raise ISTError(f"{path.name} of {task.name}, {at}: no column {lacks[0]!r}. A row is {{\"instruction\", \"input\", \"output\", \"answer\"}}.")
-        where = f'{path.name} of {task.name}, {at}'
+        where = f'{task.name}/{at}'
+        if lacks: raise ISTError(f"{where}: no column {lacks[0]!r}. A row is {{\"instruction\", \"input\", \"output\", \"answer\"}}.")
         for o in ('instruction', 'input'):
             if not _text({'input':None} | row, o, where).strip() and o=='instruction': raise ISTError(f"{where}: the instruction is empty. Mend the row.")
         try: task.gold(row)

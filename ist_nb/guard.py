@@ -59,9 +59,9 @@ _other_model = ("What the model trains has changed since the first step: another
                 "replaced, frozen or unfrozen. Make a new IST for the model as it is now (and a new optimizer, where "
                 "parameters are new), or put back what was there (model.set_adapter(...)).")
 _lost = ("The last step left gradients that no optimizer has used, in layers that are to rest now, where they would be "
-         "lost. All micro-batches of an optimizer step belong inside one step of IST: `with ist.step():` around the loop "
-         "over micro-batches and `with accelerator.accumulate(model):` inside it. A step that was left out on purpose "
-         "ends with zero_grad().")
+         "lost. All micro-batches of an optimizer step belong inside one step of IST: `with ist.step():` around the "
+         "loop over micro-batches and `with accelerator.accumulate(model):` inside it. A step that was left out on "
+         "purpose ends with zero_grad().")
 _woken = ("{} layers that rest in this step ({}, ...) were made trainable in the middle of it, so they may have moved. "
           "Leave requires_grad alone between begin_step() and end_step().")
 
@@ -137,7 +137,7 @@ def _before(self:Guard, optimizer):
     if not self._holds(optimizer): return
     self._check_known(optimizer)
     self.at_work,self.before = optimizer,{}
-    if optimizer in self.passed or not ist.in_step or ist.engine.name=='FSDP1': return   # FSDP1 cuts parameters anywhere
+    if optimizer in self.passed or not ist.in_step or ist.engine.name=='FSDP1': return   # FSDP1 cuts parameters
     held = {id(p) for g in optimizer.param_groups for p in g['params']}
     self.before = {p:_local(p).cpu().clone() for o in ist.resting() for p in o.params if id(p) in held}
 

@@ -15,7 +15,7 @@ from importlib import import_module
 from .config import ISTConfig, ISTError, layer_count, samplers, scorers, shrunk
 from .layers import find_layers, find_stack
 from .probe import OneProcess, ProbeBatches, Prober, check_batch, generator_for, model_loss, quietly
-from .scorers import Witness as GradientTracker
+from .scorers import GradientTracker
 from .state import bad_state, checked_state, downsample, short, state_version
 from .suppression import suppress
 
@@ -73,8 +73,8 @@ class IST:
 @patch
 def begin_step(self:IST):
     "Update the importance if it is time, draw the layers of this step, freeze the others; raises `ISTError`"
-    if self.in_step: raise ISTError("A step has begun and not ended. Call end_step() after the optimizer's step, or use "
-                                    "`with ist.step():`.")
+    if self.in_step: raise ISTError("A step has begun and not ended. Call end_step() after the optimizer's step, or "
+                                    "use `with ist.step():`.")
     due = self.t%self.config.score_interval==0
     self._tell('ready', due)
     if self.needs_scores and due and self.t>0: self.score()
@@ -152,8 +152,8 @@ def budgets(
     if len(stacks)<len(n_active):
         raise ISTError(f"n_active={n_active} names a stack twice: {', '.join(stacks)}. Give each stack one budget.")
     left = [o for o in layers.stacks if o not in stacks]
-    if left: raise ISTError(f"n_active={n_active} has no budget for {', '.join(left)}. Give one for each stack, or leave "
-                            f"that stack out with stack={list(n_active)}.")
+    if left: raise ISTError(f"n_active={n_active} has no budget for {', '.join(left)}. Give one for each stack, or "
+                            f"leave that stack out with stack={list(n_active)}.")
     of = {s:[i for i,o in enumerate(layers) if o.stack==s] for s in layers.stacks}
     return [(of[s], count(n_active[stacks[s]], len(of[s]), f'n_active[{stacks[s]!r}]')) for s in layers.stacks]
 
@@ -232,29 +232,30 @@ def _checked(self:IST, importance):
 @patch
 def _count_dropped(self:IST):
     if not self.n_dropped:
-        warnings.warn(f"IST: the importance update at step {self.t} was dropped, because the loss or gradient it needs was "
-                      "missing or not finite. Later ones will be dropped in the same way, and ist.n_dropped counts them. "
-                      "If it happens often, look at the training loss.")
+        warnings.warn(f"IST: the importance update at step {self.t} was dropped, because the loss or gradient it needs "
+                      "was missing or not finite. Later ones will be dropped in the same way, and ist.n_dropped counts "
+                      "them. If it happens often, look at the training loss.")
     self.n_dropped += 1
 
 @patch
 def _set_probe(self:IST, probe):
     "Check that importance can be scored"
-    observes = getattr(self.scorer, 'observes', None)   # 'backward': the training alone; 'both': the training and a probe
+    observes = getattr(self.scorer, 'observes', None)   # 'backward': the training; 'both': a probe too
     if observes:
         self.tracker = GradientTracker(self.layers, self.ranks.spread)
         self.parts.insert(0, self.tracker)
     if observes=='backward': return
     layer_count(self.config.n_suppressed, len(self.layers), 'n_suppressed')
     if probe is None:
-        raise ISTError(f"sampler={self.config.sampler!r} needs importance, and importance needs data to probe with. Give "
-                       "probe=your training DataLoader, or use ISTConfig.rst(), which draws layers uniformly.")
+        raise ISTError(f"sampler={self.config.sampler!r} needs importance, and importance needs data to probe with. "
+                       "Give probe=your training DataLoader, or use ISTConfig.rst(), which draws layers uniformly.")
     c,batches = self.config,ProbeBatches(probe, self.config.score_batch_size, self.config.seed)
     with quietly(self.model): first,_ = batches.part(0, self.ranks.rank, self.ranks.size)
     if self.loss_fn is model_loss: check_batch(self.model, first)
     if getattr(self.scorer, 'suppresses', True):
         with suppress(self.layers, range(len(self.layers)), c.suppression_factor): pass   # refuses merged adapters
-    self.prober = Prober(self.model, self.layers, batches, self.loss_fn, self.scorer, c.suppression_factor, self.tracker)
+    factor = c.suppression_factor
+    self.prober = Prober(self.model, self.layers, batches, self.loss_fn, self.scorer, factor, self.tracker)
 
 # %% ../nbs/05_ist.ipynb #53792d78
 @patch

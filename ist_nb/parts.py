@@ -12,7 +12,7 @@ from .config import ISTError
 from .guard import Guard
 from .memory import ActivationBudget, OptimizerState, complete_state, lift_all
 from .processes import Case, Ranks, check_engine, reshard, unwrap
-from .speed import check_compiled, embedding_hooks, is_reentrant, pull, shorten_backward
+from .speed import apply_optimisations, check_compiled, embedding_hooks, is_reentrant, shorten_backward
 
 # %% ../nbs/20_parts.ipynb #d2e5ced9
 def adopt(
@@ -67,11 +67,11 @@ class Faster:
         ist, # An `IST`
     ): # Raises `ISTError`
         model,fast = ist.model,ist.config.fast
-        configs = {id(m.config):m.config for m in model.modules() if getattr(getattr(m, 'config', None), 'use_cache', False)}
-        self.configs = list(configs.values())                                                          # `fast` switches the cache off
-        self.hooks = [(m._forward_hooks, k, m._forward_hooks[k]) for m,k in embedding_hooks(model)]    # and these are taken off
+        found = [getattr(m, 'config', None) for m in model.modules()]
+        self.configs = list({id(o):o for o in found if getattr(o, 'use_cache', False)}.values())   # will be switched off
+        self.hooks = [(m._forward_hooks, k, m._forward_hooks[k]) for m,k in embedding_hooks(model)]   # will be removed
         try:
-            if fast: pull(model, ist.layers, 'fold' if fast is True and ist.engine.sharded else fast)
+            if fast: apply_optimisations(model, ist.layers, 'fold' if fast is True and ist.engine.sharded else fast)
             shorten_backward(model)
         except BaseException: self.close(); raise
 
@@ -99,7 +99,7 @@ def usual_parts(
         if how!='keep':
             ist.moments = OptimizerState(optimizer, ist.layers, how)
             parts.append(ist.moments)
-        if optimizer is not None and ist.engine.name=='FSDP2': complete_state(optimizer)   # or no checkpoint can be read
+        if optimizer is not None and ist.engine.name=='FSDP2': complete_state(optimizer)   # or checkpoints fail
     except BaseException:
         for o in parts:
             if hasattr(o, 'close'): o.close()

@@ -145,8 +145,8 @@ def _untouched(*roots, most=20_000):
             if back := _restorer(o): undo.append(back)
             todo.extend(_leads_to(o))
     except TypeError as e:
-        raise ISTError(f"The data set or the collate function of the training holds a {type(o).__name__} that cannot be "
-                       f"copied ({e}), so a probe would take something from the training. {_own_probe}") from e
+        raise ISTError(f"The data set or the collate function of the training holds a {type(o).__name__} that cannot "
+                       f"be copied ({e}), so a probe would take something from the training. {_own_probe}") from e
     try: yield
     finally:
         for back in undo: back()
@@ -232,8 +232,8 @@ def _copied(stream):
     "A copy that can be read without moving `stream`"
     try: return copy.deepcopy(stream)
     except Exception as e:
-        raise ISTError(f"The training data is a stream ({type(stream).__name__}) that cannot be copied ({str(e)[:200]}), "
-                       f"so reading it for a probe would take rows from the training. {_own_probe}") from e
+        raise ISTError(f"The training data is a stream ({type(stream).__name__}) that cannot be copied "
+                       f"({str(e)[:200]}), so reading it for a probe would take rows from the training. {_own_probe}") from e
 
 # %% ../nbs/17_probe.ipynb #fdaa5027
 @contextmanager
@@ -249,7 +249,7 @@ def quietly(
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     try:
         model.eval()
-        for m,_ in modes:   # in evaluation mode on a CPU, bitsandbytes packs 4-bit weights again and rounds their scales
+        for m,_ in modes:   # on a CPU bitsandbytes packs 4-bit weights again in evaluation mode, and rounds scales
             if hasattr(m, 'support_avx512bf16_for_cpu'): m.training = True
         if use_cache: cfg.use_cache = False
         with torch.random.fork_rng(devices), torch.set_grad_enabled(grad): yield
@@ -272,8 +272,8 @@ def model_loss(
                        f"{_how_to_probe}")
     loss = model(**batch).loss
     if loss is not None: return loss
-    raise ISTError(f"The model returned no loss for a probe batch with {', '.join(batch)}. Put labels into the batch, or "
-                   "give loss_fn=lambda model, batch: ...")
+    raise ISTError(f"The model returned no loss for a probe batch with {', '.join(batch)}. Put labels into the batch, "
+                   "or give loss_fn=lambda model, batch: ...")
 
 def check_batch(
     model, # That `model_loss` is to be computed with
@@ -386,7 +386,7 @@ class Prober:
 
     def _halve(self, rows, m):
         if self.max_rows is None:
-            warnings.warn(f"IST: a probe of {rows} rows does not fit into memory (importance update {m+1}). From now on "
-                          "probes have at most half as many rows (ist.probe_rows), and fewer if need be. Set "
+            warnings.warn(f"IST: a probe of {rows} rows does not fit into memory (importance update {m+1}). From now "
+                          "on probes have at most half as many rows (ist.probe_rows), and fewer if need be. Set "
                           "score_batch_size lower to have this from the start.")
         self.max_rows = rows//2

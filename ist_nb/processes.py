@@ -262,17 +262,17 @@ limits = [
 ]
 
 # %% ../nbs/09_processes.ipynb #4a721f8d
-def _pulled(fast, *levers): return not isinstance(fast, bool) and bool(set(levers) & set(fast.replace(' ', '').split(',')))   # True means what is safe
+def _applies(fast, *names): return not isinstance(fast, bool) and bool(set(names) & set(fast.replace(' ', '').split(',')))   # True means what is safe
 
 limits += [
     Limit('FSDP1', 'use_orig_params=False', 'the layers of a unit are one parameter, which cannot be frozen in parts', "Set use_orig_params=True (Trainer: fsdp_config={'use_orig_params': True}), or use FSDP2 (fsdp_version=2)",
           lambda c: not all(o._use_orig_params for o in c.engine.wrapper.modules() if isinstance(o, FullyShardedDataParallel))),
-    Limit('FSDP1', "scorer='gate', 'first_order' or 'fisher'", 'each process holds an arbitrary piece of the gradients, and a backward that trains nothing leaves parameters unsharded', "Use scorer='suppression', or FSDP2 (fsdp_version=2)",
+    Limit('FSDP1', "scorer='gate' or 'fisher'", 'each process holds an arbitrary piece of the gradients, and a backward that trains nothing leaves parameters unsharded', "Use scorer='suppression', or FSDP2 (fsdp_version=2)",
           lambda c: c.observes or getattr(c.scorer, 'gradients', False)),
     Limit('FSDP', 'parameters that several layers share', 'IST puts views in their place, of which FSDP does not know', 'Use DDP, or an adapter with parameters in each layer, such as LoRA', lambda c: bool(c.layers.shared)),
     Limit('FSDP', 'activation_budget', 'it measures a block by running it alone, outside of the hooks that gather its shards', 'Leave activation_budget out, and use activation checkpointing', lambda c: c.config.activation_budget is not None),
-    Limit('FSDP', "fast='fp8' or 'loss'", 'these replace modules and functions whose parameters FSDP has sharded already', "Use the levers 'fold' and, with FSDP2, 'compile'", lambda c: _pulled(c.config.fast, 'fp8', 'loss')),
-    Limit('FSDP1', "fast='compile'", 'its hooks do not compile block by block', "Use fast='fold', or FSDP2 (fsdp_version=2)", lambda c: _pulled(c.config.fast, 'compile')),
+    Limit('FSDP', "fast='fp8' or 'loss'", 'these replace modules and functions whose parameters FSDP has sharded already', "Use the optimisations 'fold' and, with FSDP2, 'compile'", lambda c: _applies(c.config.fast, 'fp8', 'loss')),
+    Limit('FSDP1', "fast='compile'", 'its hooks do not compile block by block', "Use fast='fold', or FSDP2 (fsdp_version=2)", lambda c: _applies(c.config.fast, 'compile')),
     Limit('FSDP', "optimizer_state='offload'", 'moving shards of the state between devices is not tested', "Use optimizer_state='keep' with FSDP's own offloading (CPUOffloadPolicy; Trainer: fsdp_config={'cpu_offload': True})", lambda c: c.config.optimizer_state=='offload'),
 ]
 
@@ -293,7 +293,7 @@ def _flattens(
 limits += [
     Limit('DeepSpeed', 'an optimizer that has momentum or weight decay', 'it takes the missing gradient of a frozen layer for zeros, so momentum and decay go on moving the layer',
           'Use DDP or FSDP2; or torch.optim.SGD without momentum and weight decay; or n_active=1.0, which trains every layer at every step', lambda c: c.sparse and _flattens(c.engine.wrapper) and not _harmless(c.engine.wrapper.optimizer)),
-    Limit('DeepSpeed', "scorer='first_order' or 'fisher'", 'its optimizer holds one flat tensor, in which the layers are not to be found', "Use scorer='suppression' or 'gate'", lambda c: c.observes and _flattens(c.engine.wrapper)),
+    Limit('DeepSpeed', "scorer='fisher'", 'its optimizer holds one flat tensor, in which the layers are not to be found', "Use scorer='suppression' or 'gate'", lambda c: c.observes and _flattens(c.engine.wrapper)),
     Limit('DeepSpeed', "optimizer_state other than 'keep'", 'its optimizer holds one flat tensor', "Use optimizer_state='keep'", lambda c: c.config.optimizer_state!='keep' and _flattens(c.engine.wrapper)),
     Limit('', 'a model that is compiled as a whole', 'it would be compiled again for each selection of layers, until torch gives up', "Do not compile it (Trainer: torch_compile=False); ISTConfig(fast='compile') compiles each block by itself",
           lambda c: c.sparse and c.engine.compiled and c.engine.wrapper is not None),

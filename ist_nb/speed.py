@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['shortcuts', 'embedding_hooks', 'is_reentrant', 'shorten_backward', 'folded_weight', 'Recomputed', 'worth_folding',
            'Folded', 'fold', 'unfold', 'kept_bytes', 'blocks_of', 'toggling_is_safe', 'check_compiled',
-           'compile_blocks', 'frozen_linears', 'to_fp8', 'fuse_loss', 'safe_levers', 'pull', 'machine_rates',
-           'BlockShape', 'block_shape', 'kept_per_token', 'moved_per_token', 'step_cost', 'estimate']
+           'compile_blocks', 'frozen_linears', 'to_fp8', 'fuse_loss', 'safe_optimisations', 'apply_optimisations']
 
 # %% ../nbs/08_speed.ipynb #5058dac1
 import copyreg, inspect, torch, warnings
@@ -17,7 +16,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora.variants import DoraLinearVariant
 from peft.utils.integrations import dequantize_module_weight
-from .config import ISTError, levers
+from .config import ISTError, optimisations
 from .layers import Layers, tuner_layers
 
 # %% ../nbs/08_speed.ipynb #462f36e6
@@ -256,11 +255,11 @@ def to_fp8(
     **kwargs, # Other fields of torchao's `Float8LinearConfig` in place of a recipe, e.g. `emulate=True` to try it on a CPU
 ) -> int: # How many
     "Compute the products with frozen weights in 8-bit floating point; raises `ISTError` where that cannot be"
-    if not find_spec('torchao'): raise ISTError("The lever 'fp8' needs torchao, which is not installed. Run `pip install torchao`, or leave 'fp8' out.")
+    if not find_spec('torchao'): raise ISTError("The optimisation 'fp8' needs torchao, which is not installed. Run `pip install torchao`, or leave 'fp8' out.")
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     device = next(model.parameters()).device
     if not kwargs and not (device.type=='cuda' and torch.cuda.get_device_capability(device)>=(8, 9)):
-        raise ISTError(f"The lever 'fp8' needs a GPU of compute capability 8.9 or more, and the model is on {device}. Leave 'fp8' out.")
+        raise ISTError(f"The optimisation 'fp8' needs a GPU of compute capability 8.9 or more, and the model is on {device}. Leave 'fp8' out.")
     todo = [(n, m) for n,m in frozen_linears(model, layers) if m.in_features%16==0 and m.out_features%16==0]
     names = {id(m) for _,m in todo}
     config = Float8LinearConfig(**kwargs) if kwargs else Float8LinearConfig.from_recipe_name(recipe)
@@ -280,208 +279,42 @@ def fuse_loss(
 ):
     "Compute the loss without forming the logits; raises `ISTError` where Liger cannot"
     f = _liger(model)
-    if not f: raise ISTError(f"The lever 'loss' needs liger-kernel, and that it knows the model type {getattr(model.config, 'model_type', None)!r}. Run `pip install liger-kernel`, or leave 'loss' out.")
+    if not f: raise ISTError(f"The optimisation 'loss' needs liger-kernel, and that it knows the model type {getattr(model.config, 'model_type', None)!r}. Run `pip install liger-kernel`, or leave 'loss' out.")
     switches = {k:False for k,v in inspect.signature(f).parameters.items() if isinstance(v.default, bool)}
     f(**(switches | dict(fused_linear_cross_entropy=True)), model=model.get_base_model())
 
 # %% ../nbs/08_speed.ipynb #6cc75f34
-@levers.register('fold', 'Frozen adapters of LoRA and DoRA become part of the frozen weight, without dropout')
-def _fold_lever(model, layers): fold(model)
+@optimisations.register('fold', 'Frozen adapters of LoRA and DoRA become part of the frozen weight, without dropout')
+def _apply_fold(model, layers): fold(model)
 
-@levers.register('compile', 'Each block is compiled by itself')
-def _compile_lever(model, layers): compile_blocks(model, layers)
+@optimisations.register('compile', 'Each block is compiled by itself')
+def _apply_compile(model, layers): compile_blocks(model, layers)
 
-@levers.register('loss', "Liger's fused cross-entropy, which never forms the logits: less memory, not less time (GPU)")
-def _loss_lever(model, layers): fuse_loss(model)
+@optimisations.register('loss', "Liger's fused cross-entropy, which never forms the logits: less memory, not less time (GPU)")
+def _apply_loss(model, layers): fuse_loss(model)
 
-@levers.register('fp8', 'Products with frozen weights in 8-bit floating point (GPU of 2022 or later; changes the numbers)')
-def _fp8_lever(model, layers): to_fp8(model, layers)
+@optimisations.register('fp8', 'Products with frozen weights in 8-bit floating point (GPU of 2022 or later; changes the numbers)')
+def _apply_fp8(model, layers): to_fp8(model, layers)
 
-def safe_levers(
+def safe_optimisations(
     model, # A model with PEFT adapters
-) -> list[str]: # Names in `levers`
+) -> list[str]: # Names in `optimisations`
     "What `fast=True` means here"
     if next(model.parameters()).device.type!='cuda': return ['fold']   # compiling takes a minute, which a run on a CPU rarely wins back
     return ['fold', 'compile']
 
-def pull(
+def apply_optimisations(
     model, # A model with PEFT adapters
     layers:Layers, # From `find_layers`
     fast:bool|str, # As in `ISTConfig`
-) -> list[str]: # The names of the levers that were pulled
-    "Apply levers to a model, and say which, once; a lever does nothing where it was pulled before"
-    names = safe_levers(model) if fast is True else [o.strip() for o in fast.split(',')]
-    lever = {o:levers[o] for o in names}   # refuses unknown names before anything is done
-    told = model.__dict__.setdefault('ist_levers', [])
-    new = [o for o in lever if o not in told]
-    for o in sorted(lever, key=list(levers.entries).index):
-        lever[o](model, layers)        # also on a copy of a model, which is not folded or compiled
+) -> list[str]: # The names of those that were applied
+    "Apply optimisations to a model, and print which, once; a second time does nothing"
+    names = safe_optimisations(model) if fast is True else [o.strip() for o in fast.split(',')]
+    known = {o:optimisations[o] for o in names}   # refuses unknown names before anything is done
+    told = model.__dict__.setdefault('ist_optimisations', [])
+    new = [o for o in known if o not in told]
+    for o in sorted(known, key=list(optimisations.entries).index):
+        known[o](model, layers)        # also on a copy of a model, which is not folded or compiled
         if o in new: told.append(o)
     if new: print(f"IST: fast steps with {', '.join(new)}")
     return names
-
-# %% ../nbs/08_speed.ipynb #9390df8d
-import time
-from dataclasses import dataclass
-from math import ceil, inf
-from peft import get_peft_model
-from .config import layer_count, samplers, scorers, shrunk, to_bytes
-from .layers import find_layers
-import ist_nb.samplers, ist_nb.scorers   # which fill the registries
-
-# %% ../nbs/08_speed.ipynb #59770ffd
-def machine_rates(
-    device='cpu', # Where
-    dtype:torch.dtype=torch.float32, # Of the numbers
-    n:int=1024, # Side of the matrices; 8192 on a GPU
-) -> tuple: # FLOP/s of a large product, bytes/s read and written by a large copy
-    "What this machine can do"
-    a,b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    wait = torch.cuda.synchronize if a.is_cuda else lambda: None
-    def clock(f, reps=20):
-        f(); f(); wait()
-        start = time.perf_counter()
-        for _ in range(reps): f()
-        wait()
-        return (time.perf_counter()-start)/reps
-    c = torch.empty_like(a)
-    return 2*n**3/clock(lambda: a@b),2*a.nbytes/clock(lambda: c.copy_(a))
-
-# %% ../nbs/08_speed.ipynb #707caed1
-@dataclass
-class BlockShape:
-    "What the cost of a model's steps depends on"
-    n:int      # Blocks, $N$
-    h:int      # Width
-    kv:int     # Width of keys and values together with their heads
-    f:int      # Width of the MLP
-    vocab:int  # Words
-    P:int      # Weights of the linear layers of a block
-    P_a:int    # Of those with adapters
-    sin:int    # Numbers a token that layers with adapters read, $\Sigma_{in}$
-    sout:int   # That they write, $\Sigma_{out}$
-    rank:int   # $r$
-
-def block_shape(
-    model, # A model with LoRA, or a configuration of transformers
-    lora=None, # PEFT's `LoraConfig`, with a configuration
-) -> BlockShape: # Raises `ISTError` where the model is not a stack of attention and MLP blocks
-    "The shape of a model; a configuration costs no memory"
-    if lora is not None:
-        from transformers import AutoModelForCausalLM
-        with torch.device('meta'): model = get_peft_model(AutoModelForCausalLM.from_config(model), lora)
-    layers,c = find_layers(model),model.config.get_text_config()
-    block = blocks_of(model, layers)[layers[0].index]
-    f,adapted = getattr(c, 'intermediate_size', None),[m for m in block.modules() if isinstance(m, LoraLayer)]
-    if not f or not adapted: raise ISTError(f"estimate knows blocks of attention and an MLP with LoRA; {type(model.get_base_model()).__name__} has {'no LoRA' if f else 'no intermediate_size'}. Measure it with benchmarks/speed.py instead.")
-    inside = {id(o) for m in adapted for o in m.modules()}-{id(m.base_layer) for m in adapted}
-    P = sum(m.weight.numel() for m in block.modules() if isinstance(m, nn.Linear) and not isinstance(m, LoraLayer) and id(m) not in inside)
-    kv = getattr(c, 'num_key_value_heads', None) or c.num_attention_heads
-    kv = kv*(getattr(c, 'head_dim', None) or c.hidden_size//c.num_attention_heads)
-    return BlockShape(len(blocks_of(model, layers)), c.hidden_size, kv, f, c.vocab_size, P, sum(m.in_features*m.out_features for m in adapted),
-                      sum(m.in_features for m in adapted), sum(m.out_features for m in adapted), max(next(iter(m.r.values())) for m in adapted))
-
-# %% ../nbs/08_speed.ipynb #28c5a993
-def kept_per_token(
-    s:BlockShape, # From `block_shape`
-    kind:str, # 'trained', 'frozen' or 'folded'
-    compiled:bool, # Whether blocks are compiled
-    e:int=2, # Bytes of a number
-    mask:int=1, # Bytes of an element of dropout's mask: 1 on a GPU, `e` on a CPU
-) -> int: # Bytes
-    "What a block keeps of a token for its backward pass"
-    base = e*(4*s.h+2*s.kv+2*s.f) if compiled else 8*s.h+e*(2*s.h+2*s.kv+3*s.f)
-    if compiled: mask = 1
-    return base + dict(trained=e+mask, frozen=mask, folded=0)[kind]*s.sin
-
-# %% ../nbs/08_speed.ipynb #8d72e211
-def moved_per_token(
-    s:BlockShape, # From `block_shape`
-    kind:str, # 'trained', 'frozen' or 'folded'
-    compiled:bool, # Whether blocks are compiled
-    e:int=2, # Bytes of a number
-) -> int: # Bytes
-    "What the operations of a block's forward pass move, products apart"
-    cast = e<4   # norms and adapters work in 32 bits
-    if compiled: base,own = e*(8*s.h+2*(s.h+s.kv)+3*s.f),3*e/2*(s.sin+s.sout)
-    else:
-        base = (72 if cast else 56)*s.h + e*(10*(s.h+s.kv)+5*s.f+10*s.h)
-        own = (23*s.sin+12*s.sout) if cast else (17*s.sin+24*s.sout)
-    return base + (0 if kind=='folded' else own)
-
-# %% ../nbs/08_speed.ipynb #fd4f0e75
-def step_cost(
-    s:BlockShape, # From `block_shape`
-    active:list, # Positions of the blocks that are trained; none for a forward pass alone
-    tokens:int, # In the batch, $T$
-    seq:int, # In a row
-    names=(), # Levers: 'fold', 'compile', 'loss', 'fp8', 'ahead'
-    rates=(8e14, 2.9e12), # FLOP/s, bytes/s, as `machine_rates` measures them
-    budget:float=inf, # Bytes for activations
-    e:int=2, # Bytes of a number
-    mask:int=1, # Of an element of dropout's mask
-    checkpointing:bool=False, # Whether every block that the backward pass reaches is computed a second time
-    wait:float=1e-3, # Seconds a block that the host keeps the GPU waiting where it does not run ahead
-) -> tuple: # Seconds, bytes
-    "What one training step costs"
-    compiled,T,k,n = 'compile' in names,tokens,s.n-min(active, default=s.n),len(active)
-    rest = 'folded' if 'fold' in names and T*(s.sin+2*s.sout)>2*s.P_a else 'frozen'   # as `worth_folding`, all layers together
-    kept = T*kept_per_token(s, rest, compiled, e, mask)*(k-n) + T*kept_per_token(s, 'trained', compiled, e, mask)*n
-    head = T*s.vocab*(2 if 'loss' in names else 12)
-    freed = kept/k-e*s.h*T if k else 0                                             # by a block that keeps only its input
-    again = k if checkpointing else min(k, ceil((kept+head-budget)/freed)) if kept+head>budget else 0   # blocks computed a second time
-    move = lambda kind: T*moved_per_token(s, kind, compiled, e) + (2*e*s.P_a if kind=='folded' else 0)
-    moved = move('trained')*2.2*n + move(rest)*(s.n-n+1.2*(k-n)+again) + T*s.vocab*(10 if 'loss' in names else 42)
-    products = 2*T*s.P*(s.n+k+again) + 2*T*s.h*s.vocab*(3 if 'loss' in names else 2) + 2*T*seq*s.h*(s.n+2.5*k)
-    small = 2*T*s.rank*(s.sin+s.sout)*(n if rest=='folded' else s.n)
-    small += 2*T*s.rank*(s.sin+s.sout)*((n if rest=='folded' else k)+n)
-    if 'fp8' in names: products,moved = products/2,moved+5*(s.P+T*s.P/s.h)*(s.n+k+again)
-    host = 0 if 'ahead' in names and not ({'loss', 'fp8'} & set(names) or checkpointing) else wait*s.n   # Liger waits; the others give the host more to do than the GPU
-    return products/(0.9*rates[0]) + small/(0.3*rates[0]) + moved/(0.75*rates[1]) + host,kept-again*freed+head
-
-# %% ../nbs/08_speed.ipynb #c0e9bda4
-def _probes(s, config, names, args):
-    "Seconds a step for the importance loop"
-    scorer = scorers[config.scorer]
-    if getattr(scorer, 'observes', None)=='backward' or not getattr(samplers[config.sampler], 'needs_importance', True): return 0
-    once = lambda active: step_cost(s, active, config.score_batch_size*args['seq'], names=names, **args)[0]
-    return (once(range(s.n)) if getattr(scorer, 'gradients', False) else config.n_candidates*once(()))/config.score_interval
-
-def _draws(n, config, steps=1000):
-    "Positions of the layers of `steps` steps"
-    if isinstance(config.n_active, dict): raise ISTError(f"estimate knows one stack of blocks, and n_active={config.n_active} has several. Measure it with benchmarks/speed.py instead.")
-    g,I = torch.Generator().manual_seed(config.seed),torch.zeros(n)
-    k,mean = layer_count(config.n_active, n),config.n_active*n if isinstance(config.n_active, float) else config.n_active
-    many = [shrunk(mean, n, t, steps) if config.schedule=='shrink' else k for t in range(steps)]
-    return [samplers[config.sampler](I, o, config, g).tolist() if o<n else list(range(n)) for o in many]
-
-def _budget(config):
-    "Bytes for activations"
-    if isinstance(config.activation_budget, float): raise ISTError(f"activation_budget={config.activation_budget} is a share of what is free when training begins, which is not known yet. Give estimate a size, such as '8GiB'.")
-    return inf if config.activation_budget is None else to_bytes(config.activation_budget)
-
-# %% ../nbs/08_speed.ipynb #a2c54963
-def estimate(
-    model, # A model with LoRA, a configuration of transformers, or a `BlockShape`
-    config, # An `ISTConfig`
-    batch:int, # Rows
-    seq:int, # Tokens in a row
-    lora=None, # PEFT's `LoraConfig`, with a configuration
-    rates=None, # FLOP/s and bytes/s of `machine_rates`; an H100 with 16-bit numbers if not given
-    dtype:torch.dtype=torch.bfloat16, # In which the products are computed
-    draws=None, # Positions of trained layers, step by step; drawn from an importance of zero if not given
-    checkpointing:bool=False, # On both sides, as in `step_cost`
-    ahead:bool=True, # Whether the host runs ahead where levers are pulled, as in a Trainer
-    wait:float=1e-3, # As in `step_cost`
-) -> dict: # seconds (mean), bytes (most), each also for LoRA (dense_...) and as a share of it (ratio_...)
-    "What training with `config` costs beside LoRA on all layers, before it is tried"
-    s,e,T = model if isinstance(model, BlockShape) else block_shape(model, lora),dtype.itemsize,batch*seq
-    gpu,rates = e<4,rates or (8e14, 2.9e12)
-    mask = 1 if gpu else e
-    names = [] if not config.fast else ['fold', *(['compile'] if gpu else [])] if config.fast is True else [o.strip() for o in config.fast.split(',')]
-    if ahead and gpu and config.fast: names.append('ahead')
-    args = dict(seq=seq, rates=rates, e=e, mask=mask, checkpointing=checkpointing, wait=wait if gpu else 0)
-    dense = step_cost(s, range(s.n), T, **args)
-    costs = [step_cost(s, o, T, names=names, budget=_budget(config), **args) for o in (_draws(s.n, config) if draws is None else draws)]
-    seconds,most = sum(o[0] for o in costs)/len(costs)+_probes(s, config, names, args),max(o[1] for o in costs)
-    return dict(seconds=seconds, bytes=most, dense_seconds=dense[0], dense_bytes=dense[1], ratio_seconds=seconds/dense[0], ratio_bytes=most/dense[1])

@@ -65,7 +65,8 @@ def _is_pending(step, n):
     for pair in step if isinstance(step, list) else [None]:
         if not isinstance(pair, (list, tuple)) or len(pair)!=2 or not isinstance(pair[0], list): return False
         owners,values = pair
-        if not _all(owners, len(owners), lambda i: _is_count(i, n-1)) or not _all(values, len(owners), _is_number): return False
+        if not _all(owners, len(owners), lambda i: _is_count(i, n-1)): return False
+        if not _all(values, len(owners), _is_number): return False
     return True
 
 def _is_tracker(w, n):
@@ -110,8 +111,8 @@ def checked_state(
     missing = [o for o in [*fields, 'layers'] if o not in state and o!='tracker']
     if missing: raise bad_state(missing[0], None, 'there')
     if state['layers']!=labels:
-        raise ISTError(f"The state is of a model with adapters in layers {short(state['layers'])}, this one has them in "
-                       f"{labels}. Resume with the model and the adapter configuration of the first run.")
+        raise ISTError(f"The state is of a model with adapters in layers {short(state['layers'])}, this one has them "
+                       f"in {labels}. Resume with the model and the adapter configuration of the first run.")
     for o,(words,ok) in fields.items():
         if o in state and not ok(state[o]): raise bad_state(o, state[o], words)
     return state

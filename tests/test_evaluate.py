@@ -434,13 +434,13 @@ def test_broken_task_rows(row, parts, tmp_path):
     (tmp_path/'ARC-Easy').mkdir()
     (tmp_path/'ARC-Easy'/'test.json').write_text(json.dumps([ask_row(), row]))
     with pytest.raises(ISTError) as e: read_task(tasks['ARC-Easy'], tmp_path)
-    for o in ('test.json of ARC-Easy, row 2', *parts): assert o in str(e.value)
+    for o in ('ARC-Easy/test.json, row 2', *parts): assert o in str(e.value)
 
 @pytest.mark.parametrize('answer', [math.nan, math.inf, 'seven', [1], None, True])
 def test_a_number_that_is_none(answer, tmp_path):
     (tmp_path/'SVAMP').mkdir()
     (tmp_path/'SVAMP'/'test.json').write_text(json.dumps([dict(instruction='How many?', answer=answer)]))
-    with pytest.raises(ISTError, match='test.json of SVAMP, row 1'): read_task(tasks['SVAMP'], tmp_path)
+    with pytest.raises(ISTError, match='SVAMP/test.json, row 1'): read_task(tasks['SVAMP'], tmp_path)
 
 def test_names_with_regular_expressions():
     names = ['answer(1', 'answer[2']

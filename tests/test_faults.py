@@ -8,7 +8,7 @@ from transformers.trainer_callback import PrinterCallback
 import kill_points as kp
 from ist_nb import IST,ISTCallback,ISTConfig,ISTError
 from ist_nb.finetune import main
-from ist_nb.runs import RunGuard,checkpoints,last_checkpoint,locked,torn
+from ist_nb.runs import RunGuard,checkpoints,last_checkpoint,locked,why_incomplete
 
 posix = pytest.mark.skipif(os.name!='posix', reason='needs signals and file modes of Unix')
 slow = pytest.mark.slow   # variants of what is tested beside them
@@ -118,7 +118,7 @@ def test_disk_full(small_disk, tmp_path, name, method, fault):
         m.setattr(Trainer, method, full)
         with pytest.raises(Exception) as e: trainer(small_disk/'run', RunGuard()).train()
     assert storage_trouble(e.value)=='the disk is full', e.value
-    assert torn(small_disk/'run'/'checkpoint-4') and not torn(small_disk/'run'/'checkpoint-2')
+    assert why_incomplete(small_disk/'run'/'checkpoint-4') and not why_incomplete(small_disk/'run'/'checkpoint-2')
     (small_disk/'filler').unlink()
     assert resumes_exactly(small_disk/'run', tmp_path)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import mean
 
 root = Path(__file__).parent.parent
-checked = 'index tutorials/quickstart tutorials/settings tutorials/paper tutorials/methods reference/faq'.split()
+checked = 'index tutorials/quickstart reference/settings reference/paper reference/methods reference/faq'.split()
 checked += sorted(f'results/{p.stem}' for p in (root/'nbs/results').glob('*.ipynb'))
 
 @cache
@@ -56,7 +56,7 @@ claims = [
     ('index', 'probability at least {:.3f}, whatever its importance; with random layers it is {:.2f}', lambda: (floor(), 8/32)),
     ('tutorials/quickstart', 'with {} layers and {:.1f} million parameters', lambda: (16, int(re.search(r'([\d,]+) frozen', '\n'.join(demo('ist')['said']))[1].replace(',', ''))/1e6)),
     ('tutorials/quickstart', '{} steps of four layers each are {} places, {} for each of {} layers', lambda: (30, 120, 120/16, 16)),
-    ('tutorials/paper', 'the 95% interval is {:.0%} to {:.0%}', lambda: interval(75, 100)),
+    ('reference/paper', 'the 95% interval is {:.0%} to {:.0%}', lambda: interval(75, 100)),
     ('reference/faq', 'go through {:.0%} of the blocks', lambda: (lowest(),)),
     ('results/quality', 'a correlation of {:.2f} at {:.1%} of the time', faithful),
     ('results/quality', 'to come to {:.2f}; target (c)', lambda: faithful()[:1]),

@@ -1,5 +1,6 @@
-"What every page owes its reader: an opening, one meaning for a symbol, an example for a name, correct spelling; and no code that nobody calls"
-import ast,json,re,subprocess,sys,pytest
+"What protects the reader of a page: code that can be copied, one meaning for each symbol, docstrings, correct spelling, no dead code"
+import ast,builtins,json,re,subprocess,symtable,sys,pytest
+from importlib import import_module
 from pathlib import Path
 
 root = Path(__file__).parent.parent
@@ -9,15 +10,38 @@ def kind(cells, t): return [src(c) for c in cells if c['cell_type']==t]
 def page(f): return pytest.mark.parametrize('name', [o for o in nbs if f(nbs[o])])
 def module(cells): return next((m[1] for s in kind(cells, 'code') if (m := re.search(r'^#\| *default_exp (\S+)', s, re.M))), None)
 def directive(s, what): return re.search(rf'^#\| *(?:{what})\b', s, re.M)
+magics = re.compile(r'^\s*[%!].*$', re.M)
 
-def test_opening():
-    "Each page begins with its name, one line about it, and what you will be able to do after it"
-    bad = []
-    for name,cells in nbs.items():
-        first,second = (kind(cells, 'markdown')+['', ''])[:2]
-        if not re.match(r'# .+\n\n> .+$', first): bad.append(f'{name}: the first cell is a title, an empty line and one line behind >')
-        elif name!='index' and not second.startswith('After this page you '): bad.append(f'{name}: the second text does not open with "After this page you ..."')
-    assert not bad, '\n'.join(bad)
+def test_title():
+    "The first cell of a page is its title and one line about it: the site, its cards and llms.txt show both"
+    bad = [name for name,cells in nbs.items() if not re.match(r'# .+\n\n> .+$', kind(cells, 'markdown')[0])]
+    assert not bad, f'{bad}: the first cell must be "# title", an empty line and "> one line"'
+
+def undefined(code):
+    "Names that `code` uses and neither defines nor imports"
+    known,used = {'__file__', *dir(builtins)},set()
+    for m in re.findall(r'^from (\S+) import \*', code, re.M):
+        mod = import_module(m)
+        known |= set(getattr(mod, '__all__', None) or [o for o in vars(mod) if o[0]!='_'])
+    def walk(table):
+        for o in table.get_symbols():
+            if table.get_type()=='module':
+                if o.is_assigned() or o.is_imported(): known.add(o.get_name())
+                if o.is_referenced(): used.add(o.get_name())
+            elif o.is_global() and o.is_referenced(): used.add(o.get_name())
+        for child in table.get_children(): walk(child)
+    walk(symtable.symtable(code, 'page', 'exec'))
+    return sorted(used-known)
+
+def test_undefined():
+    assert undefined('import a\ndef f(x): return a+x+y\nf(z)')==['y', 'z'] and not undefined('b = [c for c in range(3)]')
+
+@page(lambda cells: kind(cells, 'code') and not module(cells))
+def test_code_can_be_copied(name):
+    "What readers see of a page defines or imports each name that it uses: nothing comes from a hidden cell"
+    seen = [s for s in kind(nbs[name], 'code') if not directive(s, 'hide|echo: *false|include: *false')]
+    lacks = undefined(magics.sub('pass', '\n'.join(seen)))
+    assert not lacks, f'{name}: a visible cell uses {", ".join(lacks)}, which only a hidden cell defines'
 
 greek = re.compile(r'\\(' + '|'.join('alpha beta gamma delta epsilon varepsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau phi varphi chi psi omega Gamma Delta Theta Lambda Sigma Phi Psi Omega ell'.split()) + r')(?![A-Za-z])')
 
@@ -37,15 +61,16 @@ def test_symbols():
             if used and not set(used)&set(greek.findall(text)): bad.append(f'the page of symbols says that {r[0]} is introduced on {p}, which does not have it')
     assert not bad, '\n'.join(bad)
 
+pending = 'memory_of fork_rng to_home innermost'.split()   # names that become private
+
 @page(module)
-def test_every_name_has_an_example(name):
-    "Each public name is called in a cell of its page that readers see, and that is not the one that defines it"
-    cells = nbs[name]
-    shown = '\n'.join(s for s in kind(cells, 'code') if not directive(s, 'export|exports|exporti|hide') and 'show_doc(' not in s)
-    code = (root/'ist_nb'/f'{module(cells)}.py').read_text()
-    public = ast.literal_eval(re.search(r'^__all__ = (\[.*?\])', code, re.M|re.S)[1])
-    lacks = [o for o in public if not re.search(rf'\b{o}\b', shown)]
-    assert not lacks, f'{name} has no example of {", ".join(lacks)}: call each in a cell of the page, or give it a name with an underscore'
+def test_docstrings(name):
+    "Each public function and class says what it is; a registered one may leave that to its registry"
+    from build_docs import docstrings
+    path = root/'ist_nb'/f'{module(nbs[name])}.py'
+    public = ast.literal_eval(re.search(r'^__all__ = (\[.*?\])', path.read_text(), re.M|re.S)[1])
+    lacks = [o for o,said in docstrings(path).items() if o in public and not said and o not in pending]
+    assert not lacks, f'{name}: no docstring for {", ".join(lacks)}'
 
 @page(lambda cells: any(s.startswith('#| hide\n# In Colab') for s in kind(cells, 'code')))
 def test_colab(name):
@@ -94,7 +119,6 @@ def test_newcomer():
     assert f"Layer {found['layer']} was trained in {found['trained']} of {found['steps']} steps" in said and f"{found['importance']:+.2f}" in said and f"probability {found['probability']:.2f}" in said
     assert 0<found['by_chance']<1 and found['updates']==said.count('loss with a set suppressed')
     assert abs(sum(o['seconds'] for o in res['stages'])-res['seconds'])<1
-    for p,n in res['reading']['pages'].items(): assert abs(newcomer.words(p)-n)<0.1*n, f'{p} has grown or shrunk: {again}'
     # the way is there: from the home page to the lines to copy, from those to how to read a run
     assert '](tutorials/quickstart.ipynb#ask-your-own-run)' in newcomer.text('nbs/index.ipynb') and '## Ask your own run' in newcomer.text('nbs/tutorials/quickstart.ipynb')
 
@@ -131,8 +155,7 @@ def test_spelling():
 def test_dead_code(tmp_path):
     "Every function, class, method, import and variable of the package and its tools is used: in it, on a page, or in a test"
     pages = tmp_path/'pages.py'
-    drop = re.compile(r'^\s*[%!].*$', re.M)
-    code = [drop.sub('pass', s) for cells in nbs.values() for s in kind(cells, 'code') if not directive(s, 'export|exports|exporti')]
+    code = [magics.sub('pass', s) for cells in nbs.values() for s in kind(cells, 'code') if not directive(s, 'export|exports|exporti')]
     pages.write_text('\n'.join(s for s in code if _parses(s)))
     res = subprocess.run([sys.executable, '-m', 'vulture', '--min-confidence', '60', '--ignore-names', ','.join(called_by_others), 'ist_nb', 'tools', 'benchmarks', 'tests', str(pages)], cwd=root, capture_output=True, text=True)
     found = [o for o in res.stdout.splitlines() if not o.startswith((str(pages), 'tests/'))]
@@ -140,7 +163,7 @@ def test_dead_code(tmp_path):
     assert not found, '\n'.join(found)
 
 # what nothing of ours calls by its name: it is called, or read, by torch, transformers, PEFT, mkdocs, nbdev and reprlib
-called_by_others = '''on_* __* _*_lever begin cell base_procs log_message control types merge packing packing_strategy decoder pre_tokenizer generation_config create_causal_mask _cell_idx
+called_by_others = '''on_* __* __apply_* begin cell base_procs log_message control types merge packing packing_strategy decoder pre_tokenizer generation_config create_causal_mask _cell_idx
     Any Union TaskType exclude_modules modules_to_save layers_to_transform layers_pattern other_param_names merged_adapters tuner_layer_cls target_module_mapping _create_and_replace current_key _get_train_sampler
     use_recursive_dict_tags_for_guards rotate_checkpoints create_model_card maxdict maxlist maxother maxstring should_training_stop print_verbose _n_gpu _inner_training_loop _run_epoch'''.split()
 

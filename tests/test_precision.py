@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM,BitsAndBytesConfig,Trainer,Trainin
 from transformers.trainer_callback import PrinterCallback
 from ist_nb import IST,ISTCallback,ISTConfig,find_layers
 from ist_nb.finetune import assets
-from ist_nb.suppression import damp_response,scales,suppress
+from ist_nb.suppression import damp_response,scaling_is_exact,suppress
 
 ids = torch.randint(5, 1000, (32, 24), generator=torch.Generator().manual_seed(0))
 data = Dataset.from_list([dict(input_ids=o, labels=o) for o in ids.tolist()])
@@ -61,7 +61,7 @@ def test_suppression_of_quantised(bits):
     for n,p in model.named_parameters():
         if 'lora_B' in n: torch.nn.init.normal_(p, std=0.02)
     layers = find_layers(model)
-    assert all(scales(t) for o in layers for t in o.tuners)
+    assert all(scaling_is_exact(t) for o in layers for t in o.tuners)
     with torch.no_grad():
         with suppress(layers, range(8), 0.25): fast = model(**batch).loss
         undo = [damp_response(t, 0.25) for o in list(layers)[:8] for t in o.tuners]

@@ -1,4 +1,4 @@
-"Gates and the witness: what cheap scorers see is what suppression does, and nothing of it is lost, seen twice or left behind"
+"Gates and tracked gradients agree with suppression, and no gradient is lost, counted twice or left behind"
 import gc,json,sys,warnings,weakref
 from itertools import product
 from pathlib import Path
@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer,TrainingArguments
 from ist_nb import IST,ISTCallback,ISTConfig,ISTError,find_layers
 from ist_nb.config import scorers
-from ist_nb.scorers import Probe,Witness,linear_in,linear_params
+from ist_nb.scorers import Probe,GradientTracker,linear_in,linear_params
 from ist_nb.suppression import suppress
 
 sys.path.insert(0, str(Path(__file__).parent.parent/'benchmarks'))
@@ -68,21 +68,21 @@ def test_gate_drops_what_is_not_finite():
     I,record = scorers['gate'](torch.ones(4), Bad(), ISTConfig(), None)
     assert record['dropped'] and torch.equal(I, torch.ones(4))
 
-# -- the witness
+# -- tracked gradients
 exact = ['LORA', 'rsLoRA', 'PiSSA', 'lora_bias', 'ADALORA', 'IA3', 'BOTTLENECK', 'VERA', 'LOHA', 'LOKR', 'HIRA', 'GRALORA', 'MISS', 'RANDLORA', 'DELORA', 'FOURIERFT', 'WAVEFT', 'C3A', 'SHIRA', 'BEFT']
 
 @pytest.mark.parametrize('name', exact)
-def test_first_order_is_the_gate(name, tmp_path):
+def test_tracked_gradients_are_the_gate(name, tmp_path):
     "From the gradients that training leaves, the gradient with respect to an explicit gate at 1"
     model,b = trained(name, tmp_path)
     probe = probe_of(model, b)
     _,want = probe.gates(1.)
-    witness = Witness(probe.layers)
+    tracker = GradientTracker(probe.layers)
     opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    witness.begin([0, 2]); loss_of(model, b).backward(); opt.step(); witness.end()
-    assert witness.collect() and witness.count.tolist()==[1, 0, 1, 0]
-    assert want[[0, 2]].norm()>1e-6 and (witness.mean+want)[[0, 2]].norm()<1e-5*want.norm(), (witness.mean, want)
-    assert witness.mean[[1, 3]].tolist()==[0, 0]
+    tracker.begin([0, 2]); loss_of(model, b).backward(); opt.step(); tracker.end()
+    assert tracker.collect() and tracker.count.tolist()==[1, 0, 1, 0]
+    assert want[[0, 2]].norm()>1e-6 and (tracker.mean+want)[[0, 2]].norm()<1e-5*want.norm(), (tracker.mean, want)
+    assert tracker.mean[[1, 3]].tolist()==[0, 0]
 
 def test_every_name_in_the_table_is_tested(tmp_path):
     "A name that no method has any more, or that no test covers, is found out here"
@@ -97,22 +97,22 @@ def test_every_name_in_the_table_is_tested(tmp_path):
     assert set(linear_in)-met<={'lokr_w1_a'}, set(linear_in)-met
 
 @pytest.mark.parametrize('name', ['DoRA', 'OFT', 'MiCA', 'LN_TUNING', 'BOFT'])
-def test_first_order_refuses_what_it_cannot_see(name, tmp_path):
+def test_fisher_refuses_what_it_cannot_see(name, tmp_path):
     model,_ = trained(name, tmp_path, 0)
-    with pytest.raises(ISTError, match="Use scorer='gate'"): IST(model, ISTConfig(scorer='first_order'))
+    with pytest.raises(ISTError, match="Use scorer='gate'"): IST(model, ISTConfig(scorer='fisher'))
 
 def lora(seed=0, dropout=0.1):
     torch.manual_seed(seed)
     return get_peft_model(pm.tiny(), LoraConfig(r=2, target_modules=pm.linear, lora_dropout=dropout, task_type='CAUSAL_LM'))
 def params(model): return [p for p in model.parameters() if p.requires_grad]
-cfg = dict(scorer='first_order', score_interval=3, n_active=2)
+cfg = dict(scorer='fisher', score_interval=3, n_active=2)
 
 def test_needs_no_probe_and_watches_only_in_a_step():
     n = len(hooks._global_optimizer_pre_hooks)
     model,b = lora(),pm.batch('')
     ist,opt = IST(model, ISTConfig(**cfg)),torch.optim.SGD(params(model), lr=0.1)
     with ist.step():
-        assert len(hooks._global_optimizer_pre_hooks)==n+2             # the witness, and the watch of IST
+        assert len(hooks._global_optimizer_pre_hooks)==n+2             # the tracker, and the watch of IST
         loss_of(model, b).backward(); opt.step(); opt.zero_grad()
     assert len(hooks._global_optimizer_pre_hooks)==n and len(ist.tracker.pending)==1
     loss_of(model, b).backward(); opt.step(); opt.zero_grad()          # outside of a step: none of ours
@@ -155,12 +155,12 @@ def test_an_optimizer_that_does_not_tell_is_found_out():
     model,b = lora(),pm.batch('')
     ist = IST(model, ISTConfig(**cfg))
     with pytest.warns(UserWarning, match='not finite'), pytest.raises(ISTError, match='has seen no optimizer'):
-        for _ in range(Witness.patience+1):
+        for _ in range(GradientTracker.patience+1):
             with ist.step():
                 loss_of(model, b).backward()
                 with torch.no_grad():
                     for p in params(model): p -= 0.1*p.grad if p.grad is not None else 0.; p.grad = None
-    assert ist.t==Witness.patience-1 and all(p.requires_grad for o in ist.layers for p in o.params)
+    assert ist.t==GradientTracker.patience-1 and all(p.requires_grad for o in ist.layers for p in o.params)
 
 def test_gradients_that_are_not_finite_are_left_out():
     model,b = lora(),pm.batch('')
@@ -191,7 +191,7 @@ def test_scaled_gradients_are_unscaled():
 # -- the rules, computed once more from what is recorded
 def z(x): return (x-x.mean())/x.std()
 
-@pytest.mark.parametrize('scorer', ['first_order', 'fisher'])
+@pytest.mark.parametrize('scorer', ['fisher'])
 def test_importance_from_recorded_gradients(scorer):
     "60 steps, so that layers are seen more than the 20 times after which old steps fade; the mean, the variance and the importance by their definitions, in numpy"
     model,b = lora(dropout=0.),pm.batch('')
@@ -262,7 +262,7 @@ def loop(model, ist, opt, batches):
             torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
             opt.step(); opt.zero_grad()
 
-@pytest.mark.parametrize('scorer', ['first_order', 'fisher', 'gate', 'gate+fisher'])
+@pytest.mark.parametrize('scorer', ['fisher', 'gate', 'gate+fisher'])
 def test_resumed_loop_is_bit_exact(scorer):
     data = list(DataLoader(rows(64), batch_size=4))*2
     pairs = list(zip(data[::2], data[1::2]))                # 16 steps
@@ -276,7 +276,7 @@ def test_resumed_loop_is_bit_exact(scorer):
     assert json.dumps(j.state_dict())==json.dumps(ist.state_dict())
     assert all(torch.equal(x, y) for x,y in zip(model.state_dict().values(), b.state_dict().values()))
 
-@pytest.mark.parametrize('scorer', ['first_order', 'fisher', 'gate', 'gate+fisher'])
+@pytest.mark.parametrize('scorer', ['fisher', 'gate', 'gate+fisher'])
 def test_resumed_trainer_is_bit_exact(scorer, tmp_path):
     "Gradient accumulation and clipping on; dropout too"
     ds = Dataset.from_list([dict(input_ids=o['input_ids'].tolist(), labels=o['labels'].tolist()) for o in rows(64)])
@@ -295,9 +295,9 @@ def test_resumed_trainer_is_bit_exact(scorer, tmp_path):
     assert all(torch.equal(x, y) for x,y in zip(model.state_dict().values(), again.state_dict().values()))
 
 def test_registry_says_what_they_are():
-    assert {'gate', 'first_order', 'fisher'} <= set(scorers.names())
-    assert 'gate' in scorers.about['gate'] and 'no probe' in scorers.about['first_order']
-    assert scorers['gate'].gradients and scorers['first_order'].observes=='backward' and not hasattr(scorers['suppression'], 'observes')
+    assert {'gate', 'fisher', 'gate+fisher'} <= set(scorers.names())
+    assert 'gate' in scorers.about['gate'] and 'no probe' in scorers.about['fisher']
+    assert scorers['gate'].gradients and scorers['fisher'].observes=='backward' and not hasattr(scorers['suppression'], 'observes')
 
 # -- several processes
 def in_a_process(rank, port):
@@ -329,7 +329,7 @@ def in_a_process(rank, port):
     dist.destroy_process_group()
 
 @pytest.mark.slow
-def test_first_order_on_two_processes():
+def test_fisher_on_two_processes():
     import socket,torch.multiprocessing as mp
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
     mp.spawn(in_a_process, (port,), nprocs=2)

@@ -7,7 +7,7 @@ import fuzz as fz
 import kill_points as kp
 from ist_nb import ISTCallback,ISTConfig,ISTError
 from ist_nb.ist import IST
-from ist_nb.runs import RunGuard,checkpoints,last_checkpoint,torn
+from ist_nb.runs import RunGuard,checkpoints,last_checkpoint,why_incomplete
 
 
 @pytest.fixture(scope='module')
@@ -120,7 +120,7 @@ def test_a_finished_run_stays_finished(tmp_path, schedule):
 
 def test_resume_without_the_optimizer_is_said(tmp_path):
     trainer(tmp_path, ISTCallback(ISTConfig(score_interval=2)), RunGuard(), save_only_model=True).train()
-    assert 'no optimizer state' in torn(tmp_path/'checkpoint-3')
+    assert 'no optimizer state' in why_incomplete(tmp_path/'checkpoint-3')
     t = trainer(tmp_path/'new', ISTCallback(ISTConfig(score_interval=2)), save_strategy='no')
     with warnings.catch_warnings(record=True) as w:
         warnings.simplefilter('always')

@@ -16,7 +16,7 @@ from ist_nb.finetune import assets
 from ist_nb.samplers import depth_plan,depth_sampler,inclusion_by_depth
 from ist_nb.scorers import Probe
 from ist_nb.probe import model_loss
-from ist_nb.speed import Folded,fold,kept_bytes,pull,to_fp8,unfold
+from ist_nb.speed import Folded,fold,kept_bytes,apply_optimisations,to_fp8,unfold
 from ist_nb.suppression import suppress
 
 def gen(seed=0): return torch.Generator().manual_seed(seed)
@@ -74,7 +74,7 @@ def test_trainer(tmp_path, capsys, monkeypatch):
     assert abs(a-b)<1e-5*b and abs(b-untrained)>1e-2, (a, b, untrained)
     assert len(folds)==16*7                                                       # it was the folded form that was compared
 
-@pytest.mark.parametrize('scorer', ['gate', 'first_order'])
+@pytest.mark.parametrize('scorer', ['gate', 'fisher'])
 def test_resumed_trainer_is_bit_exact(scorer, tmp_path):
     "With dropout, which layers that rest do not draw"
     dials = dict(sampler='depth', scorer=scorer, depth=0.5)
@@ -144,7 +144,7 @@ def compiled():
     torch._dynamo.reset(); torch._dynamo.utils.counters.clear()
     def make(dora):
         ref,model = tiny(dora),tiny(dora)
-        assert pull(model, find_layers(model), 'fold,compile')==['fold', 'compile']
+        assert apply_optimisations(model, find_layers(model), 'fold,compile')==['fold', 'compile']
         return ref,model
     yield make
     torch._dynamo.reset(); torch._dynamo.utils.counters.clear()
@@ -350,14 +350,14 @@ def test_what_folding_would_pass_by():
 # -- a folded model is copied and saved as any other
 def test_folded_models_are_copied_and_pickled(tmp_path):
     model = randomised('use_dora', True).eval()
-    pull(model, find_layers(model), 'fold')
+    apply_optimisations(model, find_layers(model), 'fold')
     want = model(input_ids=ids[:2]%64).logits
     torch.save(model, tmp_path/'model.pt')
     for again in (pickle.loads(pickle.dumps(model)), pickle.loads(pickle.dumps(model, 2)), torch.load(tmp_path/'model.pt', weights_only=False), copy.deepcopy(model)):
         assert not any(isinstance(m, Folded) for m in again.modules()) and sum(isinstance(m, Folded) for m in model.modules())==14
         assert {type(m).__module__.split('.')[0] for m in again.modules()}<={'peft', 'transformers', 'torch'}      # opens where the package is not
         assert torch.allclose(again(input_ids=ids[:2]%64).logits, want, atol=1e-5)
-        pull(again, find_layers(again), 'fold')                                                                    # and folds again
+        apply_optimisations(again, find_layers(again), 'fold')                                                                    # and folds again
         assert torch.equal(again(input_ids=ids[:2]%64).logits, want)
 
 # -- 4-bit weights
@@ -402,20 +402,20 @@ def test_folded_4bit_evaluated():
             a,b = [m(**batch).loss.item() for m in (ref, model)]
             assert abs(a-b)<5e-3*a, (a, b)
 
-# -- pulling levers
-def test_levers_that_cannot_be_pulled(monkeypatch):
+# -- applying optimisations
+def test_optimisations_that_cannot_be_applied(monkeypatch):
     model = tiny(); layers = find_layers(model)
-    with pytest.raises(ISTError, match="lever='fold-all' is unknown.*did you mean 'fold'.*Allowed: fold, compile, loss, fp8"): pull(model, layers, 'fold,fold-all')
-    with pytest.raises(ISTError, match="lever='turbo' is unknown"): ISTConfig(fast='fold,turbo')
-    assert not any(isinstance(m, Folded) for m in model.modules()) and not getattr(model, 'ist_levers', [])
-    with pytest.raises(ISTError, match="'fp8' needs"): pull(model, layers, 'fp8')                          # whatever is missing here: torchao, or a GPU
+    with pytest.raises(ISTError, match="optimisation='fold-all' is unknown.*did you mean 'fold'.*Allowed: fold, compile, loss, fp8"): apply_optimisations(model, layers, 'fold,fold-all')
+    with pytest.raises(ISTError, match="optimisation='turbo' is unknown"): ISTConfig(fast='fold,turbo')
+    assert not any(isinstance(m, Folded) for m in model.modules()) and not getattr(model, 'ist_optimisations', [])
+    with pytest.raises(ISTError, match="'fp8' needs"): apply_optimisations(model, layers, 'fp8')                          # whatever is missing here: torchao, or a GPU
     missing = lambda name, real=speed.find_spec: None if name in ('torchao', 'liger_kernel') else real(name)
     monkeypatch.setattr(speed, 'find_spec', missing)
-    for o in ('fold', 'compile', 'loss', 'fp8'): monkeypatch.setitem(speed.levers.entries, o, getattr(speed, f'_{o}_lever'))   # a notebook that ran in this process has registered its own
-    with pytest.raises(ISTError, match='pip install torchao.*leave .fp8. out'): pull(model, layers, 'fp8')
-    with pytest.raises(ISTError, match='pip install liger-kernel.*leave .loss. out'): pull(model, layers, 'fold,loss')
-    assert model.ist_levers==['fold']            # what was done is known to be done
-    assert pull(model, layers, True)==['fold']   # and True asks for nothing that is not there
+    for o in ('fold', 'compile', 'loss', 'fp8'): monkeypatch.setitem(speed.optimisations.entries, o, getattr(speed, f'_apply_{o}'))   # a notebook that ran in this process has registered its own
+    with pytest.raises(ISTError, match='pip install torchao.*leave .fp8. out'): apply_optimisations(model, layers, 'fp8')
+    with pytest.raises(ISTError, match='pip install liger-kernel.*leave .loss. out'): apply_optimisations(model, layers, 'fold,loss')
+    assert model.ist_optimisations==['fold']            # what was done is known to be done
+    assert apply_optimisations(model, layers, True)==['fold']   # and True asks for nothing that is not there
 
 def test_fp8_needs_a_gpu():
     pytest.importorskip('torchao', reason='torchao is not installed')
@@ -532,7 +532,7 @@ def test_estimate_is_within_15_percent(name, n):
     assert seen==n
 
 def test_estimate_refuses_what_it_does_not_know():
-    from ist_nb.speed import estimate
+    from estimate import estimate
     c,lora = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=2, vocab_size=64), LoraConfig(r=2, target_modules=['q_proj'], task_type='CAUSAL_LM')
     with pytest.raises(ISTError, match='activation_budget=0.5'): estimate(c, ISTConfig.rst(activation_budget=0.5), 2, 8, lora)
     with pytest.raises(ISTError, match='several'): estimate(c, ISTConfig.rst(n_active={'a':1}), 2, 8, lora)

@@ -57,7 +57,7 @@ def test_whatever_ends_training_leaves_the_model_as_it_was(death, late, tmp_path
     "Also where the callback was added later; then a plain Trainer trains every layer"
     m = model()
     m.enable_input_require_grads()
-    cb = ISTCallback(ISTConfig(n_active=1, scorer='first_order', score_interval=2, activation_budget='2GiB'))
+    cb = ISTCallback(ISTConfig(n_active=1, scorer='fisher', score_interval=2, activation_budget='2GiB'))
     t = deaths[death](tmp_path, m, cb)
     if late: t.remove_callback(cb); t.add_callback(cb)
     m.config.use_cache = True
