@@ -9,7 +9,6 @@ from ist_nb.config import ISTConfig,ISTError
 from ist_nb.data import _Part as Part,read_rows
 from ist_nb.ist import IST
 
-fixtures = Path(__file__).resolve().parent.parent/'tests'/'fixtures'
 limit_s,limit_bytes = 10,500*2**20   # for one input; for all of them together
 
 # values
@@ -60,15 +59,26 @@ def mangled(draw, base):
 class Tiny(nn.Module):
     "Four blocks, adapted: the smallest model that IST takes"
     def __init__(self): super().__init__(); self.blocks = nn.ModuleList([nn.ModuleDict(dict(lin=nn.Linear(2, 2))) for _ in range(4)])
-    def forward(self, x): return x
+    def forward(self, x):
+        for b in self.blocks: x = b['lin'](x)
+        return x
 
-def make_ists():
+def make_ists(probe=[dict(x=0)], loss_fn=lambda model, batch: None, **settings):
     from peft import LoraConfig,get_peft_model
-    probe = [dict(x=0)]
     model = lambda: get_peft_model(Tiny(), LoraConfig(r=1, target_modules=['lin']))
-    return [IST(model(), ISTConfig(), probe=probe, loss_fn=lambda model, batch: None), IST(model(), ISTConfig(scorer='fisher'))]
+    return [IST(model(), ISTConfig(scorer=o, **settings), probe=probe, loss_fn=loss_fn) for o in ('suppression', 'fisher')]
 
-def states(): return [json.loads(p.read_text()) for p in sorted(fixtures.glob('ist_state_v*.json'))]
+def states():
+    "The states of two runs, one with a history, one with gradients that are not scored yet"
+    batch = dict(x=torch.ones(2, 2))
+    loss = lambda model, batch: (model(**batch)**2).mean()
+    res = []
+    for ist in make_ists(score_interval=3, probe=[batch], loss_fn=loss):
+        opt = torch.optim.SGD(ist.model.parameters(), lr=0.1)
+        for _ in range(8):
+            with ist.step(): loss(ist.model, batch).backward(); opt.step(); opt.zero_grad()
+        res.append(json.loads(json.dumps(ist.state_dict())))
+    return res
 
 def load_state(ists):
     def target(case):
