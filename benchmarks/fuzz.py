@@ -4,6 +4,7 @@ import copy,gzip,json,random,resource,signal,sys,tempfile,time,warnings
 from contextlib import contextmanager
 from pathlib import Path
 from hypothesis import HealthCheck,Phase,given,seed,settings,strategies as st
+import torch
 from torch import nn
 from ist_nb.config import ISTConfig,ISTError
 from ist_nb.data import _Part as Part,read_rows

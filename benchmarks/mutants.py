@@ -42,10 +42,10 @@ mutants = [Mutant(*o) for o in (
     # -- layers
     ('layers', 'a frozen layer keeps its gradient', 'p.grad,p.frozen_by_ist = None,True', 'p.frozen_by_ist = True', ['01_layers']),
     ('layers', 'what a method has frozen itself is thawed', 'if not p.requires_grad: continue', 'if False: continue', ['01_layers', 'tests/test_peft.py -k adamss']),
-    ('layers', 'shared parameters stay stand-ins after a step', 'for held,key in self.shared: held[key] = real(held[key])', 'pass', ['01_layers']),
+    ('layers', 'shared parameters stay stand-ins after a step', 'for held,key in self.shared: held[key] = _real(held[key])', 'pass', ['01_layers']),
     ('layers', 'layer 10 comes before layer 2', '(stacks.index(o[0]), o[1])', '(stacks.index(o[0]), str(o[1]))', ['tests/test_core.py']),
     ('layers', 'an adapter within an adapter counts twice', " and not any(name.startswith(o+'.') for o in found)", '', ['tests/test_core.py']),
-    ('layers', 'set_adapter thaws frozen layers', "_thawing = 'set_adapter','enable_adapters'", "_thawing = 'enable_adapters',", ['01_layers']),
+    ('layers', 'set_adapter thaws frozen layers', "_switches = 'set_adapter','enable_adapters'", "_switches = 'enable_adapters',", ['01_layers']),
     # -- suppression
     ('suppression', 'DoRA is suppressed by its scaling', ' and not any(a in module.lora_variant for a in module.active_adapters)', '', ['02_suppression']),
     ('suppression', 'experts of a mixture are suppressed by their scaling', ' and not isinstance(module, (MultiheadAttention, ParamWrapper))', '', ['02_suppression', 'tests/test_peft.py -k experts']),

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache
 from .config import ISTError, to_bytes
-from .layers import Layers, trains
+from .layers import Layers, is_trainable
 
 # %% ../nbs/07_memory.ipynb #69c15597
 class DeviceMeter:
@@ -128,7 +128,7 @@ class ActivationBudget:
         self.meter = LiveBytes() if self.device.type=='cpu' else DeviceMeter(self.device)
         self.budget = budget if isinstance(budget, int) else to_bytes(budget) or int(budget*free_memory(self.device))
         self._find_switches()
-        self.trained = [p for p in model.parameters() if trains(p)]
+        self.trained = [p for p in model.parameters() if is_trainable(p)]
         self.cost,self.entry,self.seen,self.writes,self.lowest = {},{},{},set(),len(self.blocks)
         self.head,self.rest,self.repeats,self.checked,self.told,self.was = 0,0,1,False,0,None
         self.checkpointed,self.expected = [],0

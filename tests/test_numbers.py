@@ -55,7 +55,7 @@ claims = [
     ('index', '{} architectures', lambda: (len(read('models_matrix')['rows']),)),
     ('index', 'probability at least {:.3f}, whatever its importance; with random layers it is {:.2f}', lambda: (floor(), 8/32)),
     ('tutorials/quickstart', 'with {} layers and {:.1f} million parameters', lambda: (16, int(re.search(r'([\d,]+) frozen', '\n'.join(demo('ist')['said']))[1].replace(',', ''))/1e6)),
-    ('tutorials/quickstart', '{} steps of four layers each are {} places, {} for each of {} layers', lambda: (30, 120, 120/16, 16)),
+    ('tutorials/quickstart', '{} steps of four layers each make {} places, {} for each of {} layers', lambda: (24, 96, 96//16, 16)),
     ('reference/paper', 'the 95% interval is {:.0%} to {:.0%}', lambda: interval(75, 100)),
     ('reference/faq', 'go through {:.0%} of the blocks', lambda: (lowest(),)),
     ('results/quality', 'a correlation of {:.2f} at {:.1%} of the time', faithful),
