@@ -10,7 +10,8 @@ import gc,weakref
 from dataclasses import asdict
 from .config import ISTError
 from .guard import Guard
-from .memory import ActivationBudget, OptimizerState, complete_state, lift_all
+from .memory import ActivationBudget, lift_all
+from .moments import OptimizerState, complete_state
 from .processes import Case, Ranks, check_engine, reshard, unwrap
 from .speed import apply_optimisations, check_compiled, embedding_hooks, is_reentrant, shorten_backward
 

@@ -31,7 +31,7 @@ def quality():
     code = next(''.join(c['source']) for c in cells if c['cell_type']=='code').replace("'../../benchmarks", f"'{root}/benchmarks")
     exec(code, ns)
     return ns
-def took(method, scale='base'): return quality()['cost'](quality()['chosen'](quality()['benches'][scale])['book', 'matched'], method)
+def took(method, scale='larger'): return quality()['cost'](quality()['chosen'](quality()['benches'][scale])['book', 'full'], method)
 def faithful(i=-1):
     j = read('fidelity_judged')
     return mean(r['scorers'][i]['spearman']['0.0'] for r in j['runs']),j['table'][i]['share_of_training']
@@ -51,8 +51,8 @@ claims = [
     ('index', 'is {:.2f} ms a step', lambda: (read('bookkeeping')['milliseconds']['importance']['median'],)),
     ('index', 'they took {:.0%} of the time', lambda: (demo('ist')['score_seconds']/demo('ist')['seconds'],)),
     ('index', 'held-out loss IST {:.3f}, random layers {:.3f}, all layers {:.3f} (from {:.3f})', lambda: (*(demo(o)['loss_after'] for o in ('ist', 'rst', 'dense')), demo('ist')['loss_before'])),
-    ('index', '{} of the {} methods in its registry', lambda: (sum(o['status']=='supported' for o in read('peft_matrix')['rows']), len(read('peft_matrix')['rows']))),
-    ('index', '{} architectures', lambda: (len(read('models_matrix')['rows']),)),
+    ('index', '{} of the {} methods in its registry', lambda: (sum(o['status']=='supported' for o in read('peft_methods')['rows']), len(read('peft_methods')['rows']))),
+    ('index', '{} architectures', lambda: (len(read('models')['rows']),)),
     ('index', 'probability at least {:.3f}, whatever its importance; with random layers it is {:.2f}', lambda: (floor(), 8/32)),
     ('tutorials/quickstart', 'with {} layers and {:.1f} million parameters', lambda: (16, int(re.search(r'([\d,]+) frozen', '\n'.join(demo('ist')['said']))[1].replace(',', ''))/1e6)),
     ('tutorials/quickstart', '{} steps of four layers each make {} places, {} for each of {} layers', lambda: (24, 96, 96//16, 16)),

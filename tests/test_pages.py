@@ -105,11 +105,9 @@ def test_colab_cell_runs(tmp_path):
 
 def test_newcomer():
     "What was timed is what the home page and the quickstart tell a newcomer to run today, and it gave a layer's importance, probability and count"
-    sys.path.insert(0, str(root/'benchmarks'))
-    try: import newcomer
-    finally: sys.path.pop(0)
+    from benchmarks import newcomer
     from nbdev.config import get_config
-    res,todo,again = json.loads((root/'benchmarks'/'results'/'newcomer.json').read_text()),newcomer.commands(),'run python benchmarks/newcomer.py'
+    res,todo,again = json.loads((root/'benchmarks'/'results'/'newcomer.json').read_text()),newcomer.commands(),'run python -m benchmarks newcomer'
     ran = [o['command'] for o in res['stages']]
     assert [o for o in ran if not o.startswith("pip install 'torch")]==[*todo, 'python why.py'], again
     assert todo[0]==f'git clone {get_config(path=root).git_url}' and todo[-1]=='ist_finetune'
