@@ -1,18 +1,22 @@
-"""Is a layer that hurts when it is left out also one that helps when it is trained? pico learns the physics text with layers drawn uniformly; at several points
-of the run each layer is left out, and, from the same point, each layer is trained alone for a few steps; held-out rows judge both. Importance of several scorers,
-which watch the run without influence on it, is ranked against both. `python benchmarks/gain.py` writes results/gain.json"""
-import json,platform,statistics,warnings
-from importlib.metadata import version
+"""Is a layer that hurts when it is left out also one that helps when it is trained?
+pico learns the physics text with layers drawn uniformly. At several points of the run each layer is left out, and, from
+the same point, each layer is trained alone for a few steps; held-out rows judge both. Importance of several scorers,
+which watch the run without influence on it, is ranked against both."""
+import statistics,warnings
 from pathlib import Path
 import torch
-from fastcore.script import call_parse
 from ist_nb import IST,ISTConfig
 from ist_nb.suppression import suppress
-import quality   # registers the gradient's norm and the weight's change as scorers
-from fidelity import Watched,batch,length,losses_of,setting,spearman
+import benchmarks.quality   # registers the gradient's norm and the change of weights as scorers
+from benchmarks import record
+from benchmarks.fidelity import Watched,batch,length,losses_of,setting,watched_steps
+from benchmarks.small import rank_correlation,trainable
 
-watched = {'suppression':dict(scorer='suppression', score_batch_size=16, score_interval=10), 'gate':dict(scorer='gate', score_batch_size=8, score_interval=20),
-           'fisher':dict(scorer='fisher', score_interval=10), 'gradient norm':dict(scorer='gradient norm', score_batch_size=8, score_interval=20), 'weight change':dict(scorer='weight change', score_interval=20)}
+watched = {'suppression':dict(scorer='suppression', score_batch_size=16, score_interval=10),
+           'gate':dict(scorer='gate', score_batch_size=8, score_interval=20),
+           'fisher':dict(scorer='fisher', score_interval=10),
+           'gradient norm':dict(scorer='gradient norm', score_batch_size=8, score_interval=20),
+           'weight change':dict(scorer='weight change', score_interval=20)}
 
 def harm(model, layers, held):
     "Rise of the held-out loss when each layer's adapter is left out [N]"
@@ -44,42 +48,35 @@ def one_run(seed, at, n_held, alone, lr):
     held,loader,_,model = setting(seed, n_held)
     ist = IST(model, ISTConfig.rst(seed=seed))
     others = {k:Watched(model, v, loader, seed) for k,v in watched.items()}
-    opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
     points = []
-    while ist.t<at[-1]:
-        for b in loader:
-            if ist.t==at[-1]: break
-            ist.begin_step()
-            around = [w.step(ist.active.tolist()) for w in others.values()]
-            for o in around: o.__enter__()
-            model(**b).loss.backward(); torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], 1.); opt.step(); opt.zero_grad()
-            for o in around: o.__exit__(None, None, None)
-            ist.end_step()
-            for w in others.values(): w.after(ist.t)
-            if ist.t in at:
-                batches = [{k:v[:batch//2] for k,v in o.items()} for _,o in zip(range(alone), loader)]
-                h,g = harm(model, ist.layers, held),gain(model, ist.layers, held, batches, lr)
-                points.append(dict(step=ist.t, harm=h, gain=g, harm_gain=spearman(h, g), scorers={k:dict(harm=spearman(w.ist.importance, h), gain=spearman(w.ist.importance, g), importance=w.ist.importance.tolist()) for k,w in others.items()}))
-                print(f"seed {seed} step {ist.t}: harm and gain {points[-1]['harm_gain']:+.2f}; "+', '.join(f"{k} {o['harm']:+.2f} {o['gain']:+.2f}" for k,o in points[-1]['scorers'].items()), flush=True)
+    for _ in watched_steps(model, loader, ist, others.values(), at[-1], trainable):
+        if ist.t not in at: continue
+        batches = [{k:v[:batch//2] for k,v in o.items()} for _,o in zip(range(alone), loader)]
+        h,g = harm(model, ist.layers, held),gain(model, ist.layers, held, batches, lr)
+        def judged(I): return dict(harm=rank_correlation(I, h), gain=rank_correlation(I, g), importance=I.tolist())
+        points.append(dict(step=ist.t, harm=h, gain=g, harm_gain=rank_correlation(h, g),
+                           scorers={k:judged(w.ist.importance) for k,w in others.items()}))
+        print(f"seed {seed} step {ist.t}: harm and gain {points[-1]['harm_gain']:+.2f}", flush=True)
     return dict(seed=seed, points=points)
 
-@call_parse
 def main(
     seeds:str='10 11 12', # Seeds of the runs
     at:str='20 60 120', # Steps at which layers are left out and trained alone
     held:int=128,  # Rows that judge
     alone:int=10,  # Steps of each layer by itself
     lr:float=1e-3, # And their learning rate
-    out:Path=Path(__file__).parent/'results'/'gain.json', # Where the numbers go
+    out:Path='gain', # Where the numbers go
 ):
     torch.set_num_threads(1)
     warnings.simplefilter('ignore')
-    at,runs = sorted(map(int, at.split())),[]
-    for seed in map(int, seeds.split()):
-        runs.append(one_run(seed, at, held, alone, lr))
-        mean = lambda f: statistics.mean(f(p) for r in runs for p in r['points'])
-        table = dict(harm_gain=mean(lambda p: p['harm_gain']), **{k:dict(harm=mean(lambda p: p['scorers'][k]['harm']), gain=mean(lambda p: p['scorers'][k]['gain'])) for k in watched})
-        res = dict(what='Spearman correlation over the 16 layers: between the harm of leaving a layer out and the gain of training it alone, and of importance with both', command='python benchmarks/gain.py', at=at, held_out_rows=held, steps_alone=alone, learning_rate_alone=lr,
-                   rows_a_step=batch, tokens_a_row=length, hardware=f'{platform.machine()} CPU, one thread', versions={'python':platform.python_version()} | {o:version(o) for o in ('torch', 'transformers', 'peft')}, settings=watched, table=table, runs=runs)
-        out.write_text(json.dumps(res)+'\n')
-    print(json.dumps(table, indent=1))
+    at = sorted(map(int, at.split()))
+    runs = [one_run(seed, at, held, alone, lr) for seed in map(int, seeds.split())]
+    mean = lambda f: statistics.mean(f(p) for r in runs for p in r['points'])
+    table = dict(harm_gain=mean(lambda p: p['harm_gain']))
+    for k in watched: table[k] = {o:mean(lambda p: p['scorers'][k][o]) for o in ('harm', 'gain')}
+    what = ('Spearman correlation over the 16 layers: between the harm of leaving a layer out and the gain of training '
+            'it alone, and of importance with both')
+    record.save(out, record.about(what, threads=1), indent=None, at=at, held_out_rows=held, steps_alone=alone,
+                learning_rate_alone=lr, rows_a_step=batch, tokens_a_row=length, settings=watched, table=table,
+                runs=runs)
+    print(table)

@@ -1,24 +1,17 @@
-"""Make hostile and mistaken inputs, give each to `ist_finetune` or `ist_evaluate`, and judge the answer.
-
-    python benchmarks/hostile.py before --package FOLDER    another version: git archive 70ac4b2 | tar -x -C FOLDER
-    python benchmarks/hostile.py after                      this version; both write results/hostile.json
-    python benchmarks/hostile.py after --only 'yaml env' --show    some cases, and all that they say
-
-A case is a folder of its own with an input that this script makes, and a command line. It has 30 seconds and 2 GB.
-Good is one sentence with status 2 that leaves the folder as it was, or a run that ends with the right outcome and
-leaves the user's files as they were. Each case is a process forked from one that has imported the libraries, which
-saves most of the time."""
-import argparse,gzip,hashlib,json,math,os,pickle,platform,shutil,signal,sys,tempfile,time,traceback
+"""Give hostile and mistaken inputs to `ist_finetune` and `ist_evaluate`, and judge the answers.
+A case is a folder of its own with an input made here, and a command line. It has 30 seconds and 2 GB. Good is one
+sentence with status 2 that leaves the folder as it was, or a run that ends with the right outcome and leaves the user's
+files as they were. Each case is a process forked from one that has imported the libraries, which saves most of the
+time. The file also keeps the answers of the version before these cases were mended."""
+import gzip,hashlib,json,math,os,pickle,shutil,signal,sys,tempfile,time,traceback
 from collections import Counter
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.metadata import version
 from pathlib import Path
-import psutil,yaml
+import psutil
+from benchmarks import record
 
 os.environ.update(HF_HUB_OFFLINE='1', MPLBACKEND='agg', OMP_NUM_THREADS='1', TOKENIZERS_PARALLELISM='false')
-root = Path(__file__).resolve().parent.parent
-out = root/'benchmarks'/'results'/'hostile.json'
 limit_s,limit_bytes,longest_sentence = 30,2*10**9,1500
 
 @dataclass
@@ -478,8 +471,7 @@ def answer(c, base, show=False):
     with tempfile.TemporaryDirectory() as d:
         home,log = Path(d)/'case',Path(d)/'log'
         shutil.copytree(base, home, symlinks=True)
-        def make(): c.make()
-        status = forked(home, make, log, seconds=120, most=2**34)[0]
+        status = forked(home, lambda: c.make() and None, log, seconds=120, most=2**34)[0]
         if status!=0: raise RuntimeError(f'{c.name} could not be made: {status}\n{log.read_text(errors="replace")}')
         before = content(home)
         def command():
@@ -505,10 +497,6 @@ def counts(rows, when):
             outcomes=dict(Counter(found).most_common()))
     return res
 
-def versions():
-    names = 'torch transformers peft trl accelerate datasets safetensors pyarrow'.split()
-    return {'python':platform.python_version()} | {o:version(o) for o in names}
-
 def libraries():
     "Import what every case needs, once"
     import torch
@@ -518,17 +506,13 @@ def libraries():
     for o in names.split(): import_module(o)
     torch.set_num_threads(1)
 
-if __name__=='__main__':
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('when', choices=['before', 'after'])
-    p.add_argument('--package', default=str(root), help='the folder that holds ist_nb')
-    p.add_argument('--only', nargs='*', default=[''],
-        help='cases whose kind and name hold one of these; the others stay in the file as they are')
-    p.add_argument('--show', action='store_true', help='print all that the commands say, and keep nothing')
-    p.add_argument('--out', default=out, type=Path)
-    args = p.parse_args()
-    sys.path.insert(0, args.package)
-    chosen = [c for c in cases if any(o in f'{c.kind} {c.name}' for o in args.only)]
+def main(
+    only:str='', # Cases whose kind and name hold one of these, separated by semicolons; the others stay as they are
+    show:bool=False, # Print all that the commands say, and keep nothing
+    out:Path='hostile', # Where the answers go
+):
+    wanted = [o.strip() for o in only.split(';')]
+    chosen,found = [c for c in cases if any(o in f'{c.kind} {c.name}' for o in wanted)],{}
     with tempfile.TemporaryDirectory() as d:
         os.environ['HF_HOME'] = f'{d}/hf'
         libraries()
@@ -536,23 +520,18 @@ if __name__=='__main__':
         log = Path(d)/'log'
         status = forked(base, templates, log, seconds=300)[0]
         if status!=0: sys.exit(f'The templates could not be made: {status}\n'+log.read_text(errors='replace'))
-        found = {}
         for c in chosen:
-            found[c.name] = r = answer(c, base, args.show)
-            line = f"{'ok ' if r['outcome'] in good else 'BAD'} {c.name[:70]}: {r['outcome']}, status {r['status']}"
-            line += f", {r['seconds']} s, {r['peak_mb']} MB: {r['said'][:150]}"
+            found[c.name] = r = answer(c, base, show)
+            line = f"{'ok ' if r['outcome'] in good else 'BAD'} {c.name[:70]}: {r['outcome']}, {r['said'][:150]}"
             print(line.encode('ascii', 'backslashreplace').decode(), flush=True)
-    if not args.show:
-        old = {r['case']:r for r in json.loads(args.out.read_text())['rows']} if args.out.exists() else {}
-        rows = []
-        for c in cases:
-            known = {k:v for k,v in old.get(c.name, {}).items() if k in ('before', 'after')}
-            if c.name in found: known[args.when] = found[c.name]
-            rows.append(dict(kind=c.kind, case=c.name, wanted=c.want) | dict(sorted(known.items(), reverse=True)))
-        made = dict(command='python benchmarks/hostile.py after', limits=dict(seconds=limit_s, bytes=limit_bytes),
-            versions=versions(),
-                    hardware=f'{os.cpu_count()} CPU cores ({platform.machine()}), {platform.system()}, one thread')
-        res = made | {k:counts(rows, k) for k in ('before', 'after') if any(k in r for r in rows)} | dict(rows=rows)
-        args.out.write_text(json.dumps(res, indent=1)+'\n')
-    for kind,o in counts([dict(kind=c.kind, now=found[c.name]) for c in chosen], 'now').items():
-        print(f"{kind}: {o['good']} of {o['cases']} good; {o['outcomes']}")
+    for kind,o in counts([dict(kind=c.kind, now=found[c.name]) for c in chosen], 'now').items(): print(kind, o)
+    if show: return
+    old,rows = {r['case']:r for r in record.read('hostile')['rows']},[]
+    for c in cases:
+        known = {k:v for k,v in old.get(c.name, {}).items() if k in ('before', 'after')}
+        if c.name in found: known['after'] = found[c.name]
+        rows.append(dict(kind=c.kind, case=c.name, wanted=c.want) | known)
+    packages = 'trl accelerate datasets safetensors pyarrow'
+    head = record.about('answers to hostile and mistaken inputs', packages, threads=1)
+    passes = {k:counts(rows, k) for k in ('before', 'after') if any(k in r for r in rows)}
+    record.save(out, head, limits=dict(seconds=limit_s, bytes=limit_bytes), **passes, rows=rows)

@@ -1,25 +1,21 @@
-"""Kill a training with SIGKILL, go on from its newest whole checkpoint, and compare with the run that was never interrupted, bit for bit.
-`python benchmarks/kill_points.py 20` kills that many runs of each kind and prints where; tests/test_resume.py and benchmarks/reliability.py use it"""
-import json,os,random,signal,sys,tempfile,time,warnings
+"""Kill a training with SIGKILL, resume it from its newest whole checkpoint, and compare with the run that was never
+interrupted, bit for bit"""
+import json,os,random,signal,time,warnings
 import accelerate.accelerator
 from multiprocessing import get_context
 from pathlib import Path
 
 steps,save_steps = 24,5
 plain = accelerate.accelerator.save_accelerator_state
-# where a run of the Trainer can die: at a moment of a step, around or inside each file of a checkpoint, or at any time at all
+# where a run of the Trainer can die: at a moment of a step, or around or inside each file of a checkpoint
 moments = 'on_step_begin forward on_pre_optimizer_step on_optimizer_step on_step_end'.split()
 saves = 'model optimizer rng state_half state rotate'.split()
 
 def die(): os.kill(os.getpid(), signal.SIGKILL)
 
 def tiny_model():
-    import torch
-    from peft import LoraConfig,get_peft_model
-    from transformers import LlamaConfig,LlamaForCausalLM
-    torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=2)
-    return get_peft_model(LlamaForCausalLM(config), LoraConfig(r=4, target_modules=['q_proj', 'v_proj', 'up_proj'], lora_dropout=0.1, task_type='CAUSAL_LM'))
+    from benchmarks.small import tiny_lora
+    return tiny_lora(vocab=32, dropout=0.1)
 
 def rows():
     import torch
@@ -55,7 +51,9 @@ def kill_in_save(step, where):
     from transformers import Trainer,TrainerState
     import transformers.trainer as t
     at = (step//save_steps+1)*save_steps
-    def half(path): path = Path(path); path.write_bytes(path.read_bytes()[:path.stat().st_size//2]); die()
+    def half(path):
+        Path(path).write_bytes(Path(path).read_bytes()[:Path(path).stat().st_size//2])
+        die()
     def after(name, f):
         plain = getattr(Trainer, name)
         def method(self, *args, **kw):
@@ -88,20 +86,28 @@ def train(folder, point, out):
     from transformers.trainer_callback import PrinterCallback
     from ist_nb import ISTCallback,ISTConfig
     from ist_nb.runs import RunGuard,last_checkpoint
-    args = TrainingArguments(folder, max_steps=steps, per_device_train_batch_size=8, learning_rate=0.02, report_to='none', logging_steps=1, save_steps=save_steps, save_total_limit=2, use_cpu=True, disable_tqdm=True)
+    args = TrainingArguments(folder, max_steps=steps, per_device_train_batch_size=8, learning_rate=0.02,
+                             report_to='none', logging_steps=1, save_steps=save_steps, save_total_limit=2, use_cpu=True,
+                             disable_tqdm=True)
     cb = ISTCallback(ISTConfig(score_interval=3))
-    t = Trainer(tiny_model(), args, train_dataset=Dataset.from_list(rows()), callbacks=[cb, RunGuard(), *([killer(point)] if point else [])])
+    t = Trainer(tiny_model(), args, train_dataset=Dataset.from_list(rows()),
+                callbacks=[cb, RunGuard(), *([killer(point)] if point else [])])
     t.pop_callback(PrinterCallback)
     t.train(resume_from_checkpoint=last_checkpoint(folder))
-    logs = [{k:h[k] for k in ('step', 'loss', 'grad_norm', 'learning_rate', 'epoch')} for h in t.state.log_history if 'loss' in h]
+    keys = 'step', 'loss', 'grad_norm', 'learning_rate', 'epoch'
+    logs = [{k:h[k] for k in keys} for h in t.state.log_history if 'loss' in h]
     write(out, cb.ist, t.model, t.optimizer, logs)
 
 def write(out, ist, model, optimizer, logs):
-    "Everything that must be the same: the state of IST with its history, losses, weights and moments; numbers as the bits that they are"
+    "Everything that must be the same: IST's state and history, losses, weights and moments; numbers as their bits"
     bits = lambda p: p.detach().float().numpy().tobytes().hex()
-    moments = {str(k):{n:bits(v) for n,v in s.items() if hasattr(v, 'detach')} for k,s in optimizer.state_dict()['state'].items()}
-    found = dict(ist=ist.state_dict(), losses=logs, weights={n:bits(p) for n,p in model.named_parameters() if 'lora' in n}, moments=moments)
-    part = Path(out).with_suffix('.part'); part.write_text(json.dumps(found, sort_keys=True)); part.replace(out)
+    state = optimizer.state_dict()['state']
+    moments = {str(k):{n:bits(v) for n,v in s.items() if hasattr(v, 'detach')} for k,s in state.items()}
+    weights = {n:bits(p) for n,p in model.named_parameters() if 'lora' in n}
+    part = Path(out).with_suffix('.part')
+    found = dict(ist=ist.state_dict(), losses=logs, weights=weights, moments=moments)
+    part.write_text(json.dumps(found, sort_keys=True))
+    part.replace(out)
 
 def accelerate_loop(folder, point, out):
     "The same with accelerate's save_state and a loop of one's own"
@@ -113,16 +119,27 @@ def accelerate_loop(folder, point, out):
     from ist_nb import IST,ISTConfig
     from ist_nb.runs import checkpoint_with,recovered,atomic_folder
     step,where = point or (-1, '')
-    a = Accelerator(cpu=True)
-    model,loader = tiny_model(),DataLoader(Dataset.from_list(rows()).with_format('torch'), batch_size=8, generator=torch.Generator())
-    model,opt,loader = a.prepare(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02), loader)
-    ist,saved,log = IST(model, ISTConfig(score_interval=3), probe=loader),Path(folder)/'state',Path(folder)/'state'/'losses.json'
+    a,model,data = Accelerator(cpu=True),tiny_model(),Dataset.from_list(rows()).with_format('torch')
+    loader = DataLoader(data, batch_size=8, generator=torch.Generator())
+    opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    model,opt,loader = a.prepare(model, opt, loader)
+    ist,saved = IST(model, ISTConfig(score_interval=3), probe=loader),Path(folder)/'state'
+    log = saved/'losses.json'
     checkpoint_with(a, ist)
     torch.manual_seed(0)
     if recovered(saved): a.load_state(saved)
     losses = json.loads(log.read_text()) if saved.exists() else []
-    if where=='between the renames': Path.replace = lambda self, to, plain=Path.replace: (plain(self, to), die() if ist.t>=step and str(to).endswith('.old') else None)[0]
-    if where=='inside': accelerate.accelerator.save_accelerator_state = lambda out_dir, *args, **kw: (Path(out_dir, 'model.safetensors').write_bytes(b'half'), die()) if ist.t>=step else plain(out_dir, *args, **kw)
+    replace = Path.replace
+    def dies_between(self, to):
+        res = replace(self, to)
+        if ist.t>=step and str(to).endswith('.old'): die()
+        return res
+    def dies_inside(out_dir, *args, **kw):
+        if ist.t<step: return plain(out_dir, *args, **kw)
+        Path(out_dir, 'model.safetensors').write_bytes(b'half')
+        die()
+    if where=='between the renames': Path.replace = dies_between
+    if where=='inside': accelerate.accelerator.save_accelerator_state = dies_inside
     while ist.t<steps:
         for batch in a.skip_first_batches(loader, ist.t%len(loader)):
             with ist.step():
@@ -142,14 +159,17 @@ def accelerate_loop(folder, point, out):
 def children():
     "A server that has imported everything once, and forks"
     ctx = get_context('forkserver')
-    ctx.set_forkserver_preload(['torch', 'transformers', 'transformers.trainer', 'peft', 'accelerate', 'datasets', 'ist_nb.callback', 'ist_nb.runs', 'ist_nb.finetune', __name__])
+    ctx.set_forkserver_preload(['torch', 'transformers', 'transformers.trainer', 'peft', 'accelerate', 'datasets',
+                                'ist_nb.callback', 'ist_nb.runs', 'ist_nb.finetune', __name__])
     return ctx
 
 def child(ctx, f, folder, point, out, after=None):
     "Run `f` in a process of its own; its exit code. With `after`, kill it from outside after so many seconds"
     p = ctx.Process(target=f, args=(str(folder), point, str(out)))
     p.start()
-    if after is not None: p.join(after); p.kill()
+    if after is not None:
+        p.join(after)
+        p.kill()
     p.join(300)
     assert p.exitcode is not None, 'the child hangs'
     return p.exitcode
@@ -165,7 +185,8 @@ def points(n, seed=0):
 
 def accelerate_points(n, seed=0):
     rng = random.Random(seed)
-    return [(rng.randrange(save_steps+1, steps-save_steps), ('forward', 'inside', 'between the renames', 'before the rename')[i%4]) for i in range(n)]
+    where = 'forward', 'inside', 'between the renames', 'before the rename'
+    return [(rng.randrange(save_steps+1, steps-save_steps), where[i%4]) for i in range(n)]
 
 def differs(a, b): return [k for k in a if a[k]!=b[k]]
 
@@ -181,27 +202,24 @@ def kill_points(
     def outcome(folder, point=None, after=None):
         folder.mkdir(parents=True, exist_ok=True)
         code = child(ctx, f, folder, point, folder/'out.json', after)
-        return code, json.loads((folder/'out.json').read_text()) if (folder/'out.json').exists() else None
-    if any(p[0]=='clock' for p in where): outcome(root/'warm')   # starts the server, so that the next run takes as long as those that are killed by the clock
+        out = folder/'out.json'
+        return code,json.loads(out.read_text()) if out.exists() else None
+    # starts the server, so that the next run takes as long as those that are killed by the clock
+    if any(p[0]=='clock' for p in where): outcome(root/'warm')
     start = time.perf_counter()
     if want is None:
         code,want = outcome(root/'whole')
         assert code==0 and want, 'the uninterrupted run has failed'
     seconds = time.perf_counter()-start
     for i,point in enumerate(where):
-        folder,tries = root/str(i),0
+        folder = root/str(i)
         if point[0]=='clock': code,got = outcome(folder, None, after=seconds*(0.2+0.75*point[1]))
         else: code,got = outcome(folder, point)
-        died,left = code==-signal.SIGKILL, sorted((p.name for p in folder.glob('checkpoint-*')), key=lambda o: int(o.split('-')[1])) or sorted(p.name for p in folder.iterdir())
+        died = code==-signal.SIGKILL
+        checkpoints = sorted((p.name for p in folder.glob('checkpoint-*')), key=lambda o: int(o.split('-')[1]))
+        left = checkpoints or sorted(p.name for p in folder.iterdir())
         if got is None: code,got = outcome(folder)
-        res.append(dict(point=list(point), died=died, left=left, differs=differs(want, got) if got else ['it did not go on'], ok=code==0 and bool(got) and not differs(want, got)))
+        res.append(dict(point=list(point), died=died, left=left,
+                        differs=differs(want, got) if got else ['it did not go on'],
+                        ok=code==0 and bool(got) and not differs(want, got)))
     return res
-
-if __name__=='__main__':
-    n = int(sys.argv[1]) if len(sys.argv)>1 else 20
-    sys.modules['kill_points'] = sys.modules['__main__']
-    import kill_points as me
-    with tempfile.TemporaryDirectory() as d:
-        ctx = children()
-        for name,f,where in (('Trainer', train, points(n)), ('accelerate', accelerate_loop, accelerate_points(n))):
-            for r in kill_points(ctx, f, where, Path(d)/name): print(name, json.dumps(r))

@@ -29,7 +29,8 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from transformers.utils.generic import find_labels
 from .config import ISTConfig, ISTError, layer_count, samplers, scorers, shrunk
 from .layers import find_layers, find_stack
-from .memory import ActivationBudget, OptimizerState, complete_state, innermost, lift_all
+from .memory import ActivationBudget, lift_all
+from .moments import OptimizerState, complete_state, innermost
 from .processes import Case, Ranks, SharedProbe, check_engine, device_of, reshard, share, unwrap, weight
 from .scorers import Probe, GradientTracker
 from .speed import check_compiled, embedding_hooks, is_reentrant, apply_optimisations, shorten_backward
@@ -422,7 +423,7 @@ def begin_step(self:IST):
     if self.engine.name=='FSDP2': reshard(self.model)
     self._check_trained()
     self.watch.check_gradients()
-    if self.activations: self.activations.plan(self.active.tolist())
+    if self.activations: self.activations.begin(self.active.tolist())
     self.in_step = True     # from here on there is something to undo
     _stepping.add(self)
     if self.moments: self.moments.begin(self.active.tolist())
@@ -437,7 +438,7 @@ def end_step(self:IST,
     "Make every layer trainable again"
     if not self.in_step: raise ISTError("No step has begun, or it is over: each begin_step() has one end_step(), and `with ist.step():` calls both. (A new IST of the same model ends the step of an older one.)")
     woken = [o.name for o in self._resting() if any(p.requires_grad for p in o.params)]
-    if self.activations: self.activations.lift()
+    if self.activations: self.activations.end()
     self.layers.thaw()
     self.in_step = False
     _stepping.discard(self)

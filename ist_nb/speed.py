@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['shortcuts', 'embedding_hooks', 'is_reentrant', 'shorten_backward', 'folded_weight', 'Recomputed', 'worth_folding',
-           'Folded', 'fold', 'unfold', 'kept_bytes', 'blocks_of', 'toggling_is_safe', 'check_compiled',
-           'compile_blocks', 'frozen_linears', 'to_fp8', 'fuse_loss', 'safe_optimisations', 'apply_optimisations']
+           'Folded', 'fold', 'unfold', 'blocks_of', 'toggling_is_safe', 'check_compiled', 'compile_blocks',
+           'frozen_linears', 'to_fp8', 'fuse_loss', 'safe_optimisations', 'apply_optimisations']
 
 # %% ../nbs/08_speed.ipynb #5058dac1
 import copyreg, inspect, torch, warnings
@@ -18,6 +18,7 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from peft.utils.integrations import dequantize_module_weight
 from .config import ISTError, optimisations
 from .layers import Layers, tuner_layers
+from .activations import kept_bytes
 
 # %% ../nbs/08_speed.ipynb #462f36e6
 def embedding_hooks(
@@ -182,22 +183,6 @@ def unfold(
     "Undo `fold`"
     for m in model.modules():
         if isinstance(m, Folded): m.__class__ = type(m).__mro__[2]
-
-# %% ../nbs/08_speed.ipynb #0d139bb8
-def kept_bytes(
-    f, # A function without arguments that runs a forward pass
-    model, # Whose parameters do not count
-) -> int:
-    "Bytes of all tensors that autograd keeps of `f()` for the backward pass, each storage once, parameters and buffers of `model` apart"
-    own = {o.untyped_storage().data_ptr() for o in (*model.parameters(), *model.buffers())}
-    seen,alive = {},[]
-    def pack(t):
-        s = t.untyped_storage()
-        if s.data_ptr() not in own: seen[s.data_ptr()] = s.nbytes()
-        alive.append(t)   # while it lives, its address is its own
-        return t
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): f()
-    return sum(seen.values())
 
 # %% ../nbs/08_speed.ipynb #818cedc3
 def blocks_of(

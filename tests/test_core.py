@@ -1,8 +1,8 @@
-"What planted faults have shown to be untested: see benchmarks/mutants.py"
+"What planted faults have shown to be untested: see `python -m benchmarks mutants`"
 import random,numpy as np,torch
 from peft import LoraConfig,get_peft_model
 from transformers import LlamaConfig,LlamaForCausalLM,Trainer,TrainingArguments
-import peft_matrix as pm
+from benchmarks import peft_methods as pm
 from ist_nb import ISTCallback,ISTConfig,find_layers
 from ist_nb.ist import quietly
 from ist_nb.layers import tuner_layers

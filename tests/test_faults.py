@@ -5,7 +5,7 @@ import torch
 from datasets import Dataset
 from transformers import Trainer,TrainerCallback,TrainingArguments
 from transformers.trainer_callback import PrinterCallback
-import kill_points as kp
+from benchmarks import kill_points as kp
 from ist_nb import IST,ISTCallback,ISTConfig,ISTError
 from ist_nb.finetune import main
 from ist_nb.runs import RunGuard,checkpoints,last_checkpoint,locked,why_incomplete

@@ -1,7 +1,6 @@
 "The harness of hostile inputs: what it takes for a good answer, what it kills, and that its file is of the cases as they are"
-import json,os,time,psutil,pytest
-from pathlib import Path
-import hostile
+import os,time,psutil,pytest
+from benchmarks import hostile,record
 
 said = 'ist_finetune: --lora_r 0 is not allowed. Give at least 1.\n'
 def refuse(home): return 2,said
@@ -44,7 +43,7 @@ def test_limits(tmp_path):
 
 def test_file():
     "Every case was tried with the version before and, once it was, with this one; there it has a good answer"
-    res = json.loads((Path(hostile.root)/'benchmarks'/'results'/'hostile.json').read_text())
+    res = record.read('hostile')
     assert [r['case'] for r in res['rows']]==[c.name for c in hostile.cases] and len(set(c.name for c in hostile.cases))==len(hostile.cases)>=152
     assert all('before' in r for r in res['rows'])
     assert not [r['case'] for r in res['rows'] if 'after' in r and r['after']['outcome'] not in hostile.good]

@@ -6,7 +6,9 @@ from peft import LoraConfig,get_peft_model
 from torch import nn
 from transformers import GPT2Config,GPT2LMHeadModel,LlamaConfig,LlamaForCausalLM,MixtralConfig,MixtralForCausalLM,T5Config,T5ForConditionalGeneration
 from ist_nb import IST,ISTConfig,ISTError,find_layers
-from ist_nb.memory import ActivationBudget,LiveBytes,OptimizerState,peak_of
+from ist_nb.activations import LiveBytes,peak_of
+from ist_nb.memory import ActivationBudget
+from ist_nb.moments import OptimizerState
 
 def llama(n=6, **kwargs):
     torch.manual_seed(0)
@@ -57,13 +59,13 @@ def steps(model, budget=None, n=10, batches=lambda t: [batch()], active=None, n_
     for t in range(n):
         on = active[t] if active else sorted(g.sample(range(len(layers)), n_active))
         mine,live = batches(t),LiveBytes()
-        if limit: limit.plan(on)
+        if limit: limit.begin(on)
         if force and t in force: limit.checkpointed = force[t]
         layers.switch(on)
         if count: live.start()
         for b in mine: model(**b).loss.backward()
         peak = live.peak(); live.stop()
-        if limit: limit.lift()
+        if limit: limit.end()
         layers.thaw()
         res.append(SimpleNamespace(active=on, peak=peak, grads={k:p.grad for k,p in model.named_parameters() if p.grad is not None}, which=list(limit.checkpointed) if limit else [], foreseen=limit and limit.expected))
         model.zero_grad()
@@ -158,10 +160,10 @@ def test_two_forwards_before_a_backward():
         limit = ActivationBudget(model, layers, budget) if budget else None
         torch.manual_seed(0)
         for _ in range(3):
-            if limit: limit.plan([1, 4])
+            if limit: limit.begin([1, 4])
             layers.switch([1, 4])
             (model(**batch(seed=1)).loss-model(**batch(seed=2)).loss).square().backward()
-            if limit: limit.lift()
+            if limit: limit.end()
             layers.thaw()
         return limit,[p.grad for p in model.parameters() if p.grad is not None]
     limit,got = both(llama(), '1GiB')
@@ -174,13 +176,13 @@ def test_the_model_is_left_as_it_was():
     before = [dict(b.__dict__) for *_,b in limit.blocks]
     model.config.use_cache = True
     for _ in range(2):
-        limit.plan([2]); assert not model.config.use_cache
+        limit.begin([2]); assert not model.config.use_cache
         copy.deepcopy(model)
         with torch.no_grad(): model.eval()(**batch()); model.train()
         assert not limit.seen or _            # evaluation is not looked at
         layers.switch([2]); model(**batch()).loss.backward()
-        limit.plan([2])                       # a step that was never ended
-        limit.lift(); layers.thaw()
+        limit.begin([2])                       # a step that was never ended
+        limit.end(); layers.thaw()
         assert model.config.use_cache and [b.__dict__.keys() for *_,b in limit.blocks]==[o.keys() for o in before]
         assert all(b._compiled_call_impl is None for *_,b in limit.blocks)
 
@@ -188,15 +190,15 @@ def test_refused():
     model = llama(); layers = find_layers(model)
     with pytest.raises(ISTError, match='needs .*KiB. Give at least that much'): steps(llama(), '100KiB', n=2)
     limit = ActivationBudget(model, layers, 0.5)
-    limit.plan([1])
+    limit.begin([1])
     with pytest.raises(ISTError, match='use_cache=False'): model(**batch(), use_cache=True)
-    limit.lift()
+    limit.end()
     model.base_model.model.gradient_checkpointing_enable()
-    with pytest.raises(ISTError, match='TRL has it on by default'): limit.plan([1])
+    with pytest.raises(ISTError, match='TRL has it on by default'): limit.begin([1])
     model.base_model.model.gradient_checkpointing_disable()
-    limit.plan([1]); limit.lift()
+    limit.begin([1]); limit.end()
     model.base_model.model.compile()
-    with pytest.raises(ISTError, match='Compile the blocks where they are'): limit.plan([1])
+    with pytest.raises(ISTError, match='Compile the blocks where they are'): limit.begin([1])
     apart = own(); apart.base_model.model.blocks[0].to('meta')
     with pytest.raises(ISTError, match='one device'): ActivationBudget(apart, find_layers(apart), '1GiB')
 
@@ -255,11 +257,11 @@ def within(model, budget, forward, n=3, active=(1, 3)):
     limit = ActivationBudget(model, layers, budget) if budget else None
     torch.manual_seed(5)
     for _ in range(n):
-        if limit: limit.plan(active)
+        if limit: limit.begin(active)
         layers.switch(active)
         loss,told = forward(model)
         loss.backward()
-        if limit: limit.lift()
+        if limit: limit.end()
         layers.thaw()
         res.append((loss.item(), told, {k:p.grad for k,p in model.named_parameters() if p.grad is not None}))
         model.zero_grad()
@@ -344,12 +346,12 @@ def test_a_second_backward():
         model = counting()
         limit,layers = ActivationBudget(model.train(), find_layers(model), '1GiB'),find_layers(model)
         torch.manual_seed(5)
-        limit.plan([0, 1, 2, 3])
+        limit.begin([0, 1, 2, 3])
         loss = model(**batch()).loss
         first = torch.autograd.grad(loss, [p for o in layers for p in o.params], retain_graph=True)
         if again: model.eval()
         second = torch.autograd.grad(loss, [p for o in layers for p in o.params])
-        limit.lift()
+        limit.end()
         assert all(map(torch.equal, first, second)) and any(g.any() for g in first)
 
 @budgets
@@ -372,9 +374,9 @@ def test_compiled_blocks_with_hooks_are_refused_on_a_device():
     limit = ActivationBudget(model.train(), find_layers(model), '1GiB')
     limit.meter = Allocator()
     try:
-        with pytest.warns(UserWarning, match='called twice'): limit.plan([0])
+        with pytest.warns(UserWarning, match='called twice'): limit.begin([0])
         with pytest.raises(ISTError, match='hooks inside that would see this'): model(**batch())
-    finally: limit.lift(); limit.meter.live.stop(); torch._dynamo.reset()
+    finally: limit.end(); limit.meter.live.stop(); torch._dynamo.reset()
 
 def test_optimizer_is_asked_for():
     for how in ('offload', 'reset'):

@@ -4,7 +4,7 @@ import pytest,torch
 from peft import LoraConfig,get_peft_model
 from transformers import LlamaConfig,LlamaForCausalLM
 from ist_nb import ISTConfig,ISTError
-import metamath
+from benchmarks import metamath
 
 def script(skip=()):
     "What `attach` relies on: the optimizer comes from a function of the module, a step begins with zero_grad, evaluation comes between steps"

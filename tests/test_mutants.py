@@ -1,13 +1,18 @@
-"The faults that benchmarks/mutants.py plants can be planted: their texts are where they should be"
-import pytest
+"The faults that `python -m benchmarks mutants` plants: their texts are where they should be"
 from collections import Counter
-from mutants import full,mutants,notebook_of,root,wrong
+from benchmarks.mutants import checks,faults,notebook_of,read_faults,root,wrong
 
-@pytest.mark.parametrize('m', mutants, ids=[f'{m.module}: {m.about}' for m in mutants])
-def test_can_be_planted(m): assert wrong(m) is None
+def test_can_be_planted():
+    "Code that is rewritten moves away from a fault now and then; more than a tenth of them is a list that nobody renews"
+    moved = [o for o in map(wrong, faults) if o]
+    assert len(moved)<=len(faults)//10, 'renew these in benchmarks/faults.diff\n'+'\n'.join(moved)
 
 def test_whole():
-    assert [o for o,n in Counter((m.module, m.old, m.new) for m in mutants).items() if n>1]==[] and {m.module for m in mutants}==full.keys()
-    checks = {c for m in mutants for c in m.checks}|{c for o in full.values() for c in o}
-    for c in checks: assert (root/c.split(' ')[0]).exists() if c.startswith('tests/') else (root/'nbs'/f'{c}.ipynb').exists(), c
-    for o in full: assert notebook_of(o).with_suffix('.ipynb').resolve().exists()
+    assert [o for o,n in Counter((m.module, m.old, m.new) for m in faults).items() if n>1]==[]
+    assert {m.module for m in faults}==checks.keys() and len(faults)>=100
+    for c in {c for o in checks.values() for c in o}: assert (root/(c if '/' in c else f'nbs/{c}.ipynb')).exists(), c
+    for o in checks: assert notebook_of(o).resolve().exists()
+
+def test_faults_are_read_as_they_are_written():
+    text = '# about the file\n\n@@ ist @@\n\n# no sign\n-a = -b\n-c\n+a = b\n+c\n\n# a line less\n-d\n'
+    assert read_faults(text)==[('ist', 'no sign', 'a = -b\nc', 'a = b\nc'), ('ist', 'a line less', 'd', '')]

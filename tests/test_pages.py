@@ -105,11 +105,9 @@ def test_colab_cell_runs(tmp_path):
 
 def test_newcomer():
     "What was timed is what the home page and the quickstart tell a newcomer to run today, and it gave a layer's importance, probability and count"
-    sys.path.insert(0, str(root/'benchmarks'))
-    try: import newcomer
-    finally: sys.path.pop(0)
+    from benchmarks import newcomer
     from nbdev.config import get_config
-    res,todo,again = json.loads((root/'benchmarks'/'results'/'newcomer.json').read_text()),newcomer.commands(),'run python benchmarks/newcomer.py'
+    res,todo,again = json.loads((root/'benchmarks'/'results'/'newcomer.json').read_text()),newcomer.commands(),'run python -m benchmarks newcomer'
     ran = [o['command'] for o in res['stages']]
     assert [o for o in ran if not o.startswith("pip install 'torch")]==[*todo, 'python why.py'], again
     assert todo[0]==f'git clone {get_config(path=root).git_url}' and todo[-1]=='ist_finetune'
@@ -162,7 +160,7 @@ def test_dead_code(tmp_path):
     assert not found, '\n'.join(found)
 
 # what nothing of ours calls by its name: it is called, or read, by torch, transformers, PEFT, mkdocs, nbdev and reprlib
-called_by_others = '''on_* __* _apply_* begin cell base_procs log_message control types merge packing packing_strategy decoder pre_tokenizer generation_config create_causal_mask _cell_idx
+called_by_others = '''active counted on_* __* _apply_* begin cell base_procs log_message control types merge packing packing_strategy decoder pre_tokenizer generation_config create_causal_mask _cell_idx
     Any Union TaskType exclude_modules modules_to_save layers_to_transform layers_pattern other_param_names merged_adapters tuner_layer_cls target_module_mapping _create_and_replace current_key _get_train_sampler
     use_recursive_dict_tags_for_guards rotate_checkpoints create_model_card maxdict maxlist maxother maxstring should_training_stop print_verbose _n_gpu _inner_training_loop _run_epoch'''.split()
 

@@ -1,8 +1,8 @@
 "Every method in PEFT's registry does what IST needs, or is refused; and the committed table says what is so"
-import json,peft,pytest
-import peft_matrix as m
+import peft,pytest
+from benchmarks import peft_methods as m, record
 
-committed = json.loads((m.Path(m.__file__).parent/'results'/'peft_matrix.json').read_text())
+committed = record.read('peft_methods')
 rows = {r['method']:r for r in committed['rows']+committed['variants']}
 names = [str(o.value) for o in m.registry]
 
@@ -11,19 +11,19 @@ def test_method(name):
     r = m.check(name)
     if name not in rows: return   # a method that is newer than the table
     want = rows[name]
-    assert r['status']==want['status'], 'run benchmarks/peft_matrix.py'
-    for k in ('reason', 'form', 'shared', 'outside', 'loads'): assert r.get(k)==want.get(k), f'{k}: run benchmarks/peft_matrix.py'
-    assert (r.get('merges') is None)==(want.get('merges') is None), 'merges: run benchmarks/peft_matrix.py'
+    assert r['status']==want['status'], 'run python -m benchmarks peft_methods'
+    for k in ('reason', 'form', 'shared', 'outside', 'loads'): assert r.get(k)==want.get(k), f'{k}: run python -m benchmarks peft_methods'
+    assert (r.get('merges') is None)==(want.get('merges') is None), 'merges: run python -m benchmarks peft_methods'
 
 def test_table_is_complete():
     "With the PEFT that the table names; a newer one may have more methods, which `test_method` checks all the same"
     now = set(names)|set(m.variants)
-    assert set(rows)==now or peft.__version__!=committed['versions']['peft'], 'run benchmarks/peft_matrix.py'
+    assert set(rows)==now or peft.__version__!=committed['versions']['peft'], 'run python -m benchmarks peft_methods'
 
 def test_readme_counts():
     "The README says how many methods are supported"
     supported = sum(r['status']=='supported' for r in committed['rows'])
-    text = (m.Path(m.__file__).parent.parent/'README.md').read_text()
+    text = (record.root/'README.md').read_text()
     assert f"{supported} of the {len(committed['rows'])} methods" in text
 
 def test_xlora_is_not_loaded_by_peft_itself():

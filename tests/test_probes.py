@@ -13,8 +13,7 @@ from ist_nb.config import scorers
 from ist_nb.scorers import Probe,GradientTracker,linear_in,linear_params
 from ist_nb.suppression import suppress
 
-sys.path.insert(0, str(Path(__file__).parent.parent/'benchmarks'))
-import peft_matrix as pm
+from benchmarks import peft_methods as pm
 
 def loss_of(model, b): return torch.nn.functional.cross_entropy(model(**{k:v for k,v in b.items() if k!='labels'}).logits[:, :-1].flatten(0, 1), b['labels'][:, 1:].flatten())
 

@@ -3,8 +3,8 @@ import ast,json,os,shutil,sys,warnings,pytest
 from pathlib import Path
 from types import SimpleNamespace
 import torch
-import fuzz as fz
-import kill_points as kp
+from benchmarks import fuzz as fz
+from benchmarks import kill_points as kp
 from ist_nb import ISTCallback,ISTConfig,ISTError
 from ist_nb.ist import IST
 from ist_nb.runs import RunGuard,checkpoints,last_checkpoint,why_incomplete

@@ -1,19 +1,21 @@
-"""IST with every method in PEFT's registry: what it needs of a method, checked one thing after the other.
-`python benchmarks/peft_matrix.py` writes results/peft_matrix.json, from which the page nbs/results/peft.ipynb is made"""
-import json,sys,tempfile,warnings
+"""Which of PEFT's methods IST works with: every entry of its registry, and the variants of LoRA.
+What IST needs of a method is checked one thing after the other."""
+import tempfile,warnings
 from dataclasses import fields
 from pathlib import Path
 import torch
 from peft import LoraConfig,PeftModel,get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as registry
-from transformers import LlamaConfig,LlamaForCausalLM,MixtralConfig,MixtralForCausalLM
+from transformers import MixtralConfig,MixtralForCausalLM
 import ist_nb.adapters   # puts ours into the registry
 from ist_nb import IST,ISTConfig,ISTError,find_layers
 from ist_nb.suppression import scaling_is_exact,suppress
+from benchmarks import record
+from benchmarks.small import lm_batch,tiny_llama,trainable
 
 N = 4   # layers
 linear = ['q_proj', 'v_proj', 'up_proj']
-# what a method needs for a model this small; a method that is not named here, a new one say, gets what `config_for` finds in its fields
+# what a method needs on a model this small; one that is not named gets what `config_for` finds in its fields
 settings = {
     'ADALORA': dict(total_step=100, init_r=4),
     'ADAPTION_PROMPT': dict(target_modules=None, adapter_len=3, adapter_layers=N),
@@ -44,25 +46,30 @@ variants = {
     'MonteCLoRA': dict(monteclora_config={}),
     'BD-LoRA': dict(use_bdlora=dict(target_modules_bd_a=['up_proj', 'q_proj', 'v_proj'], nblocks=2)),
     'KaSA': dict(kasa_config={}),
-    'experts of a mixture': dict(target_modules=[], target_parameters=['mlp.experts.gate_up_proj', 'mlp.experts.down_proj']),
+    'experts of a mixture': dict(target_modules=[],
+                                 target_parameters=['mlp.experts.gate_up_proj', 'mlp.experts.down_proj']),
 }
 # what PEFT itself cannot do, with or without IST; if that changes, `check` fails and this list must
-faults = {'XLORA': dict(load='PEFT 0.21 loads a saved X-LoRA without its classifier and its trained experts, with or without IST.',
-                        merge='PEFT 0.21 merges the experts but not the mixture of them, which depends on the input.')}
+faults = {'XLORA': dict(
+    load='PEFT 0.21 loads a saved X-LoRA without its classifier and its trained experts, with or without IST.',
+    merge='PEFT 0.21 merges the experts but not the mixture of them, which depends on the input.')}
 notes = {
-    'ADALORA': 'Its own rank allocation (`update_and_allocate`) needs the gradient of every layer, which a step of IST does not compute: PEFT raises a TypeError. Without it AdaLoRA trains with the ranks it starts with.',
-    'SHADOW': 'The shadow network beside the model trains at every step, so the backward pass always goes to the bottom.',
-    'BOTTLENECK': 'Not one of PEFT\'s own: [ours](../16_adapters.ipynb).',
-    'XLORA': 'With `use_trainable_adapters=True`; otherwise only the classifier beside the model trains, and it is refused.',
+    'ADALORA': 'Its own rank allocation (`update_and_allocate`) needs the gradient of every layer, which a step of IST '
+               'does not compute: PEFT raises a TypeError. Without it AdaLoRA trains with the ranks it starts with.',
+    'SHADOW': 'The shadow network beside the model trains at every step, so the backward pass always goes to the '
+              'bottom.',
+    'BOTTLENECK': "Not one of PEFT's own: [ours](../16_adapters.ipynb).",
+    'XLORA': 'With `use_trainable_adapters=True`; otherwise only the classifier beside the model trains, and it is '
+             'refused.',
 }
 
-def tiny():
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=N, num_attention_heads=2, num_key_value_heads=2, use_cache=False))
+def tiny(): return tiny_llama(N)
 
 def tiny_mixture():
     torch.manual_seed(0)
-    return MixtralForCausalLM(MixtralConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=N, num_attention_heads=2, num_key_value_heads=2, num_local_experts=2, use_cache=False))
+    return MixtralForCausalLM(MixtralConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=N,
+                                            num_attention_heads=2, num_key_value_heads=2, num_local_experts=2,
+                                            use_cache=False))
 
 def config_for(name, folder):
     "Settings of the method `name`, or of a variant of LoRA, for `tiny`"
@@ -78,12 +85,13 @@ def config_for(name, folder):
 
 def experts(folder):
     "Two LoRA adapters on disk, for X-LoRA to mix"
-    for k in '01': get_peft_model(tiny(), LoraConfig(r=2, target_modules=linear, init_lora_weights=False, task_type='CAUSAL_LM')).save_pretrained(folder/k)
+    lora = LoraConfig(r=2, target_modules=linear, init_lora_weights=False, task_type='CAUSAL_LM')
+    for k in '01': get_peft_model(tiny(), lora).save_pretrained(folder/k)
     return {k:str(folder/k) for k in '01'}
 
 def batch(name):
     ids = torch.randint(0, 64, (4, 8), generator=torch.Generator().manual_seed(0))
-    return dict(input_ids=ids, labels=ids) | (dict(task_ids=torch.zeros(4, dtype=torch.long)) if name=='POLY' else {})
+    return lm_batch(ids) | (dict(task_ids=torch.zeros(4, dtype=torch.long)) if name=='POLY' else {})
 
 @torch.no_grad()
 def logits(model, b): return model(**{k:v for k,v in b.items() if k!='labels'}).logits
@@ -92,10 +100,10 @@ def off(a, b): return ((a-b).norm()/b.norm()).item()
 def train(model, b, steps=20):
     "Steps of IST with every check that a step allows; the IST and its losses"
     ist = IST(model, ISTConfig(score_interval=5), probe=[b])
-    opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05, weight_decay=0.1)
+    opt = torch.optim.AdamW(trainable(model), lr=0.05, weight_decay=0.1)
     snap = lambda o: [(p.detach().clone(), {k:v.clone() for k,v in opt.state[p].items()}) for p in o.params]
     same = lambda a,b: all(torch.equal(p, q) and all(torch.equal(s[k], u[k]) for k in u) for (p,s),(q,u) in zip(a, b))
-    trainable,losses = [p.requires_grad for p in model.parameters()],[]
+    able,losses = [p.requires_grad for p in model.parameters()],[]
     for _ in range(steps):
         before = [snap(o) for o in ist.layers]
         with ist.step():
@@ -104,19 +112,23 @@ def train(model, b, steps=20):
             loss.backward()
             for i,o in enumerate(ist.layers):
                 inside = [p for p in model.get_submodule(o.name).parameters()]
-                if i in ist.active.tolist(): assert any(p.grad is not None and p.grad.any() for p in inside) or len(losses)<3, f'active layer {i} has no gradient'
-                else: assert not any(p.requires_grad or p.grad is not None for p in inside), f'inactive layer {i} collects a gradient'
+                if i not in ist.active.tolist():
+                    none = not any(p.requires_grad or p.grad is not None for p in inside)
+                    assert none, f'inactive layer {i} collects a gradient'
+                elif len(losses)>=3:
+                    assert any(p.grad is not None and p.grad.any() for p in inside), f'active layer {i} has no gradient'
             opt.step(); opt.zero_grad()
         for i,o in enumerate(ist.layers):
             if i not in ist.active.tolist(): assert same(snap(o), before[i]), f'inactive layer {i} changed'
-        assert [p.requires_grad for p in model.parameters()]==trainable, 'not everything is trainable again after a step'
+        assert [p.requires_grad for p in model.parameters()]==able, 'not everything is trainable again after a step'
         losses.append(loss.item())
     return ist,losses
 
 def agree(what, name, error, most):
     "The error must be small, and must not be where PEFT has a fault"
     fault = faults.get(name, {}).get(what)
-    assert (error<most)!=bool(fault), f'{what}: differs by {error:.1e}' + (f', so this is no longer so: {fault}' if fault else '')
+    no_longer = f', so this is no longer so: {fault}' if fault else ''
+    assert (error<most)!=bool(fault), f'{what}: differs by {error:.1e}{no_longer}'
 
 def merges(name, model, b, y):
     "None if the method merges, else why not"
@@ -127,7 +139,7 @@ def merges(name, model, b, y):
     return faults.get(name, {}).get('merge')
 
 def check(name):
-    "All that IST needs of the method `name`: a dictionary of what was found; raises `AssertionError`, or what the method itself raised"
+    "What was found of the method `name`, as a dictionary; raises `AssertionError`, or what the method itself raised"
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as d:
         warnings.simplefilter('ignore')
         d = Path(d)
@@ -136,13 +148,14 @@ def check(name):
         try: layers = find_layers(model)
         except ISTError as e: return dict(method=name, status='refused', reason=str(e))
         assert len(layers)==N, f'found {len(layers)} layers'
-        start = [p.detach().clone() for p in model.parameters() if p.requires_grad]
+        start = [p.detach().clone() for p in trainable(model)]
         ist,losses = train(model.train(), b)
-        assert any(not torch.equal(a, p) for a,p in zip(start, [p for p in model.parameters() if p.requires_grad])), 'nothing was trained'
+        assert any(not torch.equal(a, p) for a,p in zip(start, trainable(model))), 'nothing was trained'
         assert ist.importance.abs().max()>0, 'importance did not move'
         model.eval()
         y = logits(model, b)
-        with suppress(layers, range(N), 1.): assert torch.equal(logits(model, b), y), 'suppression by factor 1 changes something'
+        with suppress(layers, range(N), 1.):
+            assert torch.equal(logits(model, b), y), 'suppression by factor 1 changes something'
         with suppress(layers, range(N), 0.): y_0 = logits(model, b)
         with suppress(layers, [0, 2], 0.5): y_half = logits(model, b)
         assert torch.equal(logits(model, b), y), 'suppression leaves something behind'
@@ -156,16 +169,14 @@ def check(name):
         agree('load', name, off(logits(again, b), y), 1e-6)
         assert [o.label for o in find_layers(again)]==[o.label for o in layers], 'loaded, it has other layers'
         forms = {'scaling' if scaling_is_exact(t) else 'response' for o in layers for t in o.tuners}
-        return dict(method=name, status='supported', form=forms.pop(), shared=len(layers.shared), outside=len(layers.outside), response=response, error=error,
-                    loss=[losses[0], losses[-1]], loads=faults.get(name, {}).get('load'), merges=merges(name, model, b, y))
+        return dict(method=name, status='supported', form=forms.pop(), shared=len(layers.shared),
+                    outside=len(layers.outside), response=response, error=error,
+                    loss=[losses[0], losses[-1]], loads=faults.get(name, {}).get('load'),
+                    merges=merges(name, model, b, y))
 
-def main():
-    from importlib.metadata import version
-    import platform
+def main(
+    out:Path='peft_methods', # Where the table goes
+):
     rows,lora = [check(str(o.value)) for o in registry],[check(o) for o in variants]
     for r in rows+lora: print(f"{r['method']:24} {r['status']:10} {r.get('reason') or r.get('merges') or ''}"[:150])
-    res = dict(command='python benchmarks/peft_matrix.py', versions={o:version(o) for o in ('torch', 'transformers', 'peft')}, python=platform.python_version(),
-               hardware='CPU', rows=rows, variants=lora, notes=notes)
-    (Path(__file__).parent/'results'/'peft_matrix.json').write_text(json.dumps(res, indent=1)+'\n')
-
-if __name__=='__main__': sys.exit(main())
+    record.save(out, record.about('what IST needs of each PEFT method'), rows=rows, variants=lora, notes=notes)
