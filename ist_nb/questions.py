@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from fastcore.basics import chunked, patch
 from .config import ISTError, suggest
-from .data import _text, alpaca_prompt, read_rows
+from .data import _text, alpaca_prompt
+from .files import read_rows
 
 # %% ../nbs/12b_questions.ipynb #60cd9325
 @dataclass(frozen=True)
