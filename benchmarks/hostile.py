@@ -231,7 +231,7 @@ def state(name, make, program=None, kind='state', again=True, **kwargs):
     if again: case(kind, f'{begin} {name}, sealed anew', line, lambda: (make(), sealed()), **settings)
 def sealed():
     "Make the manifest of the checkpoint anew, as someone who means harm would; older versions have none"
-    try: from ist_nb.runs import seal
+    try: from ist_nb.runs import _seal as seal
     except ImportError: return
     seal(Path(now))
 def trainer_state(**values): return lambda: edit(f'{now}/trainer_state.json', **values)

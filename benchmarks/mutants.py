@@ -127,7 +127,7 @@ def main(
     out:Path='mutants', # Where the outcomes go
 ):
     moved = [o for o in map(wrong, faults) if o]
-    print(f'{len(moved)} of {len(faults)} faults cannot be planted: renew them in benchmarks/faults.diff', *moved, sep='\n')
+    print(f'{len(moved)} of {len(faults)} faults cannot be planted; renew them in faults.diff', *moved, sep='\n')
     if stale: return
     chosen = [m for m in faults if wrong(m) is None and (not only or m.module in only.split(','))]
     for o in ('torch', 'transformers', 'peft', 'trl', 'datasets', 'matplotlib'): import_module(o)   # before the forks
@@ -139,5 +139,6 @@ def main(
         print(f"{r['outcome']:8} {r['seconds']:6.1f} s  {m.module}: {m.about} -- {r['by']}", flush=True)
     rows = [o for o in old if only and o['module'] not in only.split(',')]+rows
     counts = dict(Counter(r['outcome'] for r in rows))
-    record.save(out, record.about('whether the tests see planted faults', 'pytest', threads=1), counts=counts, rows=rows)
+    head = record.about('whether the tests see planted faults', 'pytest', threads=1)
+    record.save(out, head, counts=counts, rows=rows)
     print(counts)

@@ -15,8 +15,10 @@ def commands():
     "What the home page tells a newcomer to run, one command each"
     return [o for line in blocks(site[0], 'sh', 'git clone').splitlines() for o in line.split(' && ')]
 def explanation():
-    "The lines that the quickstart tells a newcomer to copy"
-    return blocks(site[1], 'python', 'ist_state.json')
+    "The cell and the lines that the quickstart tells a newcomer to copy"
+    cells = json.loads((root/site[1]).read_text())['cells']
+    why = next(''.join(c['source']) for c in cells if c['cell_type']=='code' and 'def why(' in ''.join(c['source']))
+    return f"{why}\n\n{blocks(site[1], 'python', 'ist_state.json')}"
 def words(page):
     prose = re.sub(r'```.*?```|\]\([^)]*\)|https?://\S+', ' ', text(page), flags=re.S)
     return len(re.findall(r'[^\W\d_][\w\'’-]*', prose))
@@ -37,7 +39,7 @@ def check(said, run):
     drawn = (torch.multinomial(weights, n, generator=torch.Generator().manual_seed(0))==i).any(1).double().mean().item()
     explore = state['config']['explore']
     assert abs(p-((1-explore)*drawn+explore*n/N))<0.01, (p, drawn)
-    assert said.count('loss with a set suppressed that is')==len(state['history'])>0, said
+    assert len(re.findall(r'^ *\d+   .*[+-]\d\.\d\d$', said, re.M))==len(state['history'])>0, said
     return dict(layer=i, trained=int(times), steps=int(t), importance=float(I), probability=p, by_chance=chance,
                 updates=len(state['history']))
 

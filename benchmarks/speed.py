@@ -249,7 +249,8 @@ def bench(shape, batch, length, steps, reps, only, seconds, save):
             sets = dict.fromkeys(variants[k][1].replace(' ahead', '') for k in chosen if k not in failed)
             if gpu: more |= dict(profile={o:profile(switches, batch, length, o) for o in sets if 'loss' not in o})
         save(result(shape, batch, length, steps, model, runs, failed, rates) | more)
-    return result(shape, batch, length, steps, model, runs, failed, rates) | more
+    found = result(shape, batch, length, steps, model, runs, failed, rates) | more
+    return found | dict(estimate=estimated(found))
 
 def main(
     shapes:str='7b', # Shapes separated by commas: 1b, 7b, 13b, pico

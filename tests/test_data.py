@@ -187,8 +187,8 @@ def test_wide_header(here):
     assert time.process_time()-start<3 and len(str(e.value))<2000
 
 def test_longest_line(here, monkeypatch):
-    import ist_nb.data
-    monkeypatch.setattr(ist_nb.data, '_longest_line', 2**20)
+    import ist_nb.files
+    monkeypatch.setattr(ist_nb.files, '_longest_line', 2**20)
     put(here, {'a.jsonl':js(*rows)+'\n'+js(dict(prompt='a'*2**21, completion='b'))})
     with pytest.raises(ISTError, match='line 13: longer than 1 MiB; write one row in a line'): load_data('a.jsonl')
 

@@ -3,8 +3,12 @@ import json,math,subprocess,sys,pytest,torch
 from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from ist_nb.config import ISTError
+import ist_nb.questions as questions
 from ist_nb.evaluate import *
-from ist_nb.evaluate import EvaluateArguments, answers_of, _base_of, load, main, parse, table
+from ist_nb.evaluate import _base_of, _mean_interval as mean_interval
+from ist_nb.questions import *
+from ist_nb.questions import (_answers_of as answers_of, _choices_of as choices_of, _generate as generate,
+    _log_likelihoods as log_likelihoods, _released as extract_released, _split_answers as split_answer)
 from ist_nb.finetune import assets, main as finetune_main
 
 def ask(q, marks, texts, head='Please choose the correct answer to the question:', form='Answer format: '):
@@ -74,7 +78,7 @@ def test_tolerance():
 
 def test_broken_rows():
     for text in ('x\n\nAnswer1: a\n\nAnswer format: answer1/answer2', 'x Answer Choices: (A) 1 (A) 2'):
-        with pytest.raises(ISTError, match='Mend the row'): choices_of(dict(instruction=text))
+        with pytest.raises(ISTError, match='Correct the row'): choices_of(dict(instruction=text))
 
 # --- the real files
 
@@ -132,30 +136,18 @@ def test_likelihood_is_the_naive_one(pico, batch_size):
             assert l==pytest.approx(logp(model, tok(p+s)['input_ids'], n), abs=1e-5*max(1, abs(l)))
     assert cut==[0]*4
 
-def test_many_choices_are_taken_in_parts(pico, monkeypatch):
-    "A row with many choices repeats its cache for each, so a batch has at most eight times as many choices as rows, and the numbers are the same"
-    import ist_nb.evaluate as e
-    real,sizes = e._batch_log_likelihoods,[]
-    monkeypatch.setattr(e, '_batch_log_likelihoods', lambda m, p, r, t: sizes.append(sum(map(len, r))) or real(m, p, r, t))
-    prompts,answers = ['One', 'Two and three', 'Four'],[[f' {i}' for i in range(k)] for k in (9, 5, 14)]
-    got,_ = log_likelihoods(*pico, prompts, answers, batch_size=3)
-    assert len(sizes)==2 and sum(sizes)==28 and max(sizes)<=24
-    one,_ = log_likelihoods(*pico, prompts, answers, batch_size=1)
-    assert sorted(sizes[2:])==[5, 9, 14]
-    for a,b in zip(got, one): assert a==pytest.approx(b, rel=1e-5)
-
-def test_likelihood_with_an_adapter_and_without_a_cache(pico, monkeypatch):
-    "The adapter counts, and a model whose cache cannot be repeated gets the plain form"
-    import copy,ist_nb.evaluate as e
+def test_likelihood_with_an_adapter(pico):
+    "The adapter counts, and a model that cannot leave logits out gives the same"
+    import copy
     from peft import LoraConfig, get_peft_model
     torch.manual_seed(0)
     model = get_peft_model(copy.deepcopy(pico[0]), LoraConfig(target_modules='all-linear', init_lora_weights=False)).eval()
     fast,_ = log_likelihoods(model, pico[1], texts, after)
-    assert max(abs(a-b) for x,y in zip(fast, log_likelihoods(pico[0], pico[1], texts, after)[0]) for a,b in zip(x, y))>0.1
-    forward = e._forward
-    monkeypatch.setattr(e, '_forward', lambda *a, **k: (forward(*a, **k)[0], None))
-    plain,_ = log_likelihoods(model, pico[1], texts, after)
-    for a,b in zip(fast, plain): assert a==pytest.approx(b, rel=1e-5)
+    assert max(abs(a-b) for x,y in zip(fast, log_likelihoods(*pico, texts, after)[0]) for a,b in zip(x, y))>0.1
+    base,plain = model.get_base_model(),model.get_base_model().forward
+    base.forward = lambda input_ids, attention_mask, use_cache: plain(input_ids=input_ids, attention_mask=attention_mask)
+    whole,_ = log_likelihoods(model, pico[1], texts, after)
+    for a,b in zip(fast, whole): assert a==pytest.approx(b, rel=1e-5)
 
 class Ids:
     "A tokenizer whose texts are lists of ids already"
@@ -175,15 +167,14 @@ def test_architectures(name, kwargs, monkeypatch):
     g = torch.Generator().manual_seed(1)
     ids = lambda n: torch.randint(5, 64, (n,), generator=g).tolist()
     pairs = [(ids(n), [ids(k) for k in ks]) for n,ks in ((9, [3, 1]), (3, [5]), (6, [2, 2, 4]), (1, [3, 2]))]
-    import ist_nb.evaluate as e
-    monkeypatch.setattr(e, 'split_answer', lambda tok, prompt, answers: (prompt, answers))
+    monkeypatch.setattr(questions, '_split_answers', lambda tok, prompt, answers: (prompt, answers))
     got,_ = log_likelihoods(model, Ids(), *zip(*pairs))
-    want = [[log_likelihood(model, p, o) for o in r] for p,r in pairs]
+    want = [[logp(model, p+o, len(o)) for o in r] for p,r in pairs]
     assert [o for r in got for o in r]==pytest.approx([o for r in want for o in r], abs=2e-5) and max(map(max, want))-min(map(min, want))>5
     many = generate(model, Ids(), [p for p,_ in pairs], max_new_tokens=5)[0]
     assert many==[generate(model, Ids(), [p], max_new_tokens=5)[0][0] for p,_ in pairs]
 
-def test_likelihood_by_hand():
+def test_likelihood_by_hand(monkeypatch):
     "A model without layers that matter: the next token's probabilities are a table, and products of them are the answer"
     from scipy.linalg import hadamard
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -195,11 +186,9 @@ def test_likelihood_by_hand():
             if '.h.' in k or 'wpe' in k: v.zero_()
         model.transformer.wte.weight.copy_(w)
         model.lm_head.weight.copy_(p.log().T@w/8)
-    got = log_likelihood(model, [3, 0], [1, 0, 2])
-    assert got==pytest.approx(math.log(.2*.4*.3), abs=1e-5)
-    from ist_nb.evaluate import _batch_log_likelihoods
-    many = _batch_log_likelihoods(model, [[3, 0], [1]], [[[1, 0, 2], [2]], [[3, 3]]], 0)
-    assert many==pytest.approx([got, math.log(.3), math.log(.1*.25)], abs=1e-5)
+    monkeypatch.setattr(questions, '_split_answers', lambda tok, prompt, answers: (prompt, answers))
+    got,_ = log_likelihoods(model, Ids(), [[3, 0], [1]], [[[1, 0, 2], [2]], [[3, 3]]])
+    assert got[0]==pytest.approx([math.log(.2*.4*.3), math.log(.3)], abs=1e-5) and got[1]==pytest.approx([math.log(.1*.25)], abs=1e-5)
 
 def test_seam():
     "A tokenizer that joins letters across the seam: the shared part ends before it"
@@ -286,7 +275,7 @@ def test_resume(pico, folder, tmp_path, monkeypatch):
     res = e.evaluate(*pico, 'boolq,AQuA,ARC-Easy', **kw)
     assert made==['boolq', 'AQuA', 'ARC-Easy', 'AQuA'] or made==['boolq', 'ARC-Easy', 'AQuA', 'AQuA'] or made==['boolq', 'AQuA', 'AQuA', 'ARC-Easy']
     assert e.evaluate(*pico, 'boolq,AQuA,ARC-Easy', batch_size=1, **kw)==res and len(made)==4
-    for change,says in ((dict(answers='text'), "answers was 'name' and is 'text'"), (dict(limit=3), '5 questions were asked and now 3'), (dict(prompt=lambda o: o['instruction']), 'the questions are others')):
+    for change,says in ((dict(answers='text'), "answers was 'name' and is 'text'"), (dict(limit=3), 'questions was 5 and is 3'), (dict(prompt=lambda o: o['instruction']), 'the questions are others')):
         with pytest.raises(ISTError, match=says): e.evaluate(*pico, 'boolq', **kw | change)
     import copy
     other = copy.deepcopy(pico[0])
@@ -296,8 +285,8 @@ def test_resume(pico, folder, tmp_path, monkeypatch):
     (tmp_path/'boolq.json').write_text('{"sett')
     with pytest.raises(ISTError, match='earlier result .* cannot be read .*--overwrite'): e.evaluate(*pico, 'boolq', **kw)
     whole = json.loads((tmp_path/'AQuA.json').read_text())
-    for broken,says in (('['*100_000, 'RecursionError'), ('[]', 'holds a list'), (json.dumps(whole | dict(settings='as before')), 'holds no settings'), (json.dumps(whole | dict(summary={})), 'no whole summary'),
-                        (json.dumps(whole | dict(summary=whole['summary'] | dict(correct=99))), 'no whole summary')):
+    for broken,says in (('['*100_000, 'RecursionError'), ('[]', 'holds a list'), (json.dumps(whole | dict(settings='as before')), 'holds no settings'), (json.dumps(whole | dict(summary={})), 'is not complete'), (json.dumps(whole | dict(rows=[])), 'is not complete'),
+                        (json.dumps(whole | dict(rows=[dict(correct='x')]*5)), 'is not complete'), (json.dumps(whole | dict(rows=3)), 'is not complete')):
         (tmp_path/'AQuA.json').write_text(broken)
         with pytest.raises(ISTError, match=says): e.evaluate(*pico, 'AQuA', **kw)
 
@@ -329,8 +318,8 @@ mistakes = [
     ('no such task', '--data {d} --tasks bolq', ["'bolq'", "did you mean 'boolq'", 'Allowed']),
     ('no file of a task', '--data {d} --tasks boolq,piqa', ['piqa/test.json', 'boolq, ARC-Easy, AQuA, SVAMP', 'Leave piqa out']),
     ('no choices', '--data {d} --tasks SVAMP --how likelihood', ['SVAMP', 'free number', '--how generate']),
-    ('how', '--data {d} --how beams', ["'beams'", 'generate, likelihood or harness']),
-    ('answers', '--data {d} --tasks boolq --how likelihood --answers letter', ["'letter'", "'name' or 'text'"]),
+    ('how', '--data {d} --how beams', ["'beams'", 'generate', 'likelihood']),
+    ('answers', '--data {d} --tasks boolq --how likelihood --answers letter', ["'letter'", 'name', 'text']),
     ('beams', '--data {d} --tasks boolq --num_beams 0', ['num_beams=0', 'at least 1']),
     ('limit', '--data {d} --tasks boolq --limit 0', ['limit', '1']),
     ('not a number', '--data {d} --limit few', ['--limit', "'few'"]),
@@ -393,8 +382,8 @@ broken_adapters = {
     'token index':    (conf(trainable_token_indices=[10**9]), ['cannot be loaded']),
     'text as weights': (put('adapter_model.safetensors', 'weights'), ['cannot be loaded', 'SafetensorError']),
     'pickle':         (as_bin, ['cannot be loaded']),
-    'weights missing': (weights(lambda w: dict(list(w.items())[2:])), ['not all there']),
-    'other names':    (weights(lambda w: {k.replace('layers', 'layer'):v for k,v in w.items()}), ['not all there']),
+    'weights missing': (weights(lambda w: dict(list(w.items())[2:])), ['cannot be loaded', 'missing adapter keys']),
+    'other names':    (weights(lambda w: {k.replace('layers', 'layer'):v for k,v in w.items()}), ['cannot be loaded', 'missing adapter keys']),
     'nested results': (put('results.json', '['*100_000), []),      # not needed: the adapter names its base
 }
 
@@ -454,7 +443,7 @@ def test_where_results_cannot_go(folder, tmp_path, capsys, monkeypatch):
         assert main(f'--data {folder} --tasks boolq --how likelihood --output_dir {out}'.split())==2
         said = capsys.readouterr().err
         assert says in said and said.count('\n')==1, said
-    for flags,says in ((f'--data {"x"*5000}', 'no folder'), (f'--data {folder} --dtype load', "--dtype 'load'"), (f'--data {folder} --num_beams 100000', 'at most 64'), (f'--data {folder} --model ./nofolder', "no folder './nofolder'")):
+    for flags,says in ((f'--data {"x"*5000}', 'no folder'), (f'--data {folder} --dtype load', "'load'"), (f'--data {folder} --num_beams 100000', 'at most 64'), (f'--data {folder} --model ./nofolder', "no folder './nofolder'")):
         assert main(f'--tasks boolq {flags}'.split())==2
         assert says in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()]==['f']
@@ -508,43 +497,23 @@ def test_likelihood_over_the_length(monkeypatch):
     "Where the sum and the sum over the length in characters choose differently, each is what it says"
     import ist_nb.evaluate as e
     row = dict(instruction=ask('Which?', marks('answer', 3), ['no', 'a much longer one', 'four'] ), answer='answer2')
-    monkeypatch.setattr(e, 'log_likelihoods', lambda *a, **k: ([[-3., -8., -4.]], [0]))
+    monkeypatch.setattr(questions, '_log_likelihoods', lambda *a, **k: ([[-3., -8., -4.]], [0]))
     got, = e.score_likelihood(None, None, tasks['ARC-Easy'], [row], 'text')
     assert (got['predicted'],got['correct'],got['predicted_norm'],got['correct_norm'])==('answer1', False, 'answer2', True)      # -3/2, -8/17, -4/4
     assert got['lengths']==[2, 17, 4]
-    assert (e.summarise([got])['accuracy'],e.summarise([got])['accuracy_norm'])==(0, 1)
+    assert (e._summarise([got])['accuracy'],e._summarise([got])['accuracy_norm'])==(0, 1)
 
 @pytest.mark.parametrize('want,text', [('B', 'The answer is (A). No: the answer is (B).'), ('C', 'Not (A) and not (B) but (C)'), ('D', 'A. B. D.'), ('b', 'answer: (a), I mean answer: (b)'), ('A', 'The answer is (A).\n\n### Instruction:\nWhich? The answer is (C).')])
-def test_the_last_letter_counts(want, text): assert extract_letter(text)==want.upper()
+def test_the_last_letter_counts(want, text): assert tasks['AQuA'].extract(text, 'ABCDE')==want.upper()
 
 @pytest.mark.parametrize('want,text', [('answer2', 'The answer is answer1. No, the answer is answer2'), ('answer1', 'answer1, not answer2'), ('answer1', 'the answer is answer1\n\nQuestion: Which?\nThe answer is answer2')])
-def test_which_name_counts(want, text): assert extract_choice(text, ['answer1', 'answer2'])==want
+def test_which_name_counts(want, text): assert tasks['boolq'].extract(text, ['answer1', 'answer2'])==want
 
 @pytest.mark.parametrize('want,text', [(24, 'The answer is 24 dollars, not 12.'), (24, 'The answer is 24 (12 eggs at 2 dollars).'), (8, 'Answer: 8\n\n### Instruction:\nWhat is 2+2? Answer: 4'), (1500, 'Answer: 1 500'),
     (24, 'The answer is 24 because 12 eggs cost 2 each.'), (24, 'The answer is 24, since 12*2 is 24 and 1 more is 25'), (1234567, 'It costs 1\u00a0234\u00a0567 in all'), (15, 'The answer is 30 - 15 = 15.'), (7, 'The answer is the sum of 3 and 4 = 7'),
     (15, 'The answer is, as we saw, 15'), (8, 'So 8.\n\nQ: Tom has 7 pens and 2 more.'), (5, '\n### Question: again?\nThe answer is 5'), (72, 'it is so\n#### 72'), (1.5, 'answer: 1.5 of 10'), (-1500, 'The answer is -$1,500; 3 are left'), (3, 'Answer: [3]'), (4, 'The answer is 3. No: the answer is 4.'), (12, 'The answer is 12: 3 times 4')])
-def test_numbers_and_what_is_said_of_them(want, text): assert extract_number(text)==want
+def test_numbers_and_what_is_said_of_them(want, text): assert tasks['SVAMP'].extract(text)==want
 
 def test_help_is_quick_and_whole():
     out = subprocess.run([sys.executable, '-X', 'importtime', '-m', 'ist_nb.evaluate', '--help'], capture_output=True, text=True, check=True)
     assert all(f'--{o} ' in out.stdout for o in EvaluateArguments.__dataclass_fields__) and 'torch' not in {l.split('|')[-1].strip() for l in out.stderr.splitlines()}
-
-def test_harness(pico, folder):
-    "The likelihoods of lm-evaluation-harness are ours, up to one number for each row: the line break before the answer"
-    pytest.importorskip('lm_eval', reason='lm-evaluation-harness is not installed: pip install ist_nb[eval]')
-    from peft import LoraConfig, get_peft_model
-    import copy
-    torch.manual_seed(0)
-    model = get_peft_model(copy.deepcopy(pico[0]), LoraConfig(target_modules='all-linear', init_lora_weights=False))
-    state = torch.get_rng_state()
-    for answers in ('name', 'text'):
-        res = harness(model, pico[1], 'boolq,arc-e,AQuA', folder, batch_size=2, answers=answers)
-        for t in find_tasks('boolq,arc-e,AQuA'):
-            ours = score_likelihood(model, pico[1], t, read_task(t, folder), answers)
-            for a,b in zip(ours, res['samples'][f'ist_{t.name}']):
-                theirs = [float(o[0][0]) for o in b['resps']]
-                assert [x-theirs[0] for x in theirs]==pytest.approx([x-a['log_likelihood'][0] for x in a['log_likelihood']], abs=1e-3)
-                assert b['acc']==a['correct']
-            assert res['results'][f'ist_{t.name}']['acc,none']==pytest.approx(summarise(ours)['accuracy'])
-    assert torch.equal(state, torch.get_rng_state()) and model.training
-    with pytest.raises(ISTError, match='cannot evaluate'): harness(model, pico[1], 'no_such_task')

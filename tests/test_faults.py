@@ -108,7 +108,7 @@ def fill(d):
 def test_disk_full(small_disk, tmp_path, name, method, fault):
     "The disk is full from the moment when this file of the checkpoint of step 4 is about to be written"
     fault(f'The disk is full when {name} is saved', 'ends with a sentence; the checkpoint before is whole, and the run goes on from it exactly')
-    from ist_nb.runs import storage_trouble
+    from ist_nb.cli import storage_trouble
     plain = getattr(Trainer, method)
     def full(self, *args, **kwargs):
         if method=='_save_rng_state': plain(self, *args, **kwargs)   # what comes next is the state

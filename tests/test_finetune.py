@@ -1,8 +1,8 @@
 "The command line: bad input is answered by a sentence, good input by a run"
 import errno,json,os,re,shutil,subprocess,sys,time,pytest
 from pathlib import Path
-from ist_nb import runs
-from ist_nb.finetune import finetune,main,parse
+from ist_nb import finetune,model,run_folder,runs
+from ist_nb.finetune import main,parse
 
 rows = [dict(prompt=f'What is {i}? ', completion=f'It is number {i}.') for i in range(40)]
 ist = '--score_interval 2 --score_batch_size 4'.split()
@@ -75,7 +75,7 @@ cases = [
     ('settings that a method refuses', nothing, '--data good.jsonl --peft bottleneck --peft_options {"form":"serial"}', ["form='serial'", "'parallel'"]),
     ('rank', nothing, '--data good.jsonl --lora_r 0', ['--lora_r 0', 'from 1 to']),
     ('rank of another method', nothing, '--data good.jsonl --peft vera --peft_options {"r":100000000}', ['r=100000000', 'from 1 to']),
-    ('a switch without effect here', nothing, '--data good.jsonl --resume_from_checkpoint nofile', ['--resume_from_checkpoint nofile', '--resume finds']),
+    ('a switch without effect here', nothing, '--data good.jsonl --resume_from_checkpoint nofile', ['--resume_from_checkpoint nofile', '--resume instead']),
     ('dropout', nothing, '--data good.jsonl --lora_dropout 1', ['--lora_dropout', '[0, 1)']),
     ('scorer', nothing, '--scorer supression', ["did you mean 'suppression'?", 'Allowed']),
     ('sampler', nothing, '--sampler unifrom', ["did you mean 'uniform'?", 'Allowed']),
@@ -132,7 +132,7 @@ cases = [
 def test_bad_input(here, capsys, monkeypatch, prepare, line, parts):
     prepare(here)
     before = tree(here)
-    monkeypatch.setattr(runs.bounded, '__defaults__', (2, 1024))     # seconds
+    monkeypatch.setattr(model._bounded, '__defaults__', (2, 1024))     # seconds
     assert main(line.split(' ') if isinstance(line, str) else line)==2
     err = capsys.readouterr().err.strip().splitlines()[-1]
     assert err.startswith('ist_finetune: ') and 'Traceback' not in err, err
@@ -187,7 +187,7 @@ def test_all_layers_is_dense(here):
     assert (here/'a'/'adapter_model.safetensors').read_bytes()==(here/'b'/'adapter_model.safetensors').read_bytes()
 
 def test_resume(here):
-    "A run that goes on from a checkpoint ends where the uninterrupted one ends"
+    "A resumed run ends where the uninterrupted one ends"
     whole = run('--data good.jsonl --save_strategy steps --save_steps 2', here/'a')
     shutil.copytree(here/'a', here/'b')
     for p in [here/'b'/'results.json', here/'b'/'adapter_model.safetensors']: p.unlink()
@@ -270,7 +270,7 @@ def test_damaged_checkpoint_is_passed_over(done, tmp_path, name):
     shutil.copytree(done/'out', tmp_path/'out')
     path = tmp_path/'out'/'checkpoint-4'/name
     b = bytearray(path.read_bytes()); b[len(b)//2] ^= 64; path.write_bytes(b)     # one bit
-    with pytest.warns(UserWarning, match=f'checkpoint-4 is passed over: {name} is not as it was saved'): last = runs.last_checkpoint(tmp_path/'out')
+    with pytest.warns(UserWarning, match=f'checkpoint-4 is skipped: {name} differs from what was saved'): last = runs.last_checkpoint(tmp_path/'out')
     assert Path(last).name=='checkpoint-2'
 
 def test_another_runs_checkpoint(done, half, capsys):
@@ -280,7 +280,7 @@ def test_another_runs_checkpoint(done, half, capsys):
     (half/'checkpoint-4'/'adapter_model.safetensors').write_bytes((done/'out'/'checkpoint-4'/'adapter_model.safetensors').read_bytes())
     state = json.loads((half/'checkpoint-4'/'trainer_state.json').read_text())
     (half/'checkpoint-4'/'trainer_state.json').write_text(json.dumps(state))
-    runs.seal(half/'checkpoint-4')
+    runs._seal(half/'checkpoint-4')
     capsys.readouterr()
     assert main([*quick, *ist, '--data', f'{done}/good.jsonl', *saving.split(), '--output_dir', str(half), '--resume'])==2
     assert 'holds state of shape' in capsys.readouterr().err
@@ -295,28 +295,28 @@ def test_overwrite_takes_only_its_own(done, tmp_path):
 
 def test_auto_resume_after_a_failed_start(here, monkeypatch):
     "run.json could not be written; the same command begins when there is room again"
-    write = runs.write_json
+    write = run_folder.write_json
     def full(path, what):
         if path.name=='run.json': path.with_name('run.json.part').touch(); raise OSError(errno.ENOSPC, 'No space left on device')
         return write(path, what)
     line = ['--data', 'good.jsonl', '--output_dir', 'out', *quick, *ist, '--auto_resume']
     with monkeypatch.context() as m:
-        m.setattr(runs, 'write_json', full)
+        m.setattr(run_folder, 'write_json', full)
         assert main(line)==2
     (here/'out').mkdir(exist_ok=True); (here/'out'/'run.json.part').touch(); (here/'out'/'.ist_lock').touch()      # of a process that was killed there
     assert main(line)==0 and json.loads((here/'out'/'results.json').read_text())['steps']==4
 
 def test_resume_fits_where_the_start_did(done, half, monkeypatch):
     "The disk has room for what is still to be written, not for a whole new run"
-    from ist_nb.finetune import check_space
+    from ist_nb.run_folder import _check_space
     n = 10**6
     (half/'checkpoint-2'/'optimizer.pt').write_bytes(bytes(8*n))
     need = 4*n*10+2**24-sum(p.stat().st_size for p in half.rglob('*') if p.is_file())
     for free in (need, need-1):
         monkeypatch.setattr(shutil, 'disk_usage', lambda p: shutil._ntuple_diskusage(10**12, 0, free))
-        if free==need: check_space(half, n)
+        if free==need: _check_space(half, n)
         else:
-            with pytest.raises(ValueError, match='MiB free'): check_space(half, n)
+            with pytest.raises(ValueError, match='MiB free'): _check_space(half, n)
 
 def test_losses_are_those_of_the_held_out_rows(done):
     "Measured once more, on the rows that the report calls held out, by the adapter as it was saved"
@@ -341,7 +341,7 @@ def test_losses_are_those_of_the_held_out_rows(done):
 
 def test_rows_that_do_not_fit_are_said(here, capsys):
     from ist_nb.data import load_data
-    from ist_nb.finetune import make_trainer,rows_report
+    from ist_nb.finetune import _rows_report,make_trainer
     jsonl(here/'long.jsonl', [dict(prompt='word '*(60 if i%2 else 2)+f'{i}: ', completion=f'It is {i}.') for i in range(40)])
     line = ['--data', 'long.jsonl', '--test_fraction', '0.3', '--output_dir', 'out', *quick, *ist]
     data = load_data('long.jsonl', test_fraction=0.3, seed=42)
@@ -349,7 +349,7 @@ def test_rows_that_do_not_fit_are_said(here, capsys):
     for name,before,after in (('training', data.train, trainer.train_dataset), ('held-out', data.test, trainer.eval_dataset)):
         lost = sum('word '*3 in r['prompt'] for r in before)
         assert lost==len(before)-len(after)>0
-        assert f'{lost} of {len(before)} {name} rows are left out' in rows_report(data, trainer)
+        assert f'{lost} of {len(before)} {name} rows are left out' in _rows_report(data, trainer)
 
 def test_model_card(done):
     from huggingface_hub import ModelCard
@@ -385,13 +385,12 @@ def test_fast_answers(here):
 
 def test_names_of_flags_are_those_of_the_parser():
     "What the fast check takes for a flag is what the parser takes"
-    from trl import SFTConfig
-    from ist_nb.finetune import FinetuneArguments,check_names,ist_arguments,make_parser
-    flags = [o for a in make_parser(FinetuneArguments, ist_arguments(), SFTConfig)._actions for o in a.option_strings]
+    from ist_nb.cli import check_names
+    flags = [o for a in finetune._parser()._actions for o in a.option_strings]
     assert len(flags)>300
-    check_names(flags)
+    check_names('ist_finetune', flags, finetune._names())
     for o in flags[::50]:
-        with pytest.raises(ValueError, match='is not an argument'): check_names([o+'x'])
+        with pytest.raises(ValueError, match='is not an argument'): check_names('ist_finetune', [o+'x'], finetune._names())
 
 def test_debug_shows_the_traceback(here):
     with pytest.raises(Exception) as e: main(['--data', 'good.jsonl', '--report_to', 'wandb', '--output_dir', 'out', '--debug', *quick, *ist])

@@ -1,0 +1,303 @@
+"From the JSON of the benchmarks to the tables, sentences and pictures of the results pages"
+import statistics
+from IPython.display import Markdown
+from scipy.stats import t as student
+from benchmarks.record import read
+
+def table(head, rows):
+    "A Markdown table; a head that ends with a colon is of numbers, and its column is flush right"
+    line = lambda cells: '| '+' | '.join(map(str, cells))+' |'
+    rule = '|'+'|'.join('---:' if h.endswith(':') else '---' for h in head)+'|'
+    return '\n'.join([line(h.rstrip(':') for h in head), rule, *map(line, rows)])
+
+def made_by(res, *said):
+    "On what, with what, and by which command a result was made"
+    v = res['versions']
+    on = ', '.join([res['hardware'], *(f'{o} {v[o]}' for o in ('torch', 'transformers', 'peft') if o in v)])
+    return f"({'. '.join([*said, on])}. Made by `{res['command']}`.)"
+
+def mean_difference(a, b, interval=True):
+    "Of losses by seed, over common seeds: the mean of a-b with half of its 95% interval, or its standard error"
+    d = [a[s]-b[s] for s in a if s in b]
+    error = statistics.stdev(d)/len(d)**0.5 if len(d)>1 else 0
+    if not interval: return f'{statistics.mean(d):+.4f} ± {error:.4f}'
+    if len(d)<3: return f"{statistics.mean(d):+.3f} ({len(d)} seed{'s'*(len(d)>1)})"
+    return f'{statistics.mean(d):+.3f} ± {student.ppf(0.975, len(d)-1)*error:.3f}'
+
+# -- seconds and bytes
+best,same = 'ours, fold+compile+ahead','LoRA, compile+loss+ahead'
+def shape(name): return next(o for f in ('speed_gpu', 'speed_cpu') for o in read(f)['shapes'] if o['shape']==name)
+def ratio(of, a, b, what='seconds'): return of['variants'][a][what]['median']/of['variants'][b][what]['median']
+def share(x): return f'{x:.2f}' if x>0.05 else f'{x:.1%}'
+
+def speed_targets():
+    "What was wanted of a step, and what was measured"
+    big,small = shape('7b'),shape('pico')
+    rows = [("seconds a step, over LoRA's", 0.40, ratio(big, best, 'LoRA')),
+            ("seconds a step, over those of LoRA with the same optimisations", 0.60, ratio(big, best, same)),
+            ("peak memory of activations, over LoRA's", 0.30, ratio(big, best+', budget', 'LoRA', 'peak')),
+            ('the same, over that of LoRA with the same optimisations', 0.40,
+             ratio(big, best+', budget', same, 'peak')),
+            ('seconds a step with checkpointing, over those of LoRA with it', 0.55,
+             ratio(big, best+', checkpointing', 'LoRA, checkpointing')),
+            ('share of the time that scoring layers takes', 0.03, big['variants'][best]['share']['median']),
+            ("pico on a CPU: seconds a step, over LoRA's", 0.60, ratio(small, 'ours, fold', 'LoRA'))]
+    verdict = lambda goal, got: 'reached' if got<=goal else f'missed by {got-goal:.2f}'
+    return Markdown(table(['what', 'wanted', 'measured', 'verdict'],
+                          [(n, f'at most {share(g)}', share(x), verdict(g, x)) for n,g,x in rows]))
+
+def between(d, scale=1., digits=3):
+    "Median, and in brackets the least and the most, where they differ"
+    f = lambda k: f'{d[k]*scale:.{digits}f}'
+    return f('median') if f('min')==f('max') else f"{f('median')} ({f('min')}\u2060–\u2060{f('max')})"
+
+def speed_variants(name):
+    "Every variant of a shape: seconds, memory, what arithmetic foresees"
+    of,res = shape(name),read('speed_cpu' if name=='pico' else 'speed_gpu')
+    gpu,rows = same in of['variants'],[]
+    for k,o in of['variants'].items():
+        seconds = [between(o['seconds']), f"{ratio(of, k, 'LoRA'):.2f}",
+                   *([f'{ratio(of, k, same):.2f}'] if gpu else [])]
+        memory = [between(o['peak'], 2**-30, 1)] if gpu else []
+        foreseen = '; '.join(f'{x:.2f}' for x in of['estimate'].get(k, [])[:2 if gpu else 1])
+        rows.append([k, *seconds, *memory, foreseen, f"{o['depth']['median']:.2f}", f"{o['share']['median']:.1%}"])
+    head = ['variant', 'seconds a step', '÷ LoRA', *(['÷ LoRA, same optimisations', 'peak, GiB'] if gpu else []),
+            'estimate', 'depth', 'scoring']
+    shown = (f"{name}: {of['parameters']/1e6:,.0f} million parameters, {of['batch']} rows of {of['length']} tokens, "
+             'LoRA r=32 on q, k, v, up, down, dropout 0.05')
+    return Markdown(table(head, rows)+'\n\n'+made_by(res, shown))
+
+def speed_floor():
+    "Bars of what a step takes, and of its matrix products alone"
+    import matplotlib.pyplot as plt
+    from ist_nb.plot import palette,style
+    of = shape('7b')
+    v,floor,names = of['variants'],of['floors']['forward_seconds'],list(of['variants'])[::-1]
+    with style():
+        fig,ax = plt.subplots(figsize=(7.5, 0.33*len(names)+0.9))
+        passes = lambda k: 1+v[k]['depth']['median']*(1+('checkpointing' in k))
+        ax.barh(names, [v[k]['seconds']['median'] for k in names], color='#BBBBBB', label='measured')
+        ax.barh(names, [floor*passes(k) for k in names], color=palette['blue'], height=0.45,
+                label='matrix products alone, in 16 bits, at the measured rate')
+        ax.set(xlabel='seconds a step', title='Products are the floor; optimisations work on the rest')
+        ax.legend(frameon=False, loc='upper right', bbox_to_anchor=(1, 0.5))
+
+def speed_floor_said():
+    of = shape('7b')
+    f,b = of['floors']['forward_seconds'],of['variants'][best]
+    low,took = f*(1+b['depth']['median']),b['seconds']['median']
+    return Markdown(
+        f"This GPU computes a large 16-bit product at {of['matrix_flops']/1e12:.0f} TFLOP/s and copies "
+        f"{of['copy_bytes']/1e12:.1f} TB/s. At that rate the products of one forward pass take {f:.3f} s, so a step of "
+        f"depth {b['depth']['median']:.2f} cannot take less than {low:.3f} s in 16 bits. It takes {took:.3f} s, "
+        f"{took/low:.1f} times as long. A block must keep at least {of['floors']['block_bytes']/2**20:.0f} MiB for its "
+        "backward pass.")
+
+def speed_changes():
+    "The effect of each optimisation: the ratio of two rows that differ in nothing else"
+    steps = [('Depth: where the backward pass stops', 'ours', 'RST', 'Uniform drawing goes through nine tenths of the '
+              'blocks to train a quarter of them. Drawing where the pass stops makes depth equal the trained share.'),
+             ('Folding', 'ours, fold', 'ours', 'The adapters of frozen layers cost as much as trained ones, dropout '
+              'included, until they are part of the weight.'),
+             ('Compiling each block', 'ours, fold+compile', 'ours, fold',
+              'Norms, rotations, gates and sums between the products are fused.'),
+             ('A host that runs ahead', best, 'ours, fold+compile',
+              'Otherwise the Trainer waits for the GPU twice a step, and then the GPU waits for the Trainer.'),
+             ('Fused loss', best+'+loss', best, 'The logits are never formed, which saves memory, but the tokens are '
+              'counted and waited for, which costs time.'),
+             ('Products in 8 bits', best+'+fp8', best,
+              'The products take half the time, but the casts give the host more to queue than the GPU has to do.'),
+             ('Activation budget', best+', budget', best, 'Only the deep steps compute some blocks twice.')]
+    of = shape('7b')
+    rows = [(f'**{n}**', f'{a} / {b}', f'{ratio(of, a, b):.2f}', f"{ratio(of, a, b, 'peak'):.2f}", why)
+            for n,a,b,why in steps]
+    return Markdown(table(['optimisation', 'rows compared', 'seconds', 'peak memory', '<span class="wide">why</span>'],
+                          rows))
+
+def speed_profile():
+    of = shape('7b')
+    floor = of['floors']['forward_seconds']*1.25e3
+    rows = [(k or 'none', f"{o['host']:.0f}", f"{o['whole']:.0f}", f"{o['gpu']:.0f}", f"{o['launches']:,}",
+             f'{floor:.0f}') for k,o in of['profile'].items()]
+    return Markdown(table(['optimisations', 'host, ms:', 'whole step, ms:', 'kernels on the GPU, ms:',
+                           'number of kernels:',
+                           'products at the measured rate, ms:'], rows))
+
+def speed_losses(name, res=None):
+    res = res or read('speed_quality')
+    return {r['seed']:r['loss'] for r in res['runs'] if r['method']==name and r['lr']==res['best_lr'][name]}
+def speed_difference(a, b): return mean_difference(speed_losses(a), speed_losses(b), interval=False)
+
+def speed_quality():
+    "Held-out loss after the same steps"
+    res,rows = read('speed_quality'),[]
+    for m,lr in res['best_lr'].items():
+        runs = [r for r in res['runs'] if r['method']==m and r['lr']==lr]
+        mean = lambda k: statistics.mean(r[k] for r in runs)
+        rows.append((m, f'{lr:g}', f"{mean('depth'):.2f}", f"{mean('active'):.1f}", f"{mean('loss'):.4f}",
+                     '' if m=='RST' else speed_difference(m, 'RST'), '' if m=='LoRA' else speed_difference(m, 'LoRA')))
+    said = (f"{res['steps']} steps of {res['batch']} rows of {res['length']} tokens, {len(speed_losses('RST'))} seeds, "
+            'mean difference ± its standard error. 8-bit products are emulated: rounded as on the GPU, computed on '
+            'the CPU')
+    head = ['method', 'learning rate', 'depth', 'layers a step', 'held-out loss, nats', 'minus RST', 'minus LoRA']
+    return Markdown(table(head, rows)+'\n\n'+made_by(res, said))
+
+# -- models and PEFT's methods
+def models():
+    res = read('models')
+    rows = [(r['model'], r['cls'], ' and '.join(f'`{o}`' for o in r['stacks']), r['outside'] or '')
+            for r in res['rows']]
+    return Markdown(table(['model', 'class', 'stack of blocks', 'adapter parameters outside'],
+                          rows)+'\n\n'+made_by(res))
+
+def why_no_merge(s):
+    "In PEFT's words, cut to a clause"
+    none = 'PEFT has no merging for it'
+    s = none if s=='NotImplementedError' or 'has no attribute' in s else s
+    return s.split(': ')[0].split('. ')[0].rstrip('.').replace('This method is not supported for Lily', none)
+
+def peft_table(rows, notes):
+    "Methods that work, with footnotes"
+    def row(r):
+        shared = f"{r['shared']} shared parameter{'s'*(r['shared']>1)}" if r['shared'] else ''
+        outside = f"{r['outside']} parameters outside of the layers" if r['outside'] else ''
+        why = '' if r['merges'] is None or r['loads'] else why_no_merge(r['merges'])
+        mark = f"[^{r['method'].replace(' ', '-')}]" if r['method'] in notes or r['loads'] else ''
+        yes = lambda k: 'yes' if r[k] is None else 'no'
+        return (r['method']+mark, r['form'], f"{r['response']:.2g}", yes('loads'), yes('merges'),
+                '; '.join(o for o in (shared, outside, why) if o))
+    def note(r):
+        said = notes.get(r['method']), r['loads'], r['merges'] if r['loads'] else None
+        return f"[^{r['method'].replace(' ', '-')}]: " + ' '.join(o for o in said if o)
+    head = ['method', 'suppressed by', 'response', 'saves and loads', 'merges', 'remarks']
+    return '\n\n'.join([table(head, map(row, rows)), *(note(r) for r in rows if r['method'] in notes or r['loads'])])
+
+def peft_of(status): return [r for r in read('peft_methods')['rows'] if r['status']==status]
+def peft_supported():
+    res = read('peft_methods')
+    return Markdown(peft_table(peft_of('supported'), res['notes'])+'\n\n'+made_by(res))
+def peft_variants(): return Markdown(peft_table(read('peft_methods')['variants'], {}))
+def peft_refused():
+    return Markdown(table(['method', 'what IST says'],
+                          [(r['method'], r['reason'].split(' Use a method')[0]) for r in peft_of('refused')]))
+def peft_on_gpu():
+    gpu,res = read('gpu'),read('peft_methods')
+    same = all(gpu['methods'][r['method']]==r['status'] for r in res['rows']+res['variants'])
+    return Markdown(made_by(gpu, 'Every outcome is the same as above' if same else '**Not all outcomes are as above**'))
+
+# -- what runs survive
+def reliability_counts():
+    "Faults, kills and hostile inputs, and what was lost"
+    res,long = read('reliability'),read('long_run')
+    faults,kills,fuzz = res['faults'],res['kills'].values(),res['fuzz']
+    def cases(res):
+        *few,last = map(str, sorted({o['processes'] for o in res['cases']}))
+        bad = sum(not o['ok'] for o in res['cases'])
+        return f"{len(res['cases'])}, on {', '.join(few)} and {last} processes" + (f'; {bad} open' if bad else '')
+    gpus = read('processes_gpu')
+    lost = faults['lost']+sum(o['lost'] for o in kills)+fuzz['crashes']+fuzz['hangs']
+    rows = [('faults injected', faults['injected']), ('faults survived', faults['survived']),
+            ('runs killed (SIGKILL)', sum(o['killed'] for o in kills)),
+            ('of these, ended bit for bit as if never killed', sum(o['exact'] for o in kills)),
+            ('hostile inputs read', f"{fuzz['inputs']:,}"), ('crashes, hangs', f"{fuzz['crashes']}, {fuzz['hangs']}"),
+            ('[cases on several processes](../reference/processes.ipynb)', cases(read('processes'))),
+            (f"the same on {gpus['hardware']}", cases(gpus)), ('steps of the long run', f"{long['steps']:,}"),
+            ('**lost**', f'**{lost}**')]
+    v = res['versions']
+    return Markdown(table(['what', 'how many'], rows)+f"\n\n{res['hardware']}; torch {v['torch']}, transformers "
+                    f"{v['transformers']}, trl {v['trl']}, accelerate {v['accelerate']}, Python {v['python']}.")
+
+def reliability_faults():
+    rows = read('reliability')['faults']['rows']
+    return Markdown(table(['what happens', 'what the run does', 'outcome'],
+                          [(r['fault'], r['answer'], r['outcome']) for r in rows]))
+
+def reliability_kills():
+    "Each kill: where, what was left, how it ended"
+    def where(p): return 'at any time' if p[0]=='clock' else f"step {p[0]}, {p[1].replace('_', ' ')}"
+    def row(p):
+        return where(p['point']),', '.join(p['left']) or 'nothing','yes' if p['ok'] else 'NO: '+', '.join(p['differs'])
+    head = ['killed', 'left behind', 'ended as if never killed']
+    parts = [f"**{name}**: {o['killed']} killed, {o['exact']} exact\n\n{table(head, map(row, o['points']))}"
+             for name,o in read('reliability')['kills'].items()]
+    return Markdown('\n\n'.join(parts))
+
+def reliability_fuzz():
+    fuzz = read('reliability')['fuzz']
+    names = dict(state='`IST.load_state_dict`', config='`ISTConfig.from_dict`', gz='data, .jsonl.gz')
+    rows = [(names.get(k, f'data, .{k}'), *(f'{o[n]:,}' for n in ('tried', 'accepted', 'refused')))
+            for k,o in fuzz['targets'].items()]
+    grew = f"The memory of the process grew by at most {fuzz['peak_growth_bytes']/2**20:.0f} MiB meanwhile."
+    return Markdown(table(['read by', 'inputs:', 'accepted:', 'refused:'], rows)+'\n\n'+grew)
+
+def reliability_hostile():
+    "Good answers by kind of input, in the version before and in this one"
+    res = read('hostile')
+    kinds = dict(flag='settings on the command line', data='data files', config='YAML files',
+                 state='checkpoints and old results', security='model folders, templates, files that would do harm',
+                 evaluate='`ist_evaluate`')
+    passes,limits = [o for o in ('before', 'after') if o in res],res['limits']
+    def faulty(k):
+        bad = {o:n for o,n in res[passes[-1]][k]['outcomes'].items() if o not in ('sentence', 'ran')}
+        return ', '.join(f'{n} {o}' for o,n in bad.items()) or 'none'
+    of = lambda rows: f"{sum(o['good'] for o in rows)} of {sum(o['cases'] for o in rows)}"
+    rows = [(what, *(of([res[p][k]]) for p in passes), faulty(k)) for k,what in kinds.items()]
+    rows.append(('**all**', *(f'**{of(res[p].values())}**' for p in passes), ''))
+    head = ['inputs', *(f'good answers, {p}' for p in passes), f'faults {passes[-1]}']
+    return Markdown(table(head,
+                          rows)+f"\n\n(Limits: {limits['seconds']} s and {limits['bytes']/1e9:.0f} GB for each input. "
+                    f"{res['hardware']}. Made by `{res['command']}`.)")
+
+def reliability_mutants():
+    "How many planted faults the tests see"
+    rows = read('mutants')['rows']
+    def count(of): return len(of),sum(r['outcome']=='killed' for r in of)
+    by = {m:[r for r in rows if r['module']==m] for m in dict.fromkeys(r['module'] for r in rows)}
+    alive = '; '.join(f"`{r['module']}`: {r['about']}" for r in rows if r['outcome']!='killed')
+    text = table(['module', 'faults:', 'seen by a test:'], [*((f'`{m}`', *count(o)) for m,o in by.items()),
+        ('**all**', *count(rows))])
+    return Markdown(text+'\n\n'+(f'Survived: {alive}. ' if alive else '')+f"(Made by `{read('mutants')['command']}`.)")
+
+def reliability_long_run():
+    l = read('long_run')
+    blocks = [a/b for a,b in zip(l['block_ms'], l['block_fixed_ms'])][l['warm']//l['block']:]
+    sizes,n = list(l['checkpoint_bytes'].values()),f"{l['block']:,}"
+    rows = [('steps', f"{l['steps']:,}"),
+            (f"memory of the process, from step {l['warm']:,} to the end", f"{100*l['rss_growth']:+.2f}%"),
+            ('importance updates made, records kept',
+             f"{l['importance_updates']:,}, {l['history_records']} (at most {l['history_limit']})"),
+            ('size of a checkpoint, largest and at the end', f'{max(sizes)/1024:.0f} KiB, {sizes[-1]/1024:.0f} KiB'),
+            (f'a step in units of the fixed work, first {n} after warming up', f"{l['first_steps']:.3f}"),
+            (f'the same, last {n}', f"{l['last_steps']:.3f} ({100*l['slower']:+.1f}%)"),
+            (f'the same, least and most of any {n} between', f'{min(blocks):.3f}, {max(blocks):.3f}'),
+            (f'processor time alone, first and last {n}', f"{l['first_ms']:.2f} ms, {l['last_ms']:.2f} ms "
+             f"({100*(l['last_ms']/l['first_ms']-1):+.1f}%)")]
+    return Markdown(table(['what', 'measured'], rows)+f"\n\n{l['hardware']}, torch {l['versions']['torch']}.")
+
+def reliability_long_runs_tried():
+    percent = lambda x: 'not measured' if x is None else f'{100*x:+.1f}%'
+    rows = [(r['machine'], *(percent(r[k]) for k in ('slower', 'slower_raw', 'rss_growth')))
+            for r in read('long_run_tried')['runs']]
+    return Markdown(table(['machine', 'last steps against first, in fixed work', 'processor time alone', 'memory'],
+                          rows))
+
+# -- the log
+def gain_table():
+    "How harm, gain and the importance of scorers agree"
+    res = read('gain')
+    t,n = res['table'],sum(len(r['points']) for r in res['runs'])
+    rows = [('harm of leaving it out', '', f"{t['harm_gain']:+.2f}")]
+    rows += [(f'importance, {k}', f"{t[k]['harm']:+.2f}", f"{t[k]['gain']:+.2f}") for k in res['settings']]
+    said = (f"Rank correlation over the 16 layers, mean of {n} points: steps {', '.join(map(str, res['at']))} of "
+            f"{len(res['runs'])} seeds; {res['steps_alone']} steps alone")
+    return Markdown(table(['ranking of the layers by', 'against the harm of leaving a layer out',
+                           'against the gain of training it alone'], rows)+'\n\n'+made_by(res, said))
+
+def gain_of_the_best():
+    "Gains of the best quarter of the layers over the mean gain: by step, one number for each seed"
+    res = read('gain')
+    def best_quarter(p): return sum(sorted(p['gain'])[-4:])/4/(sum(p['gain'])/16)
+    return {s:[best_quarter(p) for r in res['runs'] for p in r['points'] if p['step']==s] for s in res['at']}
+def gain_of_the_best_table():
+    rows = [(s, f'{statistics.mean(m):.2f} ({min(m):.2f} to {max(m):.2f})') for s,m in gain_of_the_best().items()]
+    return Markdown(table(['step', 'gain of the best quarter of the layers, over that of the average layer'], rows))
