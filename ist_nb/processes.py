@@ -98,8 +98,9 @@ def launched() -> int:
 def warn_if_apart():
     "Warn if this process is one of several that do not know of each other"
     if launched()==1 or Ranks().on: return
-    warnings.warn(f"IST: this is one of {launched()} processes, but no process group was made, so each trains a model of "
-                  "its own. Call torch.distributed.init_process_group() first; with a Trainer on a CPU, set use_cpu=True.")
+    warnings.warn(f"IST: this is one of {launched()} processes, but no process group was made, so each trains a model "
+                  "of its own. Call torch.distributed.init_process_group() first; with a Trainer on a CPU, set "
+                  "use_cpu=True.")
 
 # %% ../nbs/09_processes.ipynb #5c3c085c
 def share(

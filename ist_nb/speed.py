@@ -224,8 +224,8 @@ def check_compiled(
     if _toggling_is_safe() or not any(map(compiled, model.modules())): return
     settings = ' and '.join(f'torch._dynamo.config.{o}' for o in _shortcuts)
     raise ISTError(f"The model is compiled, and torch {torch.__version__} computes wrong gradients when layers of a "
-                   f"compiled model are frozen and unfrozen. Use torch 2.12 or newer, do not compile, or set {settings} "
-                   "to False before anything is compiled (ISTConfig(fast='compile') does).")
+                   f"compiled model are frozen and unfrozen. Use torch 2.12 or newer, do not compile, or set "
+                   f"{settings} to False before anything is compiled (ISTConfig(fast='compile') does).")
 
 def compile_blocks(
     model, # A model with PEFT adapters
