@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from ist_nb import ISTConfig,find_layers
 from ist_nb.config import layer_count,samplers,scorers
-from ist_nb.ist import generator_for
+from ist_nb.probe import generator_for
 from ist_nb.speed import blocks_of
 
 @dataclass

@@ -9,7 +9,7 @@ import torch, torch.multiprocessing as mp
 from torch.utils.data import DataLoader
 from ist_nb import IST,ISTConfig
 from ist_nb.config import scorers
-from ist_nb.ist import quietly
+from ist_nb.probe import quietly
 from ist_nb.scorers import ema_update,move_importance,sample_layers,standardize
 from ist_nb.suppression import suppress
 from benchmarks import record

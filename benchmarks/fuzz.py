@@ -3,12 +3,12 @@ import copy,gzip,json,resource,signal,tempfile,time,warnings
 from contextlib import contextmanager
 from pathlib import Path
 from hypothesis import HealthCheck,Phase,given,seed,settings,strategies as st
+import torch
 from torch import nn
 from ist_nb.config import ISTConfig,ISTError
 from ist_nb.data import _Part,read_rows
 from ist_nb.ist import IST
 
-fixtures = Path(__file__).resolve().parent.parent/'tests'/'fixtures'
 limit_s,limit_bytes = 10,500*2**20   # for one input; for all of them together
 
 # values
@@ -69,16 +69,27 @@ class Tiny(nn.Module):
     def __init__(self):
         super().__init__()
         self.blocks = nn.ModuleList([nn.ModuleDict(dict(lin=nn.Linear(2, 2))) for _ in range(4)])
-    def forward(self, x): return x
+    def forward(self, x):
+        for o in self.blocks: x = o['lin'](x)
+        return x
 
-def make_ists():
+def make_ists(probe=[dict(x=0)], loss_fn=lambda model, batch: None, **settings):
     from peft import LoraConfig,get_peft_model
-    probe = [dict(x=0)]
     model = lambda: get_peft_model(Tiny(), LoraConfig(r=1, target_modules=['lin']))
-    return [IST(model(), ISTConfig(), probe=probe, loss_fn=lambda model, batch: None),
-            IST(model(), ISTConfig(scorer='fisher'))]
+    scorers = ('suppression', 'fisher')
+    return [IST(model(), ISTConfig(scorer=o, **settings), probe=probe, loss_fn=loss_fn) for o in scorers]
 
-def states(): return [json.loads(p.read_text()) for p in sorted(fixtures.glob('ist_state_v*.json'))]
+def states():
+    "The states of two runs, one with a history, one with gradients that are not scored yet"
+    batch = dict(x=torch.ones(2, 2))
+    loss = lambda model, batch: (model(**batch)**2).mean()
+    res = []
+    for ist in make_ists(score_interval=3, probe=[batch], loss_fn=loss):
+        opt = torch.optim.SGD(ist.model.parameters(), lr=0.1)
+        for _ in range(8):
+            with ist.step(): loss(ist.model, batch).backward(); opt.step(); opt.zero_grad()
+        res.append(json.loads(json.dumps(ist.state_dict())))
+    return res
 
 def load_state(ists):
     def target(case):

@@ -6,7 +6,7 @@ from datasets import Dataset
 from transformers import Trainer,TrainerCallback,TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from ist_nb import ISTCallback,ISTConfig
-from ist_nb.ist import history_limit
+from ist_nb.state import history_limit
 from ist_nb.runs import RunGuard
 from benchmarks import record
 from benchmarks import kill_points as kp

@@ -6,7 +6,7 @@ import torch
 from torch.utils.data import DataLoader
 from ist_nb import IST,ISTConfig
 from ist_nb.evaluate import held_out_loss
-from ist_nb.ist import model_loss,quietly
+from ist_nb.probe import model_loss,quietly
 from ist_nb.scorers import Probe,suppression_curves
 from benchmarks import record
 from benchmarks.small import lm_batch,physics,pico,trainable

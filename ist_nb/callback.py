@@ -16,7 +16,8 @@ from fastcore.basics import patch
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import CallbackHandler, ExportableState
 from .config import ISTConfig, ISTError, layer_count
-from .ist import IST, budgets, layers_of, model_loss
+from .ist import IST, budgets, layers_of
+from .probe import model_loss
 
 # %% ../nbs/06_callback.ipynb #ac6bd7ba
 class ISTCallback(TrainerCallback, ExportableState):
@@ -72,7 +73,7 @@ def _inner_training_loop(self:Trainer, *args, **kwargs):
     try: return self._orig__inner_training_loop(*args, **kwargs)
     except (TypeError, AttributeError) as e:
         for o in _callbacks(self):
-            if told := o.ist.watch.explain(e): raise told from e
+            if told := o.ist.explain(e): raise told from e
         raise
     finally:
         for o in _callbacks(self): o.ist.close()
@@ -220,7 +221,7 @@ def ist_report(self:ISTCallback) -> dict: # Names and numbers
     ist,names,(steps,active,depth) = self.ist,log_names([o.label for o in self.ist.layers]),self.seen
     self.seen = [0, 0, 0.]
     res = {'ist/active_fraction':active/steps, 'ist/depth':depth/steps} | {f'ist/times_active/{k}':v for k,v in zip(names, ist.times_active.tolist())}
-    if not ist.scores: return res
+    if not ist.needs_scores: return res
     return res | {f'ist/importance/{k}':v for k,v in zip(names, ist.importance.tolist())} | {'ist/score_seconds':ist.score_seconds}
 
 # %% ../nbs/06_callback.ipynb #36fd8cf6

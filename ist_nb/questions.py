@@ -221,7 +221,7 @@ def _base(model): return model.get_base_model() if hasattr(model, 'get_base_mode
 def _generate(model, tokenizer, prompts, num_beams=4, max_new_tokens=32, batch_size=16, about='', progress=False):
     "What the model writes after each prompt by beam search, and how many tokens each prompt was cut by"
     from transformers import GenerationConfig
-    from ist_nb.ist import quietly
+    from ist_nb.probe import quietly
     room,ids,pad,base = _room(model, max_new_tokens),_encode(tokenizer, prompts),_pad_id(tokenizer),_base(model)
     cut,res,old = [max(0, len(o)-room) for o in ids],[None]*len(ids),base.generation_config
     eos = old.eos_token_id if old.eos_token_id is not None else tokenizer.eos_token_id
@@ -280,7 +280,7 @@ def _split_answers(tokenizer, prompt, answers):
 def _log_likelihoods(model, tokenizer, prompts, answers, batch_size=16, about='', progress=False):
     "For each prompt the log-probabilities of its answers, and how many tokens it was cut by"
     import inspect,torch
-    from ist_nb.ist import quietly
+    from ist_nb.probe import quietly
     pairs,cut = [],[]
     for prompt,texts in zip(prompts, answers):
         before,rest = _split_answers(tokenizer, prompt, texts)

@@ -4,7 +4,7 @@ from peft import LoraConfig,get_peft_model
 from transformers import LlamaConfig,LlamaForCausalLM,Trainer,TrainingArguments
 from benchmarks import peft_methods as pm
 from ist_nb import ISTCallback,ISTConfig,find_layers
-from ist_nb.ist import quietly
+from ist_nb.probe import quietly
 from ist_nb.layers import tuner_layers
 
 def test_layers_are_in_the_order_of_the_model():

@@ -5,7 +5,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ist_nb.config import ISTError
 import ist_nb.questions as questions
 from ist_nb.evaluate import *
-from ist_nb.evaluate import _base_of, _mean_interval as mean_interval
+from ist_nb.evaluate import _Arguments, _base_of, _mean_interval as mean_interval
 from ist_nb.questions import *
 from ist_nb.questions import (_answers_of as answers_of, _choices_of as choices_of, _generate as generate,
     _log_likelihoods as log_likelihoods, _released as extract_released, _split_answers as split_answer)
@@ -516,4 +516,4 @@ def test_numbers_and_what_is_said_of_them(want, text): assert tasks['SVAMP'].ext
 
 def test_help_is_quick_and_whole():
     out = subprocess.run([sys.executable, '-X', 'importtime', '-m', 'ist_nb.evaluate', '--help'], capture_output=True, text=True, check=True)
-    assert all(f'--{o} ' in out.stdout for o in EvaluateArguments.__dataclass_fields__) and 'torch' not in {l.split('|')[-1].strip() for l in out.stderr.splitlines()}
+    assert all(f'--{o} ' in out.stdout for o in _Arguments.__dataclass_fields__) and 'torch' not in {l.split('|')[-1].strip() for l in out.stderr.splitlines()}

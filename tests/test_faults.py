@@ -284,7 +284,7 @@ def test_probe_out_of_memory(fault, scorer):
     assert ist.probe_rows==4 and set(f.seen)=={4} and len(ist.history)==4 and ist.n_dropped==0 and len(said)==1 and 'a probe of 16 rows does not fit' in said[0]
     assert all(p.requires_grad for o in ist.layers for p in o.params)
     want,_ = make(99)   # as if the batch had had four rows from the start
-    want.batches.source = [dict(input_ids=ids[:4], labels=ids[:4])]
+    want.prober.batches.source = [dict(input_ids=ids[:4], labels=ids[:4])]
     assert nothing_scored(want, 9)==[] and torch.equal(want.importance, ist.importance)
     again,g = make(5); again.load_state_dict(json.loads(json.dumps(ist.state_dict())))
     assert nothing_scored(again, 4)==[] and set(g.seen)=={4}

@@ -229,7 +229,7 @@ def test_under_ist():
 @pytest.mark.skipif(not shutil.which('g++'), reason='inductor needs a compiler')
 def test_compiled_blocks():
     import torch._dynamo
-    from ist_nb.ist import check_compiled
+    from ist_nb.speed import check_compiled
     def make():
         m = llama(3, use_cache=False)
         for b in m.base_model.model.model.layers: b.compile()

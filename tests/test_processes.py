@@ -3,7 +3,8 @@ import json,os,re,subprocess,sys,warnings
 from pathlib import Path
 import pytest,torch
 from ist_nb import IST,ISTConfig,ISTError
-from ist_nb.processes import Ranks,disagreement,limits,share,warn_if_apart,weight,weighted
+from ist_nb.processes import Ranks,disagreement,limits,warn_if_apart,weight,weighted
+from ist_nb.probe import share
 from benchmarks import processes as P
 
 root = Path(__file__).parent.parent

@@ -9,7 +9,6 @@ from ist_nb import ISTCallback,ISTConfig,ISTError
 from ist_nb.ist import IST
 from ist_nb.runs import RunGuard,checkpoints,last_checkpoint,why_incomplete
 
-fixtures = Path(__file__).parent/'fixtures'
 
 @pytest.fixture(scope='module')
 def ctx(): return kp.children()
@@ -59,32 +58,11 @@ def test_the_comparison_can_fail(ctx, tmp_path, want):
     res, = kp.kill_points(ctx, forgetful, [(8, 'on_step_begin')], tmp_path/'b', want)
     assert res['died'] and {'ist', 'losses', 'weights'} <= set(res['differs'])
 
-# versions
-@pytest.mark.parametrize('scorer', ['suppression'])
-def test_state_of_version_1(scorer):
-    "A state that the first version wrote goes on as the same state of this version does"
-    old = json.loads((fixtures/f'ist_state_v1_{scorer}.json').read_text())
-    assert old['version']==1
-    batches = [{k:torch.tensor([r[k] for r in kp.rows()[i:i+8]]) for k in ('input_ids', 'labels')} for i in range(0, 96, 8)]
-    def go_on(state):
-        ist = IST(kp.tiny_model(), ISTConfig(score_interval=3, scorer=scorer), probe=batches)
-        ist.load_state_dict(state)
-        opt = torch.optim.AdamW(ist.model.parameters(), lr=0.02)
-        torch.manual_seed(0)
-        for b in batches[:8]:
-            with ist.step(): ist.model(**b).loss.backward(); opt.step(); opt.zero_grad()
-        return ist.state_dict()
-    new = old | dict(version=2, probe_rows=None, config=old['config'] | dict(schedule='constant'))   # a setting that came later has its default
-    loaded = IST(kp.tiny_model(), ISTConfig(score_interval=3, scorer=scorer), probe=batches)
-    loaded.load_state_dict(old)
-    assert json.loads(json.dumps(loaded.state_dict()))==new     # nothing of it is lost
-    assert go_on(old)==go_on(new) and go_on(old)['t']==21
-
 def test_history_is_bounded(monkeypatch):
     "Two halves with a state between them have the history of the whole, and it ends"
-    import ist_nb.ist
+    import ist_nb.state
     history_limit = 32
-    monkeypatch.setattr(ist_nb.ist, 'history_limit', history_limit)
+    monkeypatch.setattr(ist_nb.state, 'history_limit', history_limit)
     def run(ist, n):
         for _ in range(n):
             with ist.step(): pass

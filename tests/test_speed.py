@@ -15,7 +15,7 @@ from ist_nb import IST,ISTCallback,ISTConfig,ISTError,find_layers
 from ist_nb.finetune import assets
 from ist_nb.samplers import depth_plan,depth_sampler,inclusion_by_depth
 from ist_nb.scorers import Probe
-from ist_nb.ist import model_loss
+from ist_nb.probe import model_loss
 from ist_nb.speed import Folded,fold,kept_bytes,apply_optimisations,to_fp8,unfold
 from ist_nb.suppression import suppress
 

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader,Dataset,IterableDataset
 from transformers import LlamaConfig,LlamaForCausalLM,Trainer,TrainerCallback,TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from ist_nb import IST,ISTCallback,ISTConfig,ISTError
-from ist_nb.ist import ProbeBatches
+from ist_nb.probe import ProbeBatches
 from ist_nb.speed import embedding_hooks
 
 def model(n=4, seed=0, **kwargs):
@@ -250,7 +250,7 @@ def train(m, make_opt, config, steps=6):
     def loss(): opt.zero_grad(); l = m(**batch()).loss; l.backward(); return l
     for _ in range(steps):
         with ist.step():
-            rest = [(p, p.detach().clone()) for o in ist._resting() for p in o.params]
+            rest = [(p, p.detach().clone()) for o in ist.resting() for p in o.params]
             loss()
             yield ist,rest,opt
             opt.step(loss if isinstance(opt, torch.optim.LBFGS) else None)
@@ -273,7 +273,7 @@ good = dict(SGD=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=
 def test_optimizers_that_leave_layers_at_rest_alone(name):
     m = model()
     for ist,_,opt in train(m, good[name], rst(n_active=1)): pass
-    assert ist.t==6 and opt in ist.watch.passed       # it was looked at, and no longer is
+    assert ist.t==6 and opt in ist.parts[-1].passed       # it was looked at, and no longer is
 
 def test_lora_fa_is_refused_with_advice_that_works(tmp_path):
     from peft.optimizers import create_lorafa_optimizer
