@@ -17,7 +17,8 @@ chat = ("{% for m in messages %}{{ '<|' + m['role'] + '|>\n' }}"
         "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}")
 
 def split_books(books, every=40):
-    "Texts for training, one module in `every` of the same books for validation, the book held out whole, and its shipped test rows"
+    """Texts for training, one module in `every` of the same books for validation, the book held out whole, and its
+    shipped test rows"""
     books = {p.name.split('.')[0]:read_book(p) for p in sorted(books.glob('*.jsonl.gz'))}
     physics = [r['text'] for r in books.pop(held_out)]
     texts = sorted({r['text'] for rows in books.values() for r in rows})
@@ -31,7 +32,8 @@ def make_tokenizer(texts, vocab):
     t = Tokenizer(models.BPE())
     t.pre_tokenizer,t.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False),decoders.ByteLevel()
     t.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+        vocab_size=vocab, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False))
     res = PreTrainedTokenizerFast(tokenizer_object=t, bos_token=eot, eos_token=eot, pad_token=pad, model_max_length=512,
                                   additional_special_tokens=special[2:], clean_up_tokenization_spaces=False)
     res.chat_template = chat
@@ -40,7 +42,8 @@ def make_tokenizer(texts, vocab):
 def make_model(tok, layers, hidden, heads, mlp):
     "A Llama with random weights, two query heads to a key-value head and tied embeddings"
     return LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tok), hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=heads,
+        vocab_size=len(tok), hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers,
+        num_attention_heads=heads,
         num_key_value_heads=heads//2, max_position_embeddings=512, tie_word_embeddings=True, use_cache=False,
         bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id))
 
@@ -55,7 +58,8 @@ def windows(ids, n=512, offset=0):
 def dropout(model, p):
     "Drop a share `p` of what each layer's attention and MLP add to the residual stream: Llama has no such option"
     for l in model.model.layers:
-        for o in (l.self_attn.o_proj, l.mlp.down_proj): o.register_forward_hook(lambda m,i,o: F.dropout(o, p, m.training))
+        for o in (l.self_attn.o_proj, l.mlp.down_proj):
+            o.register_forward_hook(lambda m,i,o: F.dropout(o, p, m.training))
 
 def loss_fn(model, x):
     "Mean cross-entropy of the windows `x` [B, T+1], in nats per token"
@@ -68,8 +72,10 @@ def evaluate(model, ids, bs=32):
     return sum(loss_fn(model, x).item()*len(x) for x in windows(ids).split(bs))/len(windows(ids))
 
 class Muon(torch.optim.Optimizer):
-    "`torch.optim.Muon` with `adjust_lr_fn='match_rms_adamw'`, one batched Newton-Schulz iteration for all matrices of a shape"
-    def __init__(self, ps, lr, weight_decay, momentum=0.95): super().__init__(ps, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+    """`torch.optim.Muon` with `adjust_lr_fn='match_rms_adamw'`, one batched Newton-Schulz iteration for all matrices of
+    a shape"""
+    def __init__(self, ps, lr, weight_decay, momentum=0.95):
+        super().__init__(ps, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
     @torch.no_grad()
     def step(self):
         for g in self.param_groups:
@@ -98,14 +104,16 @@ def optimizers(model, opt, lr, wd):
     return opts + ([Muon(mats, lr=lr, weight_decay=wd)] if opt=='muon' else [])
 
 def train(model, ids, valid, opt, epochs, lr, wd, bs, drop, mode, seed, max_steps, warmup=0.05, T=512):
-    "Train `model` on the stream `ids`, cut at another place in each epoch; the rate rises, then falls as a half cosine to 0"
+    """Train `model` on the stream `ids`, cut at another place in each epoch; the rate rises, then falls as a half
+    cosine to 0"""
     dropout(model, drop)
     dev = ids.device
     step_fn = torch.compile(loss_fn, mode=mode) if mode!='none' else loss_fn
     opts = optimizers(model, opt, lr, wd)
     per = (len(ids)-1-T)//T//bs
     steps = max_steps or per*epochs
-    sched = [torch.optim.lr_scheduler.LambdaLR(o, lambda i: min((i+1)/(warmup*steps), (1+math.cos(math.pi*i/steps))/2)) for o in opts]
+    sched = [torch.optim.lr_scheduler.LambdaLR(o, lambda i: min((i+1)/(warmup*steps), (1+math.cos(math.pi*i/steps))/2))
+             for o in opts]
     model.train()
     log,rnd = [],torch.Generator().manual_seed(seed)
     for i in range(steps):
@@ -146,7 +154,8 @@ def main(
     dev = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     torch.manual_seed(seed)
     torch.set_float32_matmul_precision('high')
-    modeling_llama.create_causal_mask = lambda *a,**k: None # the attention is causal without one, and the kernels without one are faster
+    # the attention is causal without one, and the kernels without one are faster
+    modeling_llama.create_causal_mask = lambda *a,**k: None
     texts = split_books(books)
     tok = make_tokenizer(texts['train'], vocab)
     ids = {k:stream(tok, v).to(dev) for k,v in texts.items()}
@@ -157,18 +166,23 @@ def main(
     res = {}
     for k in ('valid','physics','physics_test'):
         nats,n = evaluate(model, ids[k]),sum(len(t.encode()) for t in texts[k])
-        res[k] = dict(nats_per_token=round(nats, 4), bits_per_byte=round(nats*len(ids[k])/n/math.log(2), 4), tokens=len(ids[k]), bytes=n)
+        res[k] = dict(nats_per_token=round(nats, 4), bits_per_byte=round(nats*len(ids[k])/n/math.log(2), 4),
+                      tokens=len(ids[k]), bytes=n)
     model.config.use_cache = True
-    model.generation_config = GenerationConfig(bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id)
+    model.generation_config = GenerationConfig(bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id,
+                                               pad_token_id=tok.pad_token_id)
     model.half().save_pretrained(out)
     model.config.dtype = torch.float32 # so that it loads as float32, in which any processor trains it
     model.config.save_pretrained(out)
     tok.save_pretrained(out)
-    cfg = dict(vocab=vocab, layers=layers, hidden=hidden, heads=heads, mlp=mlp, epochs=epochs, opt=opt, lr=lr, wd=wd, drop=drop, bs=bs, seed=seed)
+    cfg = dict(vocab=vocab, layers=layers, hidden=hidden, heads=heads, mlp=mlp, epochs=epochs, opt=opt, lr=lr, wd=wd,
+               drop=drop, bs=bs, seed=seed)
     results.parent.mkdir(parents=True, exist_ok=True)
     results.write_text(json.dumps(dict(
-        parameters=model.num_parameters(), train=dict(tokens=len(ids['train'])), **res, config=cfg, log=log, seconds=round(time.perf_counter()-start),
+        parameters=model.num_parameters(), train=dict(tokens=len(ids['train'])), **res, config=cfg, log=log,
+        seconds=round(time.perf_counter()-start),
         command=' '.join(['python']+sys.argv), hardware=torch.cuda.get_device_name() if dev.type=='cuda' else 'CPU',
-        versions=dict(python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__, tokenizers=tokenizers.__version__)),
+        versions=dict(python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__,
+                      tokenizers=tokenizers.__version__)),
         indent=1)+'\n')
     print(json.dumps(res))
