@@ -13,8 +13,9 @@ Fault = namedtuple('Fault', 'module about old new')
 # the tests that should see a module's faults, after the module's own notebook
 tests = dict(
     config='ist', layers='core ist probes peft', suppression='probes speed', scorers='probes ist', samplers='speed ist',
-    ist='steps core ist probes', callback='core logging ist', speed='speed', activations='memory', memory='memory',
-    moments='memory', questions='evaluate', evaluate='evaluate', finetune='finetune')
+    ist='steps core ist probes', probe='core steps probes', state='resume steps',
+    callback='core logging ist', speed='speed', activations='memory',
+    memory='memory', moments='memory', questions='evaluate', evaluate='evaluate', finetune='finetune')
 def checks(module):
     return [notebook_of(module).stem, *(f'tests/test_{o}.py' for o in tests[module].split())]
 def exists(check):

@@ -30,7 +30,9 @@ class Ranks:
     @property
     def rank(self): return dist.get_rank() if self.on else 0
     @property
-    def device(self): return torch.device('cpu') if 'cpu' in dist.get_backend_config() or not torch.cuda.is_available() else torch.device('cuda', torch.cuda.current_device())
+    def device(self):
+        if 'cpu' in dist.get_backend_config() or not torch.cuda.is_available(): return torch.device('cpu')
+        return torch.device('cuda', torch.cuda.current_device())
 
     def _gather(self, x:Tensor) -> Tensor: # [ranks, n]
         parts = [torch.empty_like(x, device=self.device) for _ in range(self.size)]
@@ -78,9 +80,13 @@ def disagreement(
     for k in said[0]:
         by = {}
         for rank,o in enumerate(said): by.setdefault(json.dumps(o[k]), []).append(rank)
-        if len(by)>1: lines.append(f"{k}: " + '; '.join(f"{_cut(v)} on rank{'s' if len(r)>1 else ''} {', '.join(map(str, r))}" for v,r in sorted(by.items(), key=lambda o: -len(o[1]))))
-    return (f"The {len(said)} processes of this run do not agree before {step if isinstance(step, str) else f'step {step}'}, so they would train different layers. " + '. '.join(lines) +
-            ". Give every process the same configuration, seed and state: IST draws the same layers from them by itself.")
+        words = [f"{_cut(v)} on rank{'s' if len(r)>1 else ''} {', '.join(map(str, r))}"
+                 for v,r in sorted(by.items(), key=lambda o: -len(o[1]))]
+        if len(by)>1: lines.append(f"{k}: {'; '.join(words)}")
+    when = step if isinstance(step, str) else f'step {step}'
+    return (f"The {len(said)} processes of this run do not agree before {when}, so they would train different layers. "
+            f"{'. '.join(lines)}. Give every process the same configuration, seed and state: IST draws the same layers "
+            "from them by itself.")
 
 def _cut(s, n=120): return s if len(s)<=n else s[:n]+' ...'
 
@@ -90,9 +96,11 @@ def launched() -> int:
     return int(os.environ.get('WORLD_SIZE', 1))
 
 def warn_if_apart():
-    "Say so if this process is one of several that do not know of each other"
-    if launched()>1 and not Ranks().on: warnings.warn(f"IST: this is one of {launched()} processes, but no process group was made, so each trains a model of its own. "
-                                                      "Call torch.distributed.init_process_group() first; with a Trainer on a CPU, set use_cpu=True.")
+    "Warn if this process is one of several that do not know of each other"
+    if launched()==1 or Ranks().on: return
+    warnings.warn(f"IST: this is one of {launched()} processes, but no process group was made, so each trains a model "
+                  "of its own. Call torch.distributed.init_process_group() first; with a Trainer on a CPU, set "
+                  "use_cpu=True.")
 
 # %% ../nbs/09_processes.ipynb #5c3c085c
 def weight(
@@ -104,7 +112,8 @@ def weight(
     labels = batch.get('labels') if hasattr(batch, 'get') else None
     if not isinstance(labels, Tensor) or labels.is_floating_point(): return rows
     base = model.get_base_model() if hasattr(model, 'get_base_model') else model
-    if getattr(base, 'loss_type', None)=='ForCausalLM' and labels.dim()==2: labels = labels[:, 1:]   # the first token of a row is not predicted
+    shifted = getattr(base, 'loss_type', None)=='ForCausalLM' and labels.dim()==2
+    if shifted: labels = labels[:, 1:]   # the first token of a row is not predicted
     return int((labels!=-100).sum())
 
 # %% ../nbs/09_processes.ipynb #d211c385
@@ -157,8 +166,9 @@ def same(self:Ranks,
 ) -> Tensor: # Float [N]: that of rank 0
     "One importance for all ranks; raises `ISTError` if they differ by more than rounding"
     if self.size==1: return importance
-    table = self.table(importance)                                           # [ranks, N]
-    if not torch.allclose(table, table[:1], rtol=1e-4, atol=1e-5, equal_nan=True): self.agree(step, importance=importance.tolist())
+    table = self.table(importance)                   # [ranks, N]
+    close = torch.allclose(table, table[:1], rtol=1e-4, atol=1e-5, equal_nan=True)
+    if not close: self.agree(step, importance=importance.tolist())
     return table[0].to(importance)
 
 # %% ../nbs/09_processes.ipynb #95f3eb5c
@@ -168,7 +178,8 @@ def _deepspeed():
 
 def _wrappers() -> tuple:
     "The classes that wrap a model from outside"
-    return tuple(o for o in (DistributedDataParallel, DataParallel, OptimizedModule, FullyShardedDataParallel, _deepspeed()) if o)
+    known = DistributedDataParallel,DataParallel,OptimizedModule,FullyShardedDataParallel,_deepspeed()
+    return tuple(o for o in known if o)
 
 def unwrap(
     model, # Perhaps wrapped for DDP, DataParallel or DeepSpeed
@@ -176,7 +187,9 @@ def unwrap(
     "What to run a probe through"
     outer = tuple(o for o in (DistributedDataParallel, DataParallel, _deepspeed()) if o)
     while isinstance(model, outer): model = model.module
-    return max([model, *(o for o in _around(model) if isinstance(o, FullyShardedDataParallel))], key=lambda o: len(list(o.modules())))   # FSDP1 works from its outermost module only
+    # FSDP1 works from its outermost module only
+    fsdp1 = [o for o in _around(model) if isinstance(o, FullyShardedDataParallel)]
+    return max([model, *fsdp1], key=lambda o: len(list(o.modules())))
 
 def _around(
     model:nn.Module, # A model
@@ -184,7 +197,8 @@ def _around(
     "The living wrappers that `model` is inside of; none without a process group"
     if not Ranks().on: return []
     kinds = {k for o in _wrappers() for k in _below(o)}
-    return [o for o in gc.get_objects() if type(o) in kinds and o is not model and any(m is model for m in o.modules())]
+    return [o for o in gc.get_objects()
+            if type(o) in kinds and o is not model and any(m is model for m in o.modules())]
 
 def _below(cls): return [cls, *(k for o in cls.__subclasses__() for k in _below(o))]
 
@@ -192,7 +206,7 @@ def _below(cls): return [cls, *(k for o in cls.__subclasses__() for k in _below(
 @dataclass
 class Engine:
     "What drives the processes of a model"
-    name:str # 'DDP', 'FSDP2', 'FSDP1', 'DeepSpeed ZeRO-2', ..., or 'one process' where nothing wraps the model
+    name:str # 'DDP', 'FSDP2', 'FSDP1', 'DeepSpeed ZeRO-2', ..., or 'one process'
     wrapper:object # The module that wraps it, or None
     compiled:bool # Whether the model is compiled as a whole
     @property
@@ -225,7 +239,7 @@ class Case:
     "What a limit looks at"
     model:nn.Module # Without its wrapper
     layers:Layers # From `find_layers`
-    config:ISTConfig # The dials
+    config:ISTConfig # The settings
     scorer:object # From the registry, or None where nothing is scored
     sparse:bool # Whether steps leave layers out
     reentrant:bool # Whether reentrant checkpointing is on
@@ -246,34 +260,55 @@ class Limit:
 def _in_buckets(
     ddp:DistributedDataParallel, # A wrapper
 ) -> set: # Of ids of parameters
-    "The parameters whose gradients DDP averages: those that required a gradient when it was made"
+    "The parameters whose gradients DDP averages: those that required one when it was made"
     return {id(p) for b in ddp.reducer._get_zeros_like_grad_buckets() for p in b.parameters()}
 
-_find = 'Set find_unused_parameters=True (Trainer: ddp_find_unused_parameters=True)'
 limits = [
-    Limit('DDP', 'static_graph=True', 'it takes every step to have the parameters of the first, and IST changes them', 'Set static_graph=False (Trainer: ddp_static_graph=False) and find_unused_parameters=True',
+    Limit('DDP', 'static_graph=True', 'it takes every step to have the parameters of the first, and IST changes them',
+          'Set static_graph=False (Trainer: ddp_static_graph=False) and find_unused_parameters=True',
           lambda c: c.sparse and c.engine.wrapper.static_graph),
-    Limit('DDP', 'find_unused_parameters=False', 'it would wait for the gradients of the layers that a step leaves out', _find,
+    Limit('DDP', 'find_unused_parameters=False', 'it would wait for the gradients of the layers that a step leaves out',
+          'Set find_unused_parameters=True (Trainer: ddp_find_unused_parameters=True)',
           lambda c: c.sparse and not c.engine.wrapper.find_unused_parameters),
-    Limit('DDP', 'reentrant activation checkpointing', 'a parameter would be reported twice in one backward', "Set use_reentrant=False (Trainer: gradient_checkpointing_kwargs={'use_reentrant': False})",
+    Limit('DDP', 'reentrant activation checkpointing', 'a parameter would be reported twice in one backward',
+          "Set use_reentrant=False (Trainer: gradient_checkpointing_kwargs={'use_reentrant': False})",
           lambda c: c.sparse and c.reentrant),
-    Limit('DDP', 'layers that were frozen when it wrapped the model', 'their gradients would never be averaged, without a word', 'Wrap the model while every adapter is trainable: before the first step, or outside of one',
+    Limit('DDP', 'layers that were frozen when it wrapped the model',
+          'their gradients would never be averaged, without a word',
+          'Wrap the model while every adapter is trainable: before the first step, or outside of one',
           lambda c: not {id(p) for o in c.layers for p in o.params} <= _in_buckets(c.engine.wrapper)),
 ]
 
 # %% ../nbs/09_processes.ipynb #4a721f8d
-def _applies(fast, *names): return not isinstance(fast, bool) and bool(set(names) & set(fast.replace(' ', '').split(',')))   # True means what is safe
+def _applies(fast, *names): # `fast=True` means what is safe
+    return not isinstance(fast, bool) and bool(set(names) & set(fast.replace(' ', '').split(',')))
+
+def _flat(c): # whether a unit of FSDP1 is one parameter
+    units = (o for o in c.engine.wrapper.modules() if isinstance(o, FullyShardedDataParallel))
+    return not all(o._use_orig_params for o in units)
 
 limits += [
-    Limit('FSDP1', 'use_orig_params=False', 'the layers of a unit are one parameter, which cannot be frozen in parts', "Set use_orig_params=True (Trainer: fsdp_config={'use_orig_params': True}), or use FSDP2 (fsdp_version=2)",
-          lambda c: not all(o._use_orig_params for o in c.engine.wrapper.modules() if isinstance(o, FullyShardedDataParallel))),
-    Limit('FSDP1', "scorer='gate' or 'fisher'", 'each process holds an arbitrary piece of the gradients, and a backward that trains nothing leaves parameters unsharded', "Use scorer='suppression', or FSDP2 (fsdp_version=2)",
+    Limit('FSDP1', 'use_orig_params=False', 'the layers of a unit are one parameter, which cannot be frozen in parts',
+          "Set use_orig_params=True (Trainer: fsdp_config={'use_orig_params': True}), or use FSDP2 (fsdp_version=2)",
+          _flat),
+    Limit('FSDP1', "scorer='gate' or 'fisher'",
+          'each process holds an arbitrary piece of the gradients, and a backward that trains nothing '
+          'leaves parameters unsharded', "Use scorer='suppression', or FSDP2 (fsdp_version=2)",
           lambda c: c.observes or getattr(c.scorer, 'gradients', False)),
-    Limit('FSDP', 'parameters that several layers share', 'IST puts views in their place, of which FSDP does not know', 'Use DDP, or an adapter with parameters in each layer, such as LoRA', lambda c: bool(c.layers.shared)),
-    Limit('FSDP', 'activation_budget', 'it measures a block by running it alone, outside of the hooks that gather its shards', 'Leave activation_budget out, and use activation checkpointing', lambda c: c.config.activation_budget is not None),
-    Limit('FSDP', "fast='fp8' or 'loss'", 'these replace modules and functions whose parameters FSDP has sharded already', "Use the optimisations 'fold' and, with FSDP2, 'compile'", lambda c: _applies(c.config.fast, 'fp8', 'loss')),
-    Limit('FSDP1', "fast='compile'", 'its hooks do not compile block by block', "Use fast='fold', or FSDP2 (fsdp_version=2)", lambda c: _applies(c.config.fast, 'compile')),
-    Limit('FSDP', "optimizer_state='offload'", 'moving shards of the state between devices is not tested', "Use optimizer_state='keep' with FSDP's own offloading (CPUOffloadPolicy; Trainer: fsdp_config={'cpu_offload': True})", lambda c: c.config.optimizer_state=='offload'),
+    Limit('FSDP', 'parameters that several layers share', 'IST puts views in their place, of which FSDP does not know',
+          'Use DDP, or an adapter with parameters in each layer, such as LoRA', lambda c: bool(c.layers.shared)),
+    Limit('FSDP', 'activation_budget',
+          'it measures a block by running it alone, outside of the hooks that gather its shards',
+          'Leave activation_budget out, and use activation checkpointing',
+          lambda c: c.config.activation_budget is not None),
+    Limit('FSDP', "fast='fp8' or 'loss'",
+          'these replace modules and functions whose parameters FSDP has sharded already',
+          "Use the optimisations 'fold' and, with FSDP2, 'compile'", lambda c: _applies(c.config.fast, 'fp8', 'loss')),
+    Limit('FSDP1', "fast='compile'", 'its hooks do not compile block by block',
+          "Use fast='fold', or FSDP2 (fsdp_version=2)", lambda c: _applies(c.config.fast, 'compile')),
+    Limit('FSDP', "optimizer_state='offload'", 'moving shards of the state between devices is not tested',
+          "Use optimizer_state='keep' with FSDP's own offloading (CPUOffloadPolicy; Trainer: "
+          "fsdp_config={'cpu_offload': True})", lambda c: c.config.optimizer_state=='offload'),
 ]
 
 # %% ../nbs/09_processes.ipynb #db068c0a
@@ -282,7 +317,8 @@ def _harmless(
 ) -> bool:
     "Whether a step with a gradient of zero leaves a parameter as it is"
     while hasattr(optimizer, 'optimizer'): optimizer = optimizer.optimizer
-    return type(optimizer) is torch.optim.SGD and all(g['momentum']==0 and g['weight_decay']==0 for g in optimizer.param_groups)
+    plain = all(g['momentum']==0 and g['weight_decay']==0 for g in optimizer.param_groups)
+    return type(optimizer) is torch.optim.SGD and plain
 
 def _flattens(
     engine, # DeepSpeed's
@@ -291,11 +327,19 @@ def _flattens(
     return engine.zero_optimization_stage()>0 or engine.fp16_enabled() or engine.bfloat16_enabled()
 
 limits += [
-    Limit('DeepSpeed', 'an optimizer that has momentum or weight decay', 'it takes the missing gradient of a frozen layer for zeros, so momentum and decay go on moving the layer',
-          'Use DDP or FSDP2; or torch.optim.SGD without momentum and weight decay; or n_active=1.0, which trains every layer at every step', lambda c: c.sparse and _flattens(c.engine.wrapper) and not _harmless(c.engine.wrapper.optimizer)),
-    Limit('DeepSpeed', "scorer='fisher'", 'its optimizer holds one flat tensor, in which the layers are not to be found', "Use scorer='suppression' or 'gate'", lambda c: c.observes and _flattens(c.engine.wrapper)),
-    Limit('DeepSpeed', "optimizer_state other than 'keep'", 'its optimizer holds one flat tensor', "Use optimizer_state='keep'", lambda c: c.config.optimizer_state!='keep' and _flattens(c.engine.wrapper)),
-    Limit('', 'a model that is compiled as a whole', 'it would be compiled again for each selection of layers, until torch gives up', "Do not compile it (Trainer: torch_compile=False); ISTConfig(fast='compile') compiles each block by itself",
+    Limit('DeepSpeed', 'an optimizer that has momentum or weight decay',
+          'it takes the missing gradient of a frozen layer for zeros, so momentum and decay go on moving the layer',
+          'Use DDP or FSDP2; or torch.optim.SGD without momentum and weight decay; or n_active=1.0, which trains '
+          'every layer at every step',
+          lambda c: c.sparse and _flattens(c.engine.wrapper) and not _harmless(c.engine.wrapper.optimizer)),
+    Limit('DeepSpeed', "scorer='fisher'",
+          'its optimizer holds one flat tensor, in which the layers are not to be found',
+          "Use scorer='suppression' or 'gate'", lambda c: c.observes and _flattens(c.engine.wrapper)),
+    Limit('DeepSpeed', "optimizer_state other than 'keep'", 'its optimizer holds one flat tensor',
+          "Use optimizer_state='keep'", lambda c: c.config.optimizer_state!='keep' and _flattens(c.engine.wrapper)),
+    Limit('', 'a model that is compiled as a whole',
+          'it would be compiled again for each selection of layers, until torch gives up',
+          "Do not compile it (Trainer: torch_compile=False); ISTConfig(fast='compile') compiles each block by itself",
           lambda c: c.sparse and c.engine.compiled and c.engine.wrapper is not None),
 ]
 
@@ -306,11 +350,13 @@ def check_engine(
     "Refuse what the engine of the model does not allow"
     warn_if_apart()
     case.engine,limit = _look(case)
-    if limit: gc.collect(); case.engine,limit = _look(case)   # it may have been a wrapper that nobody holds any more
+    if limit: gc.collect(); case.engine,limit = _look(case)   # perhaps nobody holds that wrapper any more
     if limit: raise ISTError(f"{case.engine.name} with {limit.what} is refused: {limit.why}. {limit.do}.")
     return case.engine
 
 def _look(case):
     "The engine, and the first limit that is broken"
     case.engine = engine_of(case.model)
-    return case.engine,next((o for o in limits if case.engine.wrapper is not None and case.engine.name.startswith(o.engine) and o.broken(case)), None)
+    if case.engine.wrapper is None: return case.engine,None
+    mine = (o for o in limits if case.engine.name.startswith(o.engine))
+    return case.engine,next((o for o in mine if o.broken(case)), None)
