@@ -48,7 +48,7 @@ def corollary1_bound(
     T:int, # Steps
     pi_min:float, # Smallest probability of a layer, in (0, n/N]
 ) -> float: # Bound on the average of $\lVert\nabla f\rVert^2$, with the learning rate `step_size`
-    "Corollary 1: $(2L\\Delta/T + 2\\sqrt{2L\\Delta n\\sigma^2/T})/\\pi_{\\min}$ (ours; proved in nbs/theory/convergence.ipynb)"
+    "Corollary 1: $(2L\\Delta/T + 2\\sqrt{2L\\Delta n\\sigma^2/T})/\\pi_{\\min}$ (ours, proved on this page)"
     return (2*L*delta/T + 2*math.sqrt(2*L*delta*n*sigma2/T))/pi_min
 
 def rst_bound(
@@ -69,7 +69,7 @@ def inclusion_bound(
     N:int, # Layers
     simple:bool=False, # The weaker, exponential form
 ) -> float: # Lower bound on every layer's probability to be drawn
-    "Lemma 2: $1 - \\prod_{j=1}^n (1 - \\kappa/(\\kappa+N-j))$, or `simple`, $1 - e^{-n\\kappa/N}$ (ours; proved in nbs/theory/convergence.ipynb)"
+    "Lemma 2: $1 - \\prod_{j=1}^n (1 - \\kappa/(\\kappa+N-j))$, or `simple`, $1 - e^{-n\\kappa/N}$ (ours)"
     if simple: return -math.expm1(-n*kappa/N)
     if kappa==0: return float(n==N)
     return 1-math.prod(1-kappa/(kappa+N-j) for j in range(1, n+1))
@@ -80,7 +80,7 @@ def inclusion_by_clocks(
     n:int, # Layers drawn, in 1 .. N
     step:float=0.1, # Of the trapezoidal rule, in log time
 ) -> Tensor: # Float64 [N], sums to `n`
-    "Probability that each layer is among `n` drawn by `sample_layers`, for any N (ours; exponential clocks, nbs/theory/convergence.ipynb)"
+    "Probability that each layer is among `n` drawn by `sample_layers`, for any N (ours, by exponential clocks)"
     w = weights.double()/weights.double().max()                                       # [N]
     x = torch.arange(-35., math.log(45/w.min().item()), step, dtype=torch.float64)     # [X], log time
     rang = -torch.expm1(-w[:, None]*x.exp())                                           # [N, X], P(clock j < t)
@@ -102,7 +102,7 @@ def update_bound(
     K = config.n_candidates
     if config.scorer=='paper': most = max(a*(K-a)/K for a in range(K+1))
     elif config.scorer=='suppression': most = reward_spread*max(math.sqrt(a*(K-a)) for a in range(K+1))
-    else: raise ValueError(f"No bound is known for scorer={config.scorer!r}: Lemma 3 is about 'paper' and 'suppression'")
+    else: raise ValueError(f"No bound is known for scorer={config.scorer!r}: Lemma 3 covers 'paper' and 'suppression'")
     return config.score_lr*most
 
 def importance_bound(
@@ -119,21 +119,23 @@ def floor_probability(
     N:int, # Layers
     kappa:float=0., # Smallest weight over largest in the other steps; 0: nothing is known of it
 ) -> float: # $\pi_{\min}$
-    "Every layer's probability is at least $\\varepsilon n/N + (1-\\varepsilon)\\cdot$`inclusion_bound` (ours; nbs/theory/convergence.ipynb, on why a floor is needed)"
+    "Every layer's probability is at least $\\varepsilon n/N + (1-\\varepsilon)\\cdot$`inclusion_bound` (ours)"
     return explore*n/N + (1-explore)*inclusion_bound(kappa, n, N)
 
 def guarantee(
-    config:ISTConfig, # Any configuration with a scorer that `update_bound` knows, or the sampler 'uniform', 'depth' or 'top'
+    config:ISTConfig, # With a scorer that `update_bound` knows, or the sampler 'uniform', 'depth' or 'top'
     N:int, # Layers
     m:int|None=None, # After how many importance updates; None: for ever
-) -> dict: # `pi_min`; `rst`, that of random sparse tuning; `constant`, how many times RST's bound the bound of Corollary 1 is
+) -> dict: # `pi_min`; `rst`, that of random sparse tuning; `constant`, the bound of Corollary 1 in units of RST's
     "What is guaranteed of `config` in the worst case"
     mean = layer_count(config.n_active, N)
     n = 1 if config.schedule=='shrink' else mean   # the fewest of any step
     if config.sampler=='uniform': pi = n/N
     elif config.sampler=='depth': pi = config.explore*n/N   # of the steps that train all layers
-    elif config.sampler=='top': pi = float(n==N)            # the lowest layer is trained at every step or, from some step on, never
-    else: pi = floor_probability(config.explore, n, N, 0. if m is None else math.exp(-importance_bound(m, update_bound(config))))
+    elif config.sampler=='top': pi = float(n==N)   # the lowest layer freezes for good
+    else:
+        kappa = 0. if m is None else math.exp(-importance_bound(m, update_bound(config)))
+        pi = floor_probability(config.explore, n, N, kappa)
     return dict(n=n, pi_min=pi, rst=mean/N, constant=mean/N/pi if pi else math.inf)
 
 # %% ../nbs/theory/convergence.ipynb #3e323aad
@@ -147,7 +149,9 @@ def adaptive_bound(
     d_max:float, # Largest entry of $D$
 ) -> float: # Bound on the average of $\sum_i \pi_i \lVert\nabla_i f\rVert^2$
     "Corollary 4, for RMSProp and Adam without momentum (ours; proved in nbs/theory/convergence.ipynb)"
-    if not 0<gamma<=d_min/(L*d_max**2): raise ValueError(f'gamma={gamma} is outside of (0, d_min/(L d_max^2)] = (0, {d_min/(L*d_max**2)}], where the corollary holds')
+    most = d_min/(L*d_max**2)
+    if not 0<gamma<=most:
+        raise ValueError(f'gamma={gamma} is outside of (0, d_min/(L d_max^2)] = (0, {most}], where the corollary holds')
     return 2*delta/(gamma*d_min*T) + L*gamma*d_max**2/d_min*noise
 
 # %% ../nbs/theory/convergence.ipynb #719b2432
@@ -157,12 +161,12 @@ def layer_gain(
     L:float, # Smoothness
     gamma:float, # Learning rate
 ) -> Tensor: # $a$, float [N]
-    "What training each layer is guaranteed to bring in one step, over $\\gamma$ (Proposition 5; ours, proved in nbs/theory/convergence.ipynb)"
+    "What training each layer is guaranteed to bring in one step, over $\\gamma$ (Proposition 5; ours)"
     return (1-L*gamma/2)*grad2 - L*gamma/2*sigma2
 
 def selection_gain(
     pi:Tensor, # Probability of each layer, float [N], sums to n
     gain:Tensor, # From `layer_gain`, float [N]
 ) -> Tensor: # Scalar: above 0 if `pi` beats chance
-    "How much more a selection is guaranteed to bring in one step than RST with as many layers, over $\\gamma$ (Proposition 5; ours, proved in nbs/theory/convergence.ipynb)"
+    "What a selection is guaranteed to bring in one step beyond RST with as many layers, over $\\gamma$ (ours)"
     return ((pi-pi.sum()/len(pi))*gain).sum()

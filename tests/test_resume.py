@@ -125,7 +125,7 @@ def test_resume_without_the_optimizer_is_said(tmp_path):
     with warnings.catch_warnings(record=True) as w:
         warnings.simplefilter('always')
         t.train(resume_from_checkpoint=str(tmp_path/'checkpoint-3'))
-    assert any('remembers nothing' in str(o.message) for o in w)
+    assert any('with an empty optimizer' in str(o.message) for o in w)
 
 def test_finetune_passes_over_a_torn_checkpoint(tmp_path, monkeypatch, capsys):
     "--resume and --auto_resume end where the uninterrupted run ends; a run that is done stays as it is"
