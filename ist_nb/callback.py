@@ -46,10 +46,11 @@ class ISTCallback(TrainerCallback, ExportableState):
         if self.lost:
             raise ISTError("restore_callback_states_from_checkpoint=True makes a new ISTCallback, which lacks your "
                            f"{' and '.join(self.lost)}. Leave that flag off: ISTCallback restores itself.")
+        check_run(args, self.config)        # again: a callback that was added late did not see the Trainer made
         probe = train_dataloader if self.probe is None else self.probe
         self.ist = IST(model, self.config, probe=probe, loss_fn=self.loss_fn, stack=self.stack, optimizer=optimizer,
                        n_steps=state.max_steps)
-        check_run(args, self.config, state, self.ist.ranks.size)   # again: a callback added late did not see `__init__`
+        check_run(args, self.config, state, self.ist.ranks.size)
         flat = self.ist.engine.name.startswith('DeepSpeed')   # its optimizer holds flat tensors
         if not flat: check_optimizer(optimizer, self.ist.layers)
         if self.config.fast: _run_ahead(args, train_dataloader)

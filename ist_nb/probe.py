@@ -342,7 +342,7 @@ def first_rows(
 
 # %% ../nbs/07_probe.ipynb #da7a9dd1
 class OneProcess:
-    "What [several processes](15_processes.ipynb) need to do together, for one"
+    "What several processes do together, for one"
     rank,size,name,sharded = 0,1,'one process',False
     def spread(self, scores): return scores
     def same(self, step, importance): return importance
