@@ -8,7 +8,6 @@ from peft import LoraConfig,PeftModel,get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as registry
 from transformers import MixtralConfig,MixtralForCausalLM
 import ist_nb.adapters   # puts ours into the registry
-import ist_nb.adapters   # registers bottleneck adapters, as the commands do
 from ist_nb import IST,ISTConfig,ISTError,find_layers
 from ist_nb.suppression import scaling_is_exact,suppress
 from benchmarks import record

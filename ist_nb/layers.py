@@ -175,7 +175,8 @@ def _no_adapters(model): # The error for a model without adapted modules
     names = [n for n,p in model.named_parameters() if is_trainable(p)]
     return ISTError(f"{getattr(kinds[0], 'value', kinds[0])} keeps its parameters ({_some(names)}) outside of the "
                     "model's blocks, as a whole and not layer by layer, so there are no layers to choose from. Use a "
-                    "method that puts parameters into each block: LoRA, DoRA, OFT, IA3, LLaMA-Adapter, ...")
+                    "method that puts parameters into each block: LoRA, DoRA, OFT, IA3, LLaMA-Adapter, "
+                    "bottleneck adapters, ...")
 
 # %% ../nbs/01_layers.ipynb #9a8ff603
 _switches = 'set_adapter','enable_adapters'   # methods of adapted modules that turn `requires_grad` on
