@@ -55,17 +55,6 @@ def portrait(lr, train, test, steps):
     return dict(state=ist.state_dict(), losses=losses, factors=factors, curves=curves.tolist(),
                 left_out=(curves[:, 0]-curves[:, -1]).tolist())
 
-def memory(lr, train, budget, steps=60):
-    "What each block keeps at each step within an activation budget"
-    model,ist,opt = start(dict(score_batch_size=4, activation_budget=budget), 0, lr, train)
-    kept,twice,peak = [],[],[]
-    for _ in steps_of(model, ist, opt, train, 0, steps):
-        a = ist.activations
-        kept.append(a.kept(ist.active.tolist()))
-        twice.append(list(a.checkpointed))
-        peak.append(a.expected)
-    return dict(kept=kept, twice=twice, peak=peak, budget=ist.activations.budget)
-
 def short(o):
     "Six digits of every number"
     if isinstance(o, float): return float(f'{o:.6g}')
@@ -76,14 +65,13 @@ def main(
     steps:int=100,   # Optimizer steps of the curves
     seeds:int=3,     # Seeds of each method
     lr:float=3e-3,   # Learning rate
-    budget:str='56MiB', # For the picture of memory
-    only:str='',     # One part: portrait, memory or curves; the others stay as they are
+    only:str='',     # One part: portrait or curves; the other stays as it is
     out:Path='pictures', # Where the numbers go
 ):
     torch.set_num_threads(1)
     train,test = physics('train', length),physics('test', length)[:64]
     batches = [lm_batch(o) for o in test.split(32)]
-    parts = dict(portrait=lambda: portrait(lr, train, test, 2*steps), memory=lambda: memory(lr, train, budget),
+    parts = dict(portrait=lambda: portrait(lr, train, test, 2*steps),
                  curves=lambda: [curve(m, s, lr, train, batches, steps) for s in range(seeds) for m in methods])
     old = record.read('pictures') if only else {}
     found = {k:f() if only in ('', k) else old[k] for k,f in parts.items()}

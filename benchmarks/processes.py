@@ -210,7 +210,7 @@ compiled = dict(weights=2e-4, importance=1e-3, gradients=1e-4)
 
 def uneven(rank, size, wrap=ddp):
     "A probe of rows with different numbers of labels, and a rank without any: the loss of all, not the mean of means"
-    from ist_nb.processes import Ranks,SharedProbe,weight
+    from ist_nb.processes import Ranks
     model = make()
     wrap(model)
     whole = batch(0)
@@ -219,8 +219,7 @@ def uneven(rank, size, wrap=ddp):
     own = {k:v[rank::size] for k,v in whole.items()}
     with torch.no_grad():
         want = loss_of(model, whole).item()
-        ours = weight(model, own, rows//size)
-        got = SharedProbe(Ranks(), ours, model.eval(), find_layers(model), own, loss_of, 0.25).loss()
+        got = Ranks().probe(rows//size, model.eval(), find_layers(model), own, loss_of, 0.25).loss()
         mean = loss_of(model, own).item()
     assert abs(got-want)<1e-12 and (size==1 or not abs(mean-want)<=1e-3), (got, want, mean)
     return dict(one_process=want, several=got)

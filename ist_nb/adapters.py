@@ -23,16 +23,16 @@ from .config import ISTError, suggest
 @dataclass
 class BottleneckConfig(PeftConfig):
     "Settings of bottleneck adapters, for `get_peft_model`"
-    target_modules:list|str|None = None # Ends of names, or a regular expression: linear layers, or modules as 'mlp'
-    exclude_modules:list|str|None = None # Modules to leave out, in the same way
-    form:str = 'series' # 'series': reads the output of the module; 'parallel': reads its input
+    target_modules:list|str|None = None # Modules to adapt: ends of their names, such as 'mlp', or a regular expression
+    exclude_modules:list|str|None = None # Modules to leave out, given in the same way
+    form:str = 'series' # 'series' reads the output of the module, 'parallel' its input
     bottleneck_size:int = 64 # Width of the bottleneck, at least 1
     activation:str = 'relu' # The nonlinearity: a name in transformers' `ACT2FN`, such as 'relu', 'gelu'
     scaling:float|str = 1.0 # The factor s: a number, or 'learned'
     dropout:float = 0.0 # Dropout on what the adapter reads, in [0, 1)
-    init_weights:bool = True # W_up starts at zero; False makes it random, for tests
-    modules_to_save:list|None = None # Modules that are trained whole and saved with the adapter
-    layers_to_transform:list|int|None = None # Positions of the blocks to adapt; all of them if not given
+    init_weights:bool = True # Start W_up at zero; False makes it random, for tests
+    modules_to_save:list|None = None # Modules to train whole and to save with the adapter
+    layers_to_transform:list|int|None = None # Positions of the blocks to adapt; all if not given
     layers_pattern:list|str|None = None # Name of the list of blocks, for `layers_to_transform`
     def __post_init__(self):
         super().__post_init__()
@@ -43,7 +43,7 @@ class BottleneckConfig(PeftConfig):
 
 # %% ../nbs/27_adapters.ipynb #5a00d676
 def _check(config):
-    "Check the fields that are our own"
+    "Raise `ISTError` if a field that PEFT does not check is wrong"
     real = lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
     size = config.bottleneck_size
     rules = dict(form=(config.form in ('series', 'parallel'), "'series' or 'parallel'"),
@@ -58,14 +58,14 @@ def _check(config):
 
 # %% ../nbs/27_adapters.ipynb #17eb302c
 class BottleneckLayer(nn.Module, BaseTunerLayer):
-    "Any module of a model with bottleneck adapters on it"
+    "A module of the model with bottleneck adapters on it"
     adapter_layer_names = 'bottleneck_down','bottleneck_up','bottleneck_scale'
     other_param_names = 'bottleneck_config','bottleneck_dropout','bottleneck_activation'
     def __init__(self,
         base_layer:nn.Module, # The module to adapt
         adapter_name:str, # Name of its first adapter
         config:BottleneckConfig, # Its settings
-        width:int|None, # Width of the hidden states, for a module that does not tell its own
+        width:int|None, # Width of the hidden states, for modules that are not linear
     ):
         super().__init__()
         self.base_layer,self.width = base_layer,width
@@ -77,7 +77,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
 
 # %% ../nbs/27_adapters.ipynb #12e2c0b8
 def _widths(module, width):
-    "Of the input and the output of `module`; `width` is that of the hidden states"
+    "Widths of the input and output of `module`, where `width` is that of the hidden states"
     d = _get_in_out_features(module)
     if None not in d: return d
     if width: return width,width
@@ -87,11 +87,11 @@ def _widths(module, width):
 # %% ../nbs/27_adapters.ipynb #3ea21cf0
 @patch
 def update_layer(self:BottleneckLayer,
-    adapter_name:str, # Its name
-    config:BottleneckConfig, # Its settings
-    **kwargs,
+    adapter_name:str, # Name of the adapter
+    config:BottleneckConfig, # Settings of the adapter
+    **kwargs, # What else PEFT gives; not used
 ):
-    "Add an adapter"
+    "Add an adapter to the layer"
     d_in,d_out = _widths(self.get_base_layer(), self.width)
     self.bottleneck_config[adapter_name] = config
     self.bottleneck_down[adapter_name] = nn.Linear(d_out if config.form=='series' else d_in, config.bottleneck_size)
@@ -107,7 +107,7 @@ def update_layer(self:BottleneckLayer,
 
 @patch
 def _like_base(self:BottleneckLayer, adapter_name):
-    "To the device and type of the base layer, which may be a whole module"
+    "Move an adapter to the device and dtype of the base layer, which may be a whole module"
     p = next((p for p in self.get_base_layer().parameters() if p.is_floating_point()), None)
     if p is None: return self._move_adapter_to_device_of_base_layer(adapter_name)
     for k in self.adapter_layer_names:
@@ -128,7 +128,7 @@ def response(self:BottleneckLayer,
 # %% ../nbs/27_adapters.ipynb #4047738e
 @patch
 def forward(self:BottleneckLayer, *args, **kwargs):
-    "What the module gives, with the responses of the active adapters added"
+    "Output of the module plus the responses of the active adapters"
     out = self.base_layer(*args, **kwargs)
     names = [] if self.disable_adapters else [o for o in self.active_adapters if o in self.bottleneck_up]
     if not names: return out
@@ -140,7 +140,7 @@ def forward(self:BottleneckLayer, *args, **kwargs):
 # %% ../nbs/27_adapters.ipynb #f02ed133
 @patch
 def merge(self:BottleneckLayer, *args, **kwargs):
-    "Refused, as PEFT expects of a method that cannot be merged"
+    "Raise `NotImplementedError`, as PEFT expects of a method that cannot be merged"
     raise NotImplementedError("Bottleneck adapters cannot be merged: they are not linear, so no weight of the model "
                               "does what they do. Keep them, or call model.unload() to remove them.")
 
@@ -167,7 +167,7 @@ class BottleneckModel(BaseTuner):
 
 # %% ../nbs/27_adapters.ipynb #1d5ec666
 def _register():
-    "Add bottleneck adapters to PEFT's registry; a second time the new classes replace the old"
+    "Add bottleneck adapters to PEFT's registry, in place of classes that were registered before"
     if 'BOTTLENECK' not in PeftType.__members__: extend_enum(PeftType, 'BOTTLENECK', 'BOTTLENECK')
     for known in (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING):
         known.pop(PeftType.BOTTLENECK, None)

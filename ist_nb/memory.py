@@ -376,15 +376,3 @@ def _choose(self:ActivationBudget, active):
 def _size(n):
     unit = max((u for u in range(5) if n>=1024**u), default=0)
     return f"{n/1024**unit:.4g}{('B', 'KiB', 'MiB', 'GiB', 'TiB')[unit]}"
-
-# %% ../nbs/12_memory.ipynb #ef6b8166
-@patch
-def kept(self:ActivationBudget,
-    active, # Positions of the layers of the step that `begin` was last called for
-) -> list: # Bytes, for each block of the model; 0 where it has no graph
-    "What each block keeps for the backward pass in the step that is planned"
-    where,res = self.graph(active),[0]*len(self.blocks)
-    if not self.cost: return res      # nothing was measured yet
-    model = self._model_of(where, active)
-    for k,(i,*_) in enumerate(where): res[i] = model['save' if i in self.checkpointed else 'store'][k]
-    return res

@@ -12,7 +12,7 @@ from .config import ISTError
 from .guard import Guard
 from .memory import ActivationBudget, lift_all
 from .moments import OptimizerState, complete_state
-from .processes import Case, Ranks, check_engine, reshard, unwrap
+from .processes import Ranks, check_engine, reshard, unwrap
 from .speed import apply_optimisations, check_compiled, embedding_hooks, is_reentrant, shorten_backward
 
 # %% ../nbs/10_parts.ipynb #d2e5ced9
@@ -50,7 +50,7 @@ class Together:
 
     def _check(self, ist):
         scorer = ist.scorer if ist.needs_scores else None
-        ist.engine = check_engine(Case(ist.model, ist.layers, ist.config, scorer, ist.sparse, is_reentrant(ist.model)))
+        ist.engine = check_engine(ist.model, ist.layers, ist.config, scorer, ist.sparse, is_reentrant(ist.model))
         reshard(ist.model)
         known = {id(p) for p in ist.model.parameters()}
         if any(id(p) not in known for o in ist.layers for p in o.params):

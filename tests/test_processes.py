@@ -3,7 +3,7 @@ import json,os,re,subprocess,sys,warnings
 from pathlib import Path
 import pytest,torch
 from ist_nb import IST,ISTConfig,ISTError
-from ist_nb.processes import Ranks,disagreement,limits,warn_if_apart,weight,weighted
+from ist_nb.processes import Ranks,_weight,_weighted,limits
 from ist_nb.probe import share
 from benchmarks import processes as P
 
@@ -82,18 +82,18 @@ def test_deepspeed_has_no_state_to_move():
 def test_weight():
     model = P.make()
     labels = torch.tensor([[1, 2, -100, 4], [5, 6, 7, 8]])
-    assert weight(model, dict(labels=labels), 2)==5           # of 8 tokens 2 are first, 1 is masked
-    assert weight(torch.nn.Linear(1, 1), dict(labels=labels), 2)==7
-    assert weight(model, dict(labels=torch.tensor([0.5, 1.])), 2)==2 and weight(model, [1, 2], 3)==3
-    assert weight(model, dict(labels=torch.tensor([1, 0])), 2)==2
+    assert _weight(model, dict(labels=labels), 2)==5           # of 8 tokens 2 are first, 1 is masked
+    assert _weight(torch.nn.Linear(1, 1), dict(labels=labels), 2)==7
+    assert _weight(model, dict(labels=torch.tensor([0.5, 1.])), 2)==2 and _weight(model, [1, 2], 3)==3
+    assert _weight(model, dict(labels=torch.tensor([1, 0])), 2)==2
 
 def test_weighted_by_what_it_is_the_mean_of():
     g = torch.Generator().manual_seed(0)
     values = torch.rand(11, generator=g, dtype=torch.float64)
     parts = [values[r::4] for r in range(4)]
     table = torch.stack([torch.stack([torch.tensor(float(len(o))), o.mean()]) for o in parts])
-    assert torch.allclose(weighted(table), values.mean()[None])
-    assert weighted(torch.tensor([[0, float('nan')], [0, float('nan')]])).isnan().all()   # nobody has anything to say
+    assert torch.allclose(_weighted(table), values.mean()[None])
+    assert _weighted(torch.tensor([[0, float('nan')], [0, float('nan')]])).isnan().all()   # nobody has anything to say
 
 def test_shares_are_the_batch():
     for n in range(1, 9):
