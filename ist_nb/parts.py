@@ -69,8 +69,9 @@ class Faster:
     ): # Raises `ISTError`
         model,fast = ist.model,ist.config.fast
         found = [getattr(m, 'config', None) for m in model.modules()]
-        self.configs = list({id(o):o for o in found if getattr(o, 'use_cache', False)}.values())   # will be switched off
-        self.hooks = [(m._forward_hooks, k, m._forward_hooks[k]) for m,k in embedding_hooks(model)]   # will be removed
+        # caches and hooks that will be switched off
+        self.configs = list({id(o):o for o in found if getattr(o, 'use_cache', False)}.values())
+        self.hooks = [(m._forward_hooks, k, m._forward_hooks[k]) for m,k in embedding_hooks(model)]
         try:
             if fast: apply_optimisations(model, ist.layers, 'fold' if fast is True and ist.engine.sharded else fast)
             shorten_backward(model)

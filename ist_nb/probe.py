@@ -223,7 +223,8 @@ def _check_source(source, rows, size):
         raise ISTError("The probe is an iterator, which can be read only once. A probe starts again when it ends and "
                        "when a run is resumed. Give a DataLoader or a list of batches.")
     if not hasattr(source, '__iter__') and not hasattr(source, '__getitem__'):
-        raise ISTError(f"The probe is of type {kind}, which cannot be iterated. Give a DataLoader or a list of batches.")
+        raise ISTError(f"The probe is of type {kind}, which cannot be iterated. Give a DataLoader or a list of "
+                       "batches.")
     if rows is not None and len(rows)<size:
         raise ISTError(f"The data has {len(rows)} rows, fewer than a probe batch of score_batch_size={size}. "
                        f"Set score_batch_size to at most {len(rows)}, or give more data.")
@@ -233,7 +234,8 @@ def _copied(stream):
     try: return copy.deepcopy(stream)
     except Exception as e:
         raise ISTError(f"The training data is a stream ({type(stream).__name__}) that cannot be copied "
-                       f"({str(e)[:200]}), so reading it for a probe would take rows from the training. {_own_probe}") from e
+                       f"({str(e)[:200]}), so reading it for a probe would take rows from the training. "
+                       f"{_own_probe}") from e
 
 # %% ../nbs/07_probe.ipynb #fdaa5027
 @contextmanager
