@@ -52,8 +52,8 @@ def table(pages):
 
 def imports(text):
     "The modules of the package that a module imports, at the top or in a function"
-    froms = [o for o in ast.walk(ast.parse(text)) if isinstance(o, ast.ImportFrom)]
-    ours = [o for o in froms if o.level==1 or (o.module or '').split('.')[0]=='ist_nb']
+    nodes = [o for o in ast.walk(ast.parse(text)) if isinstance(o, ast.ImportFrom)]
+    ours = [o for o in nodes if o.level==1 or (o.module or '').split('.')[0]=='ist_nb']
     names = [(o.module or '').removeprefix('ist_nb').strip('.') for o in ours]
     return {n for o,name in zip(ours, names) for n in ([name] if name else [a.name for a in o.names])}
 
