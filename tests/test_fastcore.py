@@ -21,6 +21,7 @@ def install(req, to):
     pip = [sys.executable, '-m', 'pip'] if importlib.util.find_spec('pip') else [shutil.which('uv') or 'uv', 'pip']
     return subprocess.run([*pip, 'install', '-q', '--no-deps', '--target', str(to), req], capture_output=True, text=True)
 
+@pytest.mark.slow   # `.ci/run` installs the wheel with fastcore 2 and fine-tunes with it
 def test_fastcore2(tmp_path):
     res = install('fastcore>=2,<3', tmp_path/'fc')
     if res.returncode and no_index.search(res.stderr): pytest.skip(f'no package index to take fastcore 2 from: {res.stderr.strip().splitlines()[-1]}')
