@@ -316,7 +316,7 @@ def diverge(name, rank, size, wrap=ddp):
 
 # -- the Trainer
 def trainer_run(folder, size=1, config=None, resume=None, n=steps, model=None, callback=None, dtype=torch.float64,
-                one_gpu=True, **kwargs):
+                **kwargs):
     "The same with a Trainer, which reads the rows in order"
     from torch.utils.data import SequentialSampler
     from transformers import Trainer,TrainingArguments
@@ -328,7 +328,7 @@ def trainer_run(folder, size=1, config=None, resume=None, n=steps, model=None, c
                 report_to='none', logging_steps=1, save_strategy='no', use_cpu=not cuda, disable_tqdm=True,
                 dataloader_pin_memory=False)
     args = TrainingArguments(str(folder), **args | kwargs)
-    if one_gpu: args._n_gpu = min(1, args.n_gpu)   # one process would take all GPUs, by DataParallel
+    args._n_gpu = min(1, args.n_gpu)   # one process would take all GPUs, by DataParallel
     t = InOrder(make(dtype=dtype) if model is None else model, args,
                 train_dataset=[{k:v.tolist() for k,v in o.items()} for o in data], callbacks=[cb])
     t.pop_callback(PrinterCallback)
@@ -386,7 +386,6 @@ trainer_refused = {
     'Trainer, reentrant checkpointing': (dict(gradient_checkpointing=True,
                                               gradient_checkpointing_kwargs=dict(use_reentrant=True)), 'use_reentrant'),
     'Trainer, torch_compile': (dict(torch_compile=True, torch_compile_backend='eager'), 'torch_compile=False'),
-    'Trainer, DataParallel': (dict(one_gpu=False), 'torchrun --nproc_per_node='),
     'Trainer, processes apart': (dict(use_cpu=False), 'every one would train the whole run by itself'),
 }
 def trainer_refuse(name, rank, size, folder):
@@ -494,8 +493,7 @@ def works_here(name, size):
     return 'FSDP1' not in name if not cuda else size>1 or 'DDP' not in name
 
 def refused_here(name, size):
-    "DataParallel is one process with several GPUs; processes work apart that have none and are not told to do without"
-    if name=='Trainer, DataParallel': return size==1 and torch.cuda.device_count()>1
+    "Processes work apart that have no GPU and are not told to do without"
     if name=='Trainer, processes apart': return size>1 and not cuda
     return size>1 or not cuda
 

@@ -39,6 +39,7 @@ class IST:
         usual = import_module('ist_nb.parts') if parts is None else None
         self.model = usual.adopt(model) if usual else model
         self.layers = layers_of(self.model, self.config, stack)
+        self.layers.thaw()                                             # a step that died may have left some frozen
         self.sampler,self.scorer = samplers[self.config.sampler],scorers[self.config.scorer]
         self.needs_scores = getattr(self.sampler, 'needs_importance', True)
         self._set_budgets()
@@ -47,7 +48,6 @@ class IST:
         self.times_active = torch.zeros(N, dtype=torch.long)           # [N] steps that trained each layer
         self.t,self.n_dropped,self.score_seconds,self.history = 0,0,0.,[]
         self.parts = usual.usual_parts(self, optimizer) if usual else list(parts)
-        self.layers.thaw()                                             # a step that died may have left some frozen
         try:
             if self.needs_scores: self._set_probe(probe)
         except BaseException: self.close(); raise
@@ -97,7 +97,7 @@ def end_step(self:IST,
     for o in reversed(self.parts):
         try:
             if hasattr(o, 'end'): o.end(count)
-        except ISTError as e: problem,count = e,False   # the other parts still end
+        except Exception as e: problem,count = e,False   # the other parts still end, and the layers thaw
     self.layers.thaw()
     if problem: raise problem
     if count:

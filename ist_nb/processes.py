@@ -317,8 +317,8 @@ def _harmless(
 ) -> bool:
     "Whether a step with a gradient of zero leaves a parameter as it is"
     while hasattr(optimizer, 'optimizer'): optimizer = optimizer.optimizer
-    plain = all(g['momentum']==0 and g['weight_decay']==0 for g in optimizer.param_groups)
-    return type(optimizer) is torch.optim.SGD and plain
+    if type(optimizer) is not torch.optim.SGD: return False   # others have no momentum to ask for
+    return all(g['momentum']==0 and g['weight_decay']==0 for g in optimizer.param_groups)
 
 def _flattens(
     engine, # DeepSpeed's

@@ -85,3 +85,25 @@ def test_recommended_freezes_from_below_for_good():
 def test_sampler_top_with_a_number_that_stays():
     ist = steps(IST(stack(6), ISTConfig(sampler='top', n_active=2)), 5)
     assert ist.times_active.tolist()==[0, 0, 0, 0, 5, 5]
+
+class Fails:
+    "A part that fails in one of its methods"
+    def __init__(self, event): setattr(self, event, self._fail)
+    def _fail(self, *args): raise RuntimeError('a part of my own')
+
+@pytest.mark.parametrize('event', ['ready', 'begin', 'end'])
+def test_a_part_that_fails_leaves_every_layer_trainable(event):
+    "Whatever it raises, the other parts end, the step does not count, and the next one can begin"
+    class Counts:
+        began = ended = 0
+        def begin(self, active): self.began += 1
+        def end(self, counted): self.ended += 1; self.counted = counted
+    ist,counts = IST(stack(4), ISTConfig.rst(n_active=1)),Counts()
+    ist.parts += [counts, Fails(event)]
+    with pytest.raises(RuntimeError, match='of my own'):
+        with ist.step(): pass
+    assert all(p.requires_grad for o in ist.layers for p in o.params) and not ist.in_step and ist.t==0
+    assert counts.ended>=counts.began and not getattr(counts, 'counted', False)
+    ist.parts.pop()
+    with ist.step(): pass
+    assert ist.t==1

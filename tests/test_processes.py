@@ -5,13 +5,10 @@ import pytest,torch
 from ist_nb import IST,ISTConfig,ISTError
 from ist_nb.processes import Ranks,_weight,_weighted,limits
 from ist_nb.probe import share
-from benchmarks import processes as P
+from benchmarks import processes as P, record
 
 root = Path(__file__).parent.parent
-def read(name): return json.loads((root/f'benchmarks/results/{name}.json').read_text()
-                                 .replace('first_order', 'fisher').replace("'fisher' or 'fisher'", "'fisher'")
-                                 .replace("'gate', 'fisher'", "'gate' or 'fisher'"))
-committed,on_gpus = map(read, ('processes', 'processes_gpu'))   # made when there were two scorers that read the training's own gradients
+committed,on_gpus = map(record.read, ('processes', 'processes_gpu'))
 
 def launched(cases, size, seconds):
     found = P.launch(cases, size, seconds)
@@ -41,14 +38,14 @@ def test_committed_table():
         have = {(o['kind'], o['name']):o for o in committed['cases'] if o['processes']==size}
         want = set(P.all_cases(size, slow=False)) | {('deepspeed', n) for n in P.deepspeeds}
         assert set(have)==want if size<4 else set(have)<=set(P.all_cases(2)) | want, (size, set(have)^want)
-        assert {'DDP', 'FSDP2', 'DDP, fisher'} <= {n for _,n in have}
+        assert {'DDP', 'FSDP2', 'DDP, fisher', 'FSDP2, fisher'} <= {n for _,n in have}
         assert all(o['ok'] for o in have.values())
     assert {w for w,*_ in P.engines.items()}=={'DDP', 'FSDP2', 'FSDP1'}
 
 def test_committed_gpu_table():
     "On one GPU all came out as they should; what did not on two is what the page names, and nothing else; nobody has forgotten a case"
     have = {n:{(o['kind'], o['name']):o for o in on_gpus['cases'] if o['processes']==n} for n in (1, 2)}
-    assert on_gpus['backend']=='nccl'
+    assert sum(map(len, have.values()))==len(on_gpus['cases']) and on_gpus['backend']=='nccl'
     assert all(o['ok'] for o in have[1].values())
     want = set(P.all_cases(2))-{('deepspeed', n) for n in P.deepspeeds}-{('trainer refused', 'Trainer, processes apart')}   # that one is of a CPU
     assert set(have[2])==want | {('trainer', 'Trainer, FSDP1'), ('resume', 'Trainer, FSDP2')}
@@ -69,6 +66,15 @@ def test_every_limit_is_tried():
     said = ' '.join(o['said'] for o in committed['cases'] if 'said' in o)
     missing = [f'{o.engine}: {o.what}' for o in limits if o.what not in said]
     assert missing==["DeepSpeed: optimizer_state other than 'keep'"], missing   # tried below
+
+def test_which_optimizers_deepspeed_may_have():
+    "Every optimizer of torch is answered, and only SGD without momentum and decay leaves a parameter without a gradient"
+    from ist_nb.processes import _harmless
+    def made(name, **kwargs): return getattr(torch.optim, name)([torch.nn.Parameter(torch.zeros(2, 2))], **kwargs)
+    names = [k for k,v in vars(torch.optim).items()
+             if isinstance(v, type) and issubclass(v, torch.optim.Optimizer) and v is not torch.optim.Optimizer]
+    assert len(names)>=10 and [o for o in names if _harmless(made(o))]==['SGD']
+    assert not _harmless(made('SGD', lr=1, momentum=0.9)) and not _harmless(made('SGD', lr=1, weight_decay=0.1))
 
 def test_deepspeed_has_no_state_to_move():
     class Engine:
