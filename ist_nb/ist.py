@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from importlib import import_module
 from .config import ISTConfig, ISTError, layer_count, samplers, scorers, shrunk
 from .layers import find_layers, find_stack
-from .probe import _OneProcess, ProbeBatches, Prober, _check_batch, generator_for, model_loss, quietly
+from .probe import _OneProcess, ProbeBatches, _Prober, _check_batch, generator_for, model_loss, quietly
 from .scorers import GradientTracker
 from .state import _bad_state, checked_state, downsample, _short, _state_version
 from .suppression import suppress
@@ -255,7 +255,7 @@ def _set_probe(self:IST, probe):
     if getattr(self.scorer, 'suppresses', True):
         with suppress(self.layers, range(len(self.layers)), c.suppression_factor): pass   # refuses merged adapters
     factor = c.suppression_factor
-    self.prober = Prober(self.model, self.layers, batches, self.loss_fn, self.scorer, factor, self.tracker)
+    self.prober = _Prober(self.model, self.layers, batches, self.loss_fn, self.scorer, factor, self.tracker)
 
 # %% ../nbs/05_ist.ipynb #53792d78
 @patch
