@@ -120,8 +120,8 @@ _refused = [   # a function of the case `o`: whether it is refused; and what is 
      "The Trainer has two ISTCallbacks, which would undo each other's choice of layers and share one place in a "
      "checkpoint. Give it one."),
     (lambda o: o.size is not None and o.size!=o.args.world_size,
-     "{o.size} processes were launched as a group, but each Trainer works as one of {o.args.world_size}, so every "
-     "process would train the whole run by itself. On a CPU give use_cpu=True; else launch one process.")]
+     "{o.size} processes were launched as a group, but each Trainer works as one of {o.args.world_size}: every one "
+     "would train the whole run by itself. On a CPU give use_cpu=True; else launch one process.")]
 
 def _check_run(args, config, state=None, size=None, lost=()):
     "Refuse what `_refused` lists; the state and the number of processes are known once training begins"

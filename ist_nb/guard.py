@@ -23,11 +23,10 @@ def _local(p): return p.detach().to_local() if hasattr(p, 'to_local') else p.det
 
 _stepping = weakref.WeakSet()    # every `IST` that is in a step
 
-def _in_step_with(ist):
-    "The others that are in a step with layers of `ist`"
-    own = {id(p) for o in ist.layers for p in o.params} if _stepping else ()
-    return [o for o in list(_stepping)
-            if o is not ist and any(id(p) in own for layer in o.layers for p in layer.params)]
+def _in_step_with(ist, own):
+    "The others that are in a step with layers of `ist`, whose parameters are `own`"
+    shares = lambda o: any(id(p) in own for layer in o.layers for p in layer.params)
+    return [o for o in list(_stepping) if o is not ist and shares(o)]
 
 def _weakly(method):
     "A hook that keeps nothing alive and returns nothing: torch takes what a hook returns for new arguments"
@@ -72,12 +71,12 @@ class Guard:
         self.at_work = None          # the optimizer whose step has begun
         self.before = {}             # the values that it must not change
         self.trained = None          # what required a gradient before the first step
-        self.passed = weakref.WeakSet()               # optimizers that have passed the test
-        self.known = weakref.WeakKeyDictionary()      # optimizer -> whether it holds parameters of the layers
-        for o in _in_step_with(ist): o.end_step(False)   # their step died
+        self.passed = weakref.WeakSet()     # optimizers that have passed the test
+        self.own = {id(p) for o in ist.layers for p in o.params}
+        for o in _in_step_with(ist, self.own): o.end_step(False)   # their step died
 
     def ready(self, due):
-        if _in_step_with(self.ist()): raise ISTError(_two)
+        if _in_step_with(self.ist(), self.own): raise ISTError(_two)
 
     def begin(self, active):
         ist = self.ist()
@@ -115,28 +114,19 @@ class Guard:
 
 # %% ../nbs/08_guard.ipynb #0a13f148
 @patch
-def _holds(self:Guard, optimizer):
-    "Whether `optimizer` has parameters of the layers"
-    if optimizer not in self.known:
-        held = _held(optimizer)
-        self.known[optimizer] = any(id(p) in held for o in self.ist().layers for p in o.params)
-    return self.known[optimizer]
-
-@patch
 def _before(self:Guard, optimizer):
     "`optimizer` is about to step: record what it must not change"
-    ist = self.ist()
-    if not self._holds(optimizer): return
+    ist,held = self.ist(),_held(optimizer)
+    if not held & self.own: return
     self.at_work,self.before = optimizer,{}
     if optimizer in self.passed or not ist.in_step or ist.engine.name=='FSDP1': return   # FSDP1 cuts parameters
-    held = _held(optimizer)
     self.before = {p:_local(p).cpu().clone() for o in ist.resting() for p in o.params if id(p) in held}
 
 @patch
 def _after(self:Guard, optimizer):
     "`optimizer` has stepped: compare"
     ist = self.ist()
-    if not self._holds(optimizer): return
+    if not _held(optimizer) & self.own: return
     self.used,self.at_work,before,self.before = True,None,self.before,{}
     moved = [(p, was) for p,was in before.items() if not torch.equal(_local(p).cpu(), was)]
     for p,was in moved: _local(p).copy_(was)
