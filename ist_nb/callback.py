@@ -15,8 +15,8 @@ from importlib import import_module
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import CallbackHandler, ExportableState
 from types import SimpleNamespace
-from .config import ISTConfig, ISTError, layer_count
-from .ist import IST, budgets, layers_of
+from .config import ISTConfig, ISTError, _layer_count
+from .ist import IST, _budgets, _layers_of
 from .probe import model_loss
 
 # %% ../nbs/06_callback.ipynb #ac6bd7ba
@@ -37,10 +37,10 @@ class ISTCallback(TrainerCallback, ExportableState):
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         check_run(args, self.config)
-        layers = layers_of(model, self.config, self.stack)   # says what is wrong with the model
+        layers = _layers_of(model, self.config, self.stack)   # says what is wrong with the model
         layers.thaw()                                        # undoes a step that died
-        budgets(self.config.n_active, layers)
-        layer_count(self.config.n_suppressed, len(layers), 'n_suppressed')
+        _budgets(self.config.n_active, layers)
+        _layer_count(self.config.n_suppressed, len(layers), 'n_suppressed')
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, train_dataloader=None, **kwargs):
         if self.lost:

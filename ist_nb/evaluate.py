@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import NormalDist
 from fastcore.docments import docments
-from .config import ISTError, suggest
+from .config import ISTError, _suggest
 from .questions import (_answer_forms, _check_choices, _judge, _task_file, find_tasks, prompt_of, read_task,
                               score_generation, score_likelihood, tasks)
 
@@ -230,7 +230,7 @@ def _load(args):
             raise ISTError(f"The model {model[:200]!r} comes with Python code of its own, which is not run. "
                            "Read it, and give --trust_remote_code if you trust it.") from e
         what = f'The model {model[:200]!r}'+(f' with the adapter {adapter[:200]!r}' if adapter else '')
-        raise ISTError(f"{what} cannot be loaded{suggest(model[:200], ['pico'])} Give the folder of a run, a folder "
+        raise ISTError(f"{what} cannot be loaded{_suggest(model[:200], ['pico'])} Give the folder of a run, a folder "
                        "with config.json, weights and tokenizer, 'pico', or an id of the hub that can be reached. "
                        f"({type(e).__name__}: {' '.join(str(e).split())[:300]})") from e
 
@@ -300,7 +300,7 @@ def parse(
     "Read the command line of `ist_evaluate`"
     found,rest = _parser().parse_known_args(argv)
     if rest:
-        near = suggest(rest[0], [f'--{f.name}' for f in fields(_Arguments)])
+        near = _suggest(rest[0], [f'--{f.name}' for f in fields(_Arguments)])
         raise ISTError(f"{rest[0]!r} is not an argument of ist_evaluate{near} See `ist_evaluate --help`.")
     args = _Arguments(**vars(found))
     if args.data: return args

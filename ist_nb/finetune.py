@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from pathlib import Path
 from fastcore.docments import docments
 from .cli import Stopped, check_names, during, from_config, make_parser, plain_errors, quiet
-from .config import ISTConfig, ISTError, read_value, scorers
+from .config import ISTConfig, ISTError, _read_value, scorers
 from .evaluate import versions
 from .model import adapter_config, assets, check_template, load_model
 
@@ -134,7 +134,7 @@ def _number(s):
     for f in (int, float):
         try: return f(s)
         except ValueError: pass
-    return read_value(s)
+    return _read_value(s)
 
 def _ist_config(args, given, seed):
     "The `ISTConfig` that the command line means, or None for a dense run"

@@ -9,7 +9,7 @@ __all__ = ['assets', 'load_model', 'adapter_config', 'check_template']
 import json,os,re
 from dataclasses import fields
 from pathlib import Path
-from .config import ISTError, suggest
+from .config import ISTError, _suggest
 
 # %% ../nbs/19_model.ipynb #b914d91f
 assets = Path(__file__).parent/'assets' if '__file__' in globals() else Path('../ist_nb/assets')
@@ -34,7 +34,7 @@ def load_model(
         model,info = AutoModelForCausalLM.from_pretrained(name, **kwargs, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=code)
     except Exception as e:
-        raise ISTError(f"The model {args.model!r} cannot be loaded{suggest(args.model, ['pico'])} Give 'pico', a "
+        raise ISTError(f"The model {args.model!r} cannot be loaded{_suggest(args.model, ['pico'])} Give 'pico', a "
                        "folder with config.json, weights and tokenizer, or a hub id of a causal language model that "
                        f"this machine can reach. ({type(e).__name__}: {' '.join(str(e).split())[:300]})") from e
     n,lost = model.get_input_embeddings().num_embeddings,sorted(info['missing_keys'])
@@ -83,7 +83,7 @@ def _peft_method(name):
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as configs
     names = ['lora', 'dora', *(str(o.value).lower() for o in configs if o!='LORA')]
     if name in names: return configs[name.upper()]
-    raise ISTError(f"--peft {name!r} is unknown{suggest(name, names)} Allowed: {', '.join(names)}.")
+    raise ISTError(f"--peft {name!r} is unknown{_suggest(name, names)} Allowed: {', '.join(names)}.")
 
 def _peft_options(args, known):
     "The settings of a method as the user wrote them"
@@ -95,7 +95,7 @@ def _peft_options(args, known):
     if not isinstance(given, dict):
         raise ISTError(f"--peft_options {args.peft_options!r} is not a dictionary. {example}")
     for k in given:
-        if k not in known: raise ISTError(f"--peft_options: {k!r} is not a setting of {args.peft}{suggest(k, known)} "
+        if k not in known: raise ISTError(f"--peft_options: {k!r} is not a setting of {args.peft}{_suggest(k, known)} "
                                           f"Its settings: {', '.join(known)}.")
     return given
 
