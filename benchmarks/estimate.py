@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from ist_nb import ISTConfig,find_layers
 from ist_nb.config import _layer_count,samplers,scorers
 from ist_nb.probe import generator_for
-from ist_nb.speed import blocks_of
+from ist_nb.speed import _blocks_of
 
 @dataclass
 class Shape:
@@ -29,7 +29,7 @@ class Shape:
 def shape_of(c, lora):
     "The shape of a configuration of transformers with LoRA; it costs no memory"
     with torch.device('meta'): model = get_peft_model(AutoModelForCausalLM.from_config(c), lora)
-    blocks = blocks_of(model, find_layers(model))
+    blocks = _blocks_of(model, find_layers(model))
     adapted = [m for m in blocks[0].modules() if isinstance(m, LoraLayer)]
     inside = {id(o) for m in adapted for o in m.modules()}-{id(m.base_layer) for m in adapted}
     linears = [m for m in blocks[0].modules() if isinstance(m, nn.Linear) and not isinstance(m, LoraLayer)]

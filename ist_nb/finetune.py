@@ -181,11 +181,11 @@ def _check_path(flag, path):
 # %% ../nbs/22_finetune.ipynb #5f7a4165
 def _one_folder(sft):
     "Give all processes of a run the same folder: each may have chosen another new name"
-    from ist_nb.processes import Ranks, launched
+    from ist_nb.processes import Ranks, _launched
     sft.device          # joins the other processes, if there are any
     ranks = Ranks()
-    if not ranks.size==sft.world_size==launched():
-        raise ISTError(f"{launched()} processes were launched, but they are not in one group, so each would train a "
+    if not ranks.size==sft.world_size==_launched():
+        raise ISTError(f"{_launched()} processes were launched, but they are not in one group, so each would train a "
                        "model of its own. On a CPU give --use_cpu; on GPUs, start as many processes as there are "
                        "GPUs.")
     sft.output_dir = ranks.texts(sft.output_dir)[0]

@@ -14,15 +14,15 @@ from fastcore.basics import patch
 from importlib import import_module
 from .config import ISTConfig, ISTError, _layer_count, samplers, scorers, shrunk
 from .layers import find_layers, _find_stack
-from .probe import OneProcess, ProbeBatches, Prober, check_batch, generator_for, model_loss, quietly
+from .probe import _OneProcess, ProbeBatches, Prober, _check_batch, generator_for, model_loss, quietly
 from .scorers import GradientTracker
-from .state import bad_state, checked_state, downsample, short, state_version
+from .state import _bad_state, checked_state, downsample, _short, _state_version
 from .suppression import suppress
 
 # %% ../nbs/05_ist.ipynb #2a2e73f6
 class IST:
     "Importance-aware Sparse Tuning of the adapters of `model`, driven by `IST.step`"
-    ranks = engine = OneProcess()
+    ranks = engine = _OneProcess()
     activations = moments = tracker = prober = None
     def __init__(self,
         model, # A model with PEFT adapters, all of them trainable
@@ -37,7 +37,7 @@ class IST:
         self.config,self.loss_fn,self.n_steps = config or ISTConfig(),loss_fn,n_steps
         self.in_step,self.parts = False,[]
         usual = import_module('ist_nb.parts') if parts is None else None
-        self.model = usual.adopt(model) if usual else model
+        self.model = usual._adopt(model) if usual else model
         self.layers = _layers_of(self.model, self.config, stack)
         self.layers.thaw()                                             # a step that died may have left some frozen
         self.sampler,self.scorer = samplers[self.config.sampler],scorers[self.config.scorer]
@@ -251,7 +251,7 @@ def _set_probe(self:IST, probe):
                        "Give probe=your training DataLoader, or use ISTConfig.rst(), which draws layers uniformly.")
     c,batches = self.config,ProbeBatches(probe, self.config.score_batch_size, self.config.seed)
     with quietly(self.model): first,_ = batches.part(0, self.ranks.rank, self.ranks.size)
-    if self.loss_fn is model_loss: check_batch(self.model, first)
+    if self.loss_fn is model_loss: _check_batch(self.model, first)
     if getattr(self.scorer, 'suppresses', True):
         with suppress(self.layers, range(len(self.layers)), c.suppression_factor): pass   # refuses merged adapters
     factor = c.suppression_factor
@@ -261,7 +261,7 @@ def _set_probe(self:IST, probe):
 @patch
 def state_dict(self:IST) -> dict: # Plain numbers, lists and strings only
     "What a resumed run needs to continue as if nothing had happened"
-    state = dict(version=state_version, t=self.t, importance=self.importance.tolist(),
+    state = dict(version=_state_version, t=self.t, importance=self.importance.tolist(),
                  times_active=self.times_active.tolist(), n_dropped=self.n_dropped, probe_rows=self.probe_rows,
                  history=list(self.history), layers=[o.label for o in self.layers], config=asdict(self.config))
     return state | (dict(tracker=self.tracker.state_dict()) if self.tracker else {})
@@ -273,12 +273,12 @@ def load_state_dict(self:IST,
     "Continue where `state` was taken; warns if the settings have changed"
     state = checked_state(state, [o.label for o in self.layers])
     now = {k:getattr(self.config, k, None) for k in state['config']}
-    changed = ', '.join(f'{k} was {short(v)}, now {now[k]!r}' for k,v in state['config'].items() if now[k]!=v)
+    changed = ', '.join(f'{k} was {_short(v)}, now {now[k]!r}' for k,v in state['config'].items() if now[k]!=v)
     if changed: warnings.warn(f'IST resumes with other settings: {changed}')
     if self.tracker:
         same_scorer = state['config'].get('scorer')==self.config.scorer
         if 'tracker' in state: self.tracker.load_state_dict(state['tracker'])
-        elif state['t'] and same_scorer: raise bad_state('tracker', None, 'what `GradientTracker.state_dict` returns')
+        elif state['t'] and same_scorer: raise _bad_state('tracker', None, 'what `GradientTracker.state_dict` returns')
     if self.prober: self.prober.max_rows = state['probe_rows']
     self.t,self.n_dropped,self.history = state['t'],state['n_dropped'],downsample(list(state['history']))
     self.importance = torch.tensor(state['importance'], dtype=torch.float32)   # [N]
