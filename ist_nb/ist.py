@@ -13,7 +13,7 @@ from dataclasses import asdict
 from fastcore.basics import patch
 from importlib import import_module
 from .config import ISTConfig, ISTError, _layer_count, samplers, scorers, shrunk
-from .layers import find_layers, _find_stack
+from .layers import _find_stack, find_layers
 from .probe import _OneProcess, ProbeBatches, Prober, _check_batch, generator_for, model_loss, quietly
 from .scorers import GradientTracker
 from .state import _bad_state, checked_state, downsample, _short, _state_version
@@ -38,15 +38,18 @@ class IST:
         self.in_step,self.parts = False,[]
         usual = import_module('ist_nb.parts') if parts is None else None
         self.model = usual._adopt(model) if usual else model
-        self.layers = _layers_of(self.model, self.config, stack)
+        self.layers,self.budgets = _find_budgets(self.model, self.config, stack)
         self.layers.thaw()                                             # a step that died may have left some frozen
-        self.sampler,self.scorer = samplers[self.config.sampler],scorers[self.config.scorer]
-        self.needs_scores = getattr(self.sampler, 'needs_importance', True)
-        self._set_budgets()
         N = len(self.layers)
         self.importance,self.active = torch.zeros(N),torch.arange(N)   # [N], [n]
         self.times_active = torch.zeros(N, dtype=torch.long)           # [N] steps that trained each layer
         self.t,self.n_dropped,self.score_seconds,self.history = 0,0,0.,[]
+        self.sampler,self.scorer = samplers[self.config.sampler],scorers[self.config.scorer]
+        self.needs_scores = getattr(self.sampler, 'needs_importance', True)
+        self.sparse = self._n_active()<N or getattr(self.sampler, 'varies', False)
+        if self.config.schedule!='constant' and not n_steps:
+            raise ISTError(f"schedule={self.config.schedule!r} depends on the length of the run, which is not known "
+                           "here. Give it: IST(..., n_steps=the number of optimizer steps).")
         self.parts = usual.usual_parts(self, optimizer) if usual else list(parts)
         try:
             if self.needs_scores: self._set_probe(probe)
@@ -57,6 +60,7 @@ class IST:
         for o in self.parts:
             if hasattr(o, event): getattr(o, event)(*args)
 
+    def _n_active(self): return sum(_layer_count(n, len(pos)) for pos,n in self.budgets)
     def __enter__(self): return self
     def __exit__(self, *error): self.close()
     def __del__(self):
@@ -66,8 +70,7 @@ class IST:
         c = self.config
         how = f'{c.sampler!r}' + (f' from {c.scorer!r} every {c.score_interval} steps' if self.needs_scores else '')
         mean = '' if c.schedule=='constant' else f' on average, a number that falls over {self.n_steps} steps'
-        n = sum(n for _,n in self.budgets)
-        return f'IST: {n} of {len(self.layers)} layers a step{mean}, drawn by {how}; {self.t} steps done'
+        return f'IST: {self._n_active()} of {len(self.layers)} layers a step{mean}, drawn by {how}; {self.t} steps done'
 
 # %% ../nbs/05_ist.ipynb #cfd82087
 @patch
@@ -90,9 +93,8 @@ def end_step(self:IST,
     count:bool=True, # Whether the step took place
 ): # Raises `ISTError`
     "Make every layer trainable again"
-    if not self.in_step: raise ISTError("No step has begun, or it is over: each begin_step() has one end_step(), and "
-                                        "`with ist.step():` calls both. (A new IST of the same model ends the step of "
-                                        "an older one.)")
+    if not self.in_step: raise ISTError("No step has begun, or it is over. Use `with ist.step():`, which begins and "
+                                        "ends one. (A new IST of the same model ends the step of an older one.)")
     self.in_step,problem = False,None
     for o in reversed(self.parts):
         try:
@@ -104,6 +106,7 @@ def end_step(self:IST,
         self.times_active[self.active] += 1
         self.t += 1
 
+# %% ../nbs/05_ist.ipynb #fbc9268e
 @patch
 @contextmanager
 def step(self:IST):
@@ -111,17 +114,15 @@ def step(self:IST):
     self.begin_step()
     try: yield self
     except BaseException as e:
-        told = self.explain(e)
+        told = self._explain(e)
         if self.in_step: self.end_step(False)
         if told: raise told from e
         raise
     self.end_step()
 
 @patch
-def explain(self:IST,
-    error, # What a step raised
-) -> ISTError|None: # None if nothing more is known
-    "An error that says why a step has failed"
+def _explain(self:IST, error):
+    "An `ISTError` that says why a step has raised `error`; None if no part knows"
     return next((told for o in self.parts if hasattr(o, 'explain') and (told := o.explain(error))), None)
 
 @patch
@@ -130,94 +131,19 @@ def close(self:IST):
     if self.in_step: self.end_step(False)
     self._tell('close')
 
-# %% ../nbs/05_ist.ipynb #f38561f3
-def _layers_of(
-    model, # A model with PEFT adapters
-    config:ISTConfig, # For `n_active`
-    stack, # Which stacks, as in `find_layers`; None: those that `n_active` names, if it does
-): # `Layers`; raises `ISTError`
-    "The layers that `config` and `stack` mean"
-    named = stack is None and isinstance(config.n_active, dict)
-    return find_layers(model, list(config.n_active) if named else stack)
-
-def _budgets(
-    n_active:int|float|dict, # As in `ISTConfig`
-    layers, # From `find_layers`
-    exact:bool=False, # Whether a fraction is not rounded down: a mean may be 6.4
-) -> list: # Pairs: positions [n] of layers, and how many of them a step trains; raises `ISTError`
-    "Which layers share a budget, and how large it is"
-    count = lambda n, N, *field: n*N if exact and isinstance(n, float) else _layer_count(n, N, *field)
-    if not isinstance(n_active, dict): return [(list(range(len(layers))), count(n_active, len(layers)))]
-    stacks = {_find_stack(k, layers.stacks):k for k in n_active}
-    if len(stacks)<len(n_active):
-        raise ISTError(f"n_active={n_active} names a stack twice: {', '.join(stacks)}. Give each stack one budget.")
-    left = [o for o in layers.stacks if o not in stacks]
-    if left: raise ISTError(f"n_active={n_active} has no budget for {', '.join(left)}. Give one for each stack, or "
-                            f"leave that stack out with stack={list(n_active)}.")
-    of = {s:[i for i,o in enumerate(layers) if o.stack==s] for s in layers.stacks}
-    return [(of[s], count(n_active[stacks[s]], len(of[s]), f'n_active[{stacks[s]!r}]')) for s in layers.stacks]
-
-# %% ../nbs/05_ist.ipynb #07b66f1b
-@patch
-def _set_budgets(self:IST):
-    self.budgets,self.means = (_budgets(self.config.n_active, self.layers, exact) for exact in (False, True))
-    trains = sum(k for _,k in self.budgets)
-    self.sparse = trains<len(self.layers) or getattr(self.sampler, 'varies', False)
-    if self.config.schedule!='constant' and not self.n_steps:
-        raise ISTError(f"schedule={self.config.schedule!r} depends on the length of the run, which is not known here. "
-                       "Give it: IST(..., n_steps=the number of optimizer steps).")
-
-@patch
-def step_budgets(self:IST) -> list: # Pairs, as from `budgets`
-    "How many layers this step trains"
-    if self.config.schedule=='constant': return self.budgets
-    return [(pos, shrunk(n, len(pos), self.t, self.n_steps)) for pos,n in self.means]
-
-@patch
-def rng(self:IST,
-    purpose:str, # A word
-) -> torch.Generator:
-    "The random numbers of this step for one purpose"
-    return generator_for(self.config.seed, purpose, self.t)
-
-@patch
-def draw(self:IST) -> torch.Tensor: # Long [n], sorted
-    "The layers of this step"
-    g = self.rng('layers')
-    return torch.cat([self._draw_from(torch.tensor(pos), n, g) for pos,n in self.step_budgets()]).sort().values
-
-@patch
-def _draw_from(self:IST, pos, n, g):
-    "`n` of the positions `pos`, a long [N]"
-    N = len(pos)
-    if n==N: return pos
-    drawn = torch.as_tensor(self.sampler(self.importance[pos], n, self.config, g))
-    varies = getattr(self.sampler, 'varies', False)
-    right = 1<=len(drawn)<=N if varies else len(drawn)==n
-    if not right or len(drawn.unique())!=len(drawn) or drawn.min()<0 or drawn.max()>=N:
-        must = f"{'at least 1' if varies else n} different positions in 0 .. {N-1}"
-        raise ISTError(f"The sampler {self.config.sampler!r} returned {drawn.tolist()}; it must return {must}.")
-    return pos[drawn]
-
-@patch
-def resting(self:IST) -> list: # Of `Layer`
-    "The layers that the latest step did not train"
-    active = set(self.active.tolist())
-    return [o for i,o in enumerate(self.layers) if i not in active]
-
 # %% ../nbs/05_ist.ipynb #499b130c
 @patch
 def score(self:IST):
     "One importance update; `begin_step` calls it every `score_interval` steps"
     start = time.perf_counter()
-    rule = lambda evidence: self.scorer(self.importance, evidence, self.config, self.rng('scores'))
+    rule = lambda evidence: self.scorer(self.importance, evidence, self.config, self._rng('scores'))
     number = self.t//self.config.score_interval-1
     found = self.prober(rule, number, self.ranks) if self.prober else rule(self.tracker)
     importance,record = found or (self.importance, dict(dropped=True))
     self.importance = self._checked(importance)
     record = dict(step=self.t, importance=self.importance.tolist(), times_active=self.times_active.tolist()) | record
     self.history = downsample([*self.history, record])
-    if record.get('dropped'): self._count_dropped()
+    if record.get('dropped'): self._drop()
     self.score_seconds += time.perf_counter()-start
 
 @patch
@@ -230,32 +156,88 @@ def _checked(self:IST, importance):
                    "numbers.")
 
 @patch
-def _count_dropped(self:IST):
-    if not self.n_dropped:
-        warnings.warn(f"IST: the importance update at step {self.t} was dropped, because the loss or gradient it needs "
-                      "was missing or not finite. Later ones will be dropped in the same way, and ist.n_dropped counts "
-                      "them. If it happens often, look at the training loss.")
+def _drop(self:IST):
+    "Count an update without evidence, and warn about the first"
     self.n_dropped += 1
+    if self.n_dropped>1: return
+    warnings.warn(f"IST: the importance update at step {self.t} was dropped, because the loss or gradient it needs was "
+                  "missing or not finite. Later ones will be dropped silently, and ist.n_dropped counts them. If it "
+                  "happens often, look at the training loss.")
+
+# %% ../nbs/05_ist.ipynb #f38561f3
+def _find_budgets(model, config, stack): # `Layers`; and pairs: positions that share a budget, and their `n_active`
+    n,several = config.n_active,isinstance(config.n_active, dict)
+    layers = find_layers(model, list(n) if several and stack is None else stack)
+    if not several: found = [('n_active', n, list(range(len(layers))))]
+    else:
+        stacks = {_find_stack(k, layers.stacks):k for k in n}
+        if len(stacks)<len(n):
+            raise ISTError(f"n_active={n} names a stack twice: {', '.join(stacks)}. Give each stack one budget.")
+        left = [o for o in layers.stacks if o not in stacks]
+        if left: raise ISTError(f"n_active={n} has no budget for {', '.join(left)}. Give one for each stack, or leave "
+                                f"that stack out with stack={list(n)}.")
+        found = [(f'n_active[{stacks[s]!r}]', n[stacks[s]], [i for i,o in enumerate(layers) if o.stack==s])
+                 for s in layers.stacks]
+    for field,n,pos in found: _layer_count(n, len(pos), field)   # refuses more than there are
+    return layers,[(pos, n) for _,n,pos in found]
+
+# %% ../nbs/05_ist.ipynb #07b66f1b
+@patch
+def step_budgets(self:IST) -> list: # Pairs: positions of the layers of a budget, and how many of them this step trains
+    "How many layers this step trains"
+    def count(n, N):
+        if self.config.schedule=='constant': return _layer_count(n, N)
+        return shrunk(n*N if isinstance(n, float) else n, N, self.t, self.n_steps)
+    return [(pos, count(n, len(pos))) for pos,n in self.budgets]
 
 @patch
+def _rng(self:IST, purpose):
+    "The random numbers of this step for one purpose"
+    return generator_for(self.config.seed, purpose, self.t)
+
+@patch
+def draw(self:IST) -> torch.Tensor: # Long [n], sorted
+    "The layers of this step"
+    g = self._rng('layers')
+    return torch.cat([self._draw_from(torch.tensor(pos), n, g) for pos,n in self.step_budgets()]).sort().values
+
+@patch
+def _draw_from(self:IST, pos, n, g):
+    "`n` of the positions `pos`, a long [N]"
+    N,varies = len(pos),getattr(self.sampler, 'varies', False)
+    if n==N: return pos
+    drawn = torch.as_tensor(self.sampler(self.importance[pos], n, self.config, g))
+    right = 1<=len(drawn)<=N if varies else len(drawn)==n
+    if right and len(drawn.unique())==len(drawn) and drawn.min()>=0 and drawn.max()<N: return pos[drawn]
+    raise ISTError(f"The sampler {self.config.sampler!r} returned {drawn.tolist()}; it must return "
+                   f"{'at least 1' if varies else n} different positions in 0 .. {N-1}.")
+
+@patch
+def resting(self:IST) -> list: # Of `Layer`
+    "The layers that the latest step did not train"
+    active = set(self.active.tolist())
+    return [o for i,o in enumerate(self.layers) if i not in active]
+
+# %% ../nbs/05_ist.ipynb #8119cf61
+@patch
 def _set_probe(self:IST, probe):
-    "Check that importance can be scored"
-    observes = getattr(self.scorer, 'observes', None)   # 'backward': the training; 'both': a probe too
+    "Prepare what the scorer looks at, and check that it can be had"
+    c,observes = self.config,getattr(self.scorer, 'observes', None)   # 'backward': the training; 'both': a probe too
     if observes:
         self.tracker = GradientTracker(self.layers, self.ranks.spread)
         self.parts.insert(0, self.tracker)
     if observes=='backward': return
     _layer_count(self.config.n_suppressed, len(self.layers), 'n_suppressed')
     if probe is None:
-        raise ISTError(f"sampler={self.config.sampler!r} needs importance, and importance needs data to probe with. "
+        raise ISTError(f"sampler={c.sampler!r} needs importance, and importance needs data to probe with. "
                        "Give probe=your training DataLoader, or use ISTConfig.rst(), which draws layers uniformly.")
-    c,batches = self.config,ProbeBatches(probe, self.config.score_batch_size, self.config.seed)
+    batches = ProbeBatches(probe, self.config.score_batch_size, c.seed)
     with quietly(self.model): first,_ = batches.part(0, self.ranks.rank, self.ranks.size)
     if self.loss_fn is model_loss: _check_batch(self.model, first)
     if getattr(self.scorer, 'suppresses', True):
         with suppress(self.layers, range(len(self.layers)), c.suppression_factor): pass   # refuses merged adapters
-    factor = c.suppression_factor
-    self.prober = Prober(self.model, self.layers, batches, self.loss_fn, self.scorer, factor, self.tracker)
+    self.prober = Prober(self.model, self.layers, batches, self.loss_fn, self.scorer, c.suppression_factor,
+                         self.tracker)
 
 # %% ../nbs/05_ist.ipynb #53792d78
 @patch

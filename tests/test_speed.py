@@ -513,7 +513,7 @@ def test_depth_with_a_budget_for_each_stack():
     for t in range(400):
         ist.t = again.t = 7+t
         S = ist.draw()
-        assert torch.equal(S, again.draw()) and ist.budgets==[(list(range(8)), 2), (list(range(8, 14)), 3)]
+        assert torch.equal(S, again.draw()) and ist.step_budgets()==[(list(range(8)), 2), (list(range(8, 14)), 3)]
         sizes[:, t] = torch.tensor([int((S<8).sum()), int((S>=8).sum())])
     assert sizes.min()>=1 and ((sizes.mean(1)-torch.tensor([2., 3.])).abs() <= 5*sizes.std(1)/20).all()
 
