@@ -15,10 +15,10 @@ from ist_nb import IST,ISTConfig,find_layers
 from ist_nb.config import samplers,scorers,shrunk
 from ist_nb.evaluate import _wilson,held_out_loss
 from ist_nb.questions import _by_likelihood,read_task,tasks as known_tasks
-from ist_nb.activations import DeviceMeter,LiveBytes
+from ist_nb.activations import _DeviceMeter,LiveBytes
 from ist_nb.samplers import inclusion_by_depth
 from ist_nb.scorers import ema_update
-from ist_nb.speed import fold,to_fp8
+from ist_nb.speed import fold,_to_fp8
 from benchmarks import record
 from benchmarks.small import pico_path
 
@@ -195,7 +195,7 @@ def adapter(more, steps):
 
 def half_of_lora(model, batch, amp, gpu):
     "Half of the bytes that one step of LoRA takes beyond the model, as an activation budget"
-    meter = DeviceMeter(torch.device('cuda')) if gpu else LiveBytes()
+    meter = _DeviceMeter(torch.device('cuda')) if gpu else LiveBytes()
     meter.start([*model.parameters()])
     meter.restart()
     before = meter.now()
@@ -235,7 +235,7 @@ def make_model(base, dtype, more, steps, seed, device):
     torch.manual_seed(seed)
     model = get_peft_model(model, adapter(more, steps)).to(device).train()
     if 'fold' in more: fold(model)
-    if 'fp8' in more: to_fp8(model, find_layers(model), **({} if device=='cuda' else dict(emulate=True)))
+    if 'fp8' in more: _to_fp8(model, find_layers(model), **({} if device=='cuda' else dict(emulate=True)))
     if 'checkpointing' in more:
         model.gradient_checkpointing_enable()
         model.enable_input_require_grads()

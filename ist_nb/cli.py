@@ -13,7 +13,7 @@ from dataclasses import fields
 from functools import wraps
 from importlib.util import find_spec
 from pathlib import Path
-from .config import ISTError, suggest
+from .config import ISTError, _suggest
 
 # %% ../nbs/18_cli.ipynb #7dfeca5a
 _full = 'the disk is full'
@@ -170,5 +170,5 @@ def check_names(
     for o in argv:
         name = o[2:].partition('=')[0].replace('-', '_')
         if o.startswith('--') and name not in known and name.removeprefix('no_') not in known:
-            near = suggest(f'--{name}'[:80], [f'--{k}' for k in known])
+            near = _suggest(f'--{name}'[:80], [f'--{k}' for k in known])
             raise ISTError(f"{o.partition('=')[0][:80]!r} is not an argument of {prog}{near} See `{prog} --help`.")

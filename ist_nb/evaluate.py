@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import NormalDist
 from fastcore.docments import docments
 from .cli import plain_errors, quiet
-from .config import ISTError, suggest
+from .config import ISTError, _suggest
 from .model import _check_here, _check_patterns, _load
 from .questions import (_answer_forms, _by_likelihood, _by_writing, _judge, _prompt_of, _task_file,
                         find_tasks, read_task, tasks)
@@ -269,7 +269,7 @@ def _parse(argv):
     "The command line, without the program's name, as `_Arguments`; raises `ISTError`"
     found,rest = _parser().parse_known_args(argv)
     if rest:
-        near = suggest(rest[0], [f'--{f.name}' for f in fields(_Arguments)])
+        near = _suggest(rest[0], [f'--{f.name}' for f in fields(_Arguments)])
         raise ISTError(f"{rest[0]!r} is not an argument of ist_evaluate{near} See `ist_evaluate --help`.")
     if found.data: return _Arguments(**vars(found))
     raise ISTError("--data is missing. Give the folder with the tasks (the `dataset` folder of LLM-Adapters: "

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from pathlib import Path
 from fastcore.docments import docments
 from .cli import Stopped, check_names, during, from_config, make_parser, plain_errors, quiet
-from .config import ISTConfig, ISTError, read_value, scorers
+from .config import ISTConfig, ISTError, _read_value, scorers
 from .evaluate import _versions
 from .model import _check_patterns, adapter_config, assets, check_template, load_model
 
@@ -134,7 +134,7 @@ def _number(s):
     for f in (int, float):
         try: return f(s)
         except ValueError: pass
-    return read_value(s)
+    return _read_value(s)
 
 def _ist_config(args, given, seed):
     "The `ISTConfig` that the command line means, or None for a dense run"
@@ -181,11 +181,11 @@ def _check_path(flag, path):
 # %% ../nbs/22_finetune.ipynb #5f7a4165
 def _one_folder(sft):
     "Give all processes of a run the same folder: each may have chosen another new name"
-    from ist_nb.processes import Ranks, launched
+    from ist_nb.processes import Ranks, _launched
     sft.device          # joins the other processes, if there are any
     ranks = Ranks()
-    if not ranks.size==sft.world_size==launched():
-        raise ISTError(f"{launched()} processes were launched, but they are not in one group, so each would train a "
+    if not ranks.size==sft.world_size==_launched():
+        raise ISTError(f"{_launched()} processes were launched, but they are not in one group, so each would train a "
                        "model of its own. On a CPU give --use_cpu; on GPUs, start as many processes as there are "
                        "GPUs.")
     sft.output_dir = ranks.texts(sft.output_dir)[0]

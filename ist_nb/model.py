@@ -9,7 +9,7 @@ __all__ = ['assets', 'load_model', 'adapter_config', 'check_template']
 import json,os,re
 from dataclasses import fields
 from pathlib import Path
-from .config import ISTError, suggest
+from .config import ISTError, _suggest
 
 # %% ../nbs/19_model.ipynb #b914d91f
 assets = Path(__file__).parent/'assets' if '__file__' in globals() else Path('../ist_nb/assets')
@@ -34,7 +34,7 @@ def _load(name, trust=False, **kwargs):
         if 'trust_remote_code' in str(e):
             raise ISTError(f"The model {name[:200]!r} comes with Python code of its own, which is not run. "
                            "Read it, and give --trust_remote_code if you trust it.") from e
-        raise ISTError(f"The model {name[:200]!r} cannot be loaded{suggest(name[:200], ['pico'])} Give 'pico', a "
+        raise ISTError(f"The model {name[:200]!r} cannot be loaded{_suggest(name[:200], ['pico'])} Give 'pico', a "
                        "folder with config.json, weights and tokenizer, or a hub id of a causal language model that "
                        f"this machine can reach. ({type(e).__name__}: {' '.join(str(e).split())[:300]})") from e
     if not (lost := sorted(info['missing_keys'])): return model,tokenizer
@@ -93,7 +93,7 @@ def _peft_method(name):
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as configs
     names = ['lora', 'dora', *(str(o.value).lower() for o in configs if o!='LORA')]
     if name in names: return configs[name.upper()]
-    raise ISTError(f"--peft {name!r} is unknown{suggest(name, names)} Allowed: {', '.join(names)}.")
+    raise ISTError(f"--peft {name!r} is unknown{_suggest(name, names)} Allowed: {', '.join(names)}.")
 
 def _peft_options(args, known):
     "The settings of a method as the user wrote them"
@@ -105,7 +105,7 @@ def _peft_options(args, known):
     if not isinstance(given, dict):
         raise ISTError(f"--peft_options {args.peft_options!r} is not a dictionary. {example}")
     for k in given:
-        if k not in known: raise ISTError(f"--peft_options: {k!r} is not a setting of {args.peft}{suggest(k, known)} "
+        if k not in known: raise ISTError(f"--peft_options: {k!r} is not a setting of {args.peft}{_suggest(k, known)} "
                                           f"Its settings: {', '.join(known)}.")
     return given
 

@@ -10,7 +10,7 @@ import math,os,re,sys
 from dataclasses import dataclass
 from pathlib import Path
 from fastcore.basics import chunked, patch
-from .config import ISTError, suggest
+from .config import ISTError, _suggest
 from .data import _text, alpaca_prompt
 from .files import read_rows
 
@@ -45,7 +45,7 @@ def find_tasks(
     res = {}
     for o in (o.strip() for o in (names.split(',') if isinstance(names, str) else names)):
         if o.lower() not in known:
-            raise ISTError(f"There is no task {o!r}{suggest(o.lower(), known)} "
+            raise ISTError(f"There is no task {o!r}{_suggest(o.lower(), known)} "
                            f"Allowed: {', '.join(tasks)}; or commonsense, math, all.")
         res |= {t.name:t for t in known[o.lower()]}
     return list(res.values())
@@ -296,7 +296,7 @@ def _answers_of(task, row, answers='name'):
 def _by_likelihood(model, tokenizer, task, rows, prompt=_prompt_of, answers='name', **kwargs):
     "The other way: the likeliest choice, by the sum and by the sum over the length; a dictionary for each row"
     if answers not in _answer_forms:
-        raise ISTError(f"answers={answers!r} is not allowed{suggest(answers, _answer_forms)} Give 'name' or 'text'.")
+        raise ISTError(f"answers={answers!r} is not allowed{_suggest(answers, _answer_forms)} Give 'name' or 'text'.")
     texts,res = [_answers_of(task, o, answers) for o in rows],[]
     found,cut = _log_likelihoods(model, tokenizer, [prompt(o) for o in rows], [list(o.values()) for o in texts],
                                  about=task.name, **kwargs)

@@ -229,12 +229,12 @@ def test_under_ist():
 @pytest.mark.skipif(not shutil.which('g++'), reason='inductor needs a compiler')
 def test_compiled_blocks():
     import torch._dynamo
-    from ist_nb.speed import check_compiled
+    from ist_nb.speed import _check_compiled
     def make():
         m = llama(3, use_cache=False)
         for b in m.base_model.model.model.layers: b.compile()
         return m
-    check_compiled(make())
+    _check_compiled(make())
     torch._dynamo.reset(); torch._dynamo.utils.counters.clear()
     free,_ = steps(make(), n=8, n_active=1, count=False)
     graphs = torch._dynamo.utils.counters['stats']['unique_graphs']

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest,torch
 from ist_nb import IST,ISTConfig,ISTError
 from ist_nb.processes import Ranks,_weight,_weighted,limits
-from ist_nb.probe import share
+from ist_nb.probe import _share
 from benchmarks import processes as P, record
 
 root = Path(__file__).parent.parent
@@ -104,7 +104,7 @@ def test_weighted_by_what_it_is_the_mean_of():
 def test_shares_are_the_batch():
     for n in range(1, 9):
         for size in range(1, 6):
-            parts = [share(list(range(n)), r, size) for r in range(size)]
+            parts = [_share(list(range(n)), r, size) for r in range(size)]
             assert sorted(i for own,counts in parts if counts for i in own)==list(range(n))
             assert all(own for own,_ in parts)                # each rank makes a pass
 

@@ -12,7 +12,7 @@ from transformers import LlamaConfig,LlamaForCausalLM,Trainer,TrainerCallback,Tr
 from transformers.trainer_callback import PrinterCallback
 from ist_nb import IST,ISTCallback,ISTConfig,ISTError
 from ist_nb.probe import ProbeBatches
-from ist_nb.speed import embedding_hooks
+from ist_nb.speed import _embedding_hooks
 
 def model(n=4, seed=0, **kwargs):
     torch.manual_seed(seed)
@@ -45,7 +45,7 @@ def make(m, folder, *callbacks, cls=Trainer, **kwargs):
 
 def traces(m):
     "All that IST might leave on a model or in torch"
-    return [p.requires_grad for p in m.parameters()],m.config.use_cache,[o._compiled_call_impl for o in m.modules()],len(embedding_hooks(m)),[len(o._forward_hooks) for o in m.modules()], \
+    return [p.requires_grad for p in m.parameters()],m.config.use_cache,[o._compiled_call_impl for o in m.modules()],len(_embedding_hooks(m)),[len(o._forward_hooks) for o in m.modules()], \
            len(hooks._global_optimizer_pre_hooks),len(hooks._global_optimizer_post_hooks),[k for p in m.parameters() for k in p.__dict__ if 'ist' in k]
 
 deaths = dict(interrupt=lambda f, m, cb: make(m, f, cb, Dies('on_pre_optimizer_step', KeyboardInterrupt())), memory=lambda f, m, cb: make(m, f, cb, cls=DiesInside),
