@@ -392,7 +392,7 @@ def report(
 ) -> dict: # What is in `results.json`
     "Write the run's folder and print the summary"
     from ist_nb.callback import ISTCallback
-    from ist_nb.plot import layer_table, plot_importance, try_picture
+    from ist_nb.plot import _try_picture, layer_table, plot_importance
     from ist_nb.run_folder import model_card
     from ist_nb.runs import write_json
     folder,cb = Path(trainer.args.output_dir),_callback(trainer, ISTCallback)
@@ -410,7 +410,7 @@ def report(
     write_json(folder/'results.json', res)
     if cb:
         title = f"{args.model}, {args.method}: {res['steps']} steps"
-        try_picture(lambda: plot_importance(state, title), folder/'importance.png')
+        _try_picture(lambda: plot_importance(state, title), folder/'importance.png')
         print(f'{cb.ist}\n{layer_table(state)}')
     names = sorted(p.name+'/'*p.is_dir() for p in folder.iterdir() if p.name!='.ist_lock')
     print(_summary.format(**res, folder=folder, names=', '.join(names)))
