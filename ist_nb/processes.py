@@ -196,7 +196,7 @@ def _around(
     "The living wrappers that `model` is inside of; none without a process group"
     if not Ranks().on: return []
     kinds = {k for o in _wrappers() for k in _below(o)}
-    return [o for o in gc.get_objects()
+    return [o for o in gc.get_referrers(*kinds)     # an object refers to its class
             if type(o) in kinds and o is not model and any(m is model for m in o.modules())]
 
 def _below(cls): return [cls, *(k for o in cls.__subclasses__() for k in _below(o))]
