@@ -17,9 +17,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from .config import ISTError, _suggest
 
 # %% ../nbs/01_layers.ipynb #0a8a118c
-_adapted = (BaseTunerLayer,                         # nearly every method
-           AuxiliaryTrainingWrapper,               # modules that are trained whole
-           AdaptedAttention, AdaptedAttentionGPT)  # LLaMA-Adapter
+# nearly every method; modules that are trained whole; LLaMA-Adapter
+_adapted = BaseTunerLayer, AuxiliaryTrainingWrapper, AdaptedAttention, AdaptedAttentionGPT
 
 def tuner_layers(
     model:nn.Module, # A model with PEFT adapters
@@ -56,14 +55,9 @@ class Layer:
         res = f'{self.name}: {len(self.tuners)} adapted modules, {sum(p.numel() for p in self.params):,} parameters'
         return res + (f', and shared ones in {len(self.shared)} places' if self.shared else '')
 
-# %% ../nbs/01_layers.ipynb #0d78bedb
-def _is_trainable(
-    p:nn.Parameter, # Any parameter
-) -> bool:
-    "Whether `p` is trained outside a step: it requires a gradient, or only IST has switched that off"
-    return p.requires_grad or hasattr(p, 'frozen_by_ist')
-
 # %% ../nbs/01_layers.ipynb #17f76353
+def _is_trainable(p): return p.requires_grad or hasattr(p, 'frozen_by_ist')   # whether `p` is trained outside a step
+
 @patch
 def freeze(self:Layer,
     made:dict|None=None, # Copies of shared parameters that other layers use already, see the end of the page
@@ -77,7 +71,6 @@ def freeze(self:Layer,
     for held,key in self.shared: held[key] = _stand_in(held[key], made)
     for methods,guards in self.guards: methods.update(guards)
 
-# %% ../nbs/01_layers.ipynb #1ca15784
 @patch
 def thaw(self:Layer):
     "Undo `Layer.freeze`"
@@ -100,8 +93,6 @@ class Layers:
     shared:list # Names of trainable parameters that several layers use; these train through the active layers
     def __len__(self): return len(self.items)
     def __getitem__(self, i): return self.items[i]
-    @property
-    def names(self): return [o.name for o in self.items]
     def __repr__(self):
         res = f'{len(self)} layers in {" and ".join(self.stacks)}'
         if self.n_blocks>len(self): res += f' (of {self.n_blocks} blocks, the others have no adapters)'
@@ -111,7 +102,6 @@ class Layers:
 
 def _some(names): return ', '.join(names[:3]) + (f' and {len(names)-3} more' if len(names)>3 else '')
 
-# %% ../nbs/01_layers.ipynb #120f982f
 @patch
 def thaw(self:Layers):
     "Make every adapter trainable again"
@@ -152,15 +142,8 @@ def _short_names(stacks): # For each full name a part that tells it from the oth
 def _options(stacks): return ', '.join(map(repr, _short_names(stacks).values()))
 
 # %% ../nbs/01_layers.ipynb #fd9eea9e
-def _find_stack(
-    wanted:str, # A name, or consecutive parts of it
-    outer:list, # Names of the outermost lists
-    inner:list=(), # Names of all lists, looked at if `wanted` is none of the outermost
-) -> str: # Raises `ISTError` if it is none or several
-    "The one stack that `wanted` names"
-    tests = [lambda o: f'.{o}'.endswith(f'.{wanted}'), lambda o: f'.{wanted}.' in f'.{o}.']
-    matches = [[o for o in names if test(o)] for names in (outer, inner) for test in tests]
-    match = next(filter(None, matches), [])
+def _find_stack(wanted, outer, inner=()): # The one stack that `wanted` names; raises `ISTError` if there is not one
+    match = [o for o in outer if f'.{wanted}.' in f'.{o}.'] or [o for o in inner if f'.{o}'.endswith(f'.{wanted}')]
     if len(match)==1: return match[0]
     near = '.' if match else _suggest(wanted, [*_short_names(outer).values(), *outer])
     raise ISTError(f"stack={wanted!r} names {len(match)} of the stacks with adapters{near} "
@@ -175,8 +158,8 @@ def _no_adapters(model): # The error for a model without adapted modules
     names = [n for n,p in model.named_parameters() if _is_trainable(p)]
     return ISTError(f"{getattr(kinds[0], 'value', kinds[0])} keeps its parameters ({_some(names)}) outside of the "
                     "model's blocks, as a whole and not layer by layer, so there are no layers to choose from. Use a "
-                    "method that puts parameters into each block: LoRA, DoRA, OFT, IA3, LLaMA-Adapter, "
-                    "bottleneck adapters, ...")
+                    "method that puts parameters into each block: LoRA, DoRA, OFT, IA3, LLaMA-Adapter, bottleneck "
+                    "adapters, ...")
 
 # %% ../nbs/01_layers.ipynb #9a8ff603
 _switches = 'set_adapter','enable_adapters'   # methods of adapted modules that turn `requires_grad` on
@@ -185,11 +168,10 @@ _switches = 'set_adapter','enable_adapters'   # methods of adapted modules that 
 def _make_guards(self:Layer):
     "For each adapted module, its dictionary of attributes and the methods to put there while the layer is frozen"
     inside = [o for t in self.tuners for o in t.modules() if isinstance(o, _adapted)]
-    return [(o.__dict__, {k:partial(self._then_freeze, o, k) for k in _switches if hasattr(type(o), k)})
-            for o in inside]
+    return [(o.__dict__, {k:partial(self._guarded, o, k) for k in _switches if hasattr(type(o), k)}) for o in inside]
 
 @patch
-def _then_freeze(self:Layer, o, method, *args, **kwargs):
+def _guarded(self:Layer, o, method, *args, **kwargs):
     getattr(type(o), method)(o, *args, **kwargs)
     self.freeze()
 

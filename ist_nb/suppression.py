@@ -59,7 +59,6 @@ def _tensors(y): # all tensors in the output of a module
     parts = y if isinstance(y, (tuple, list)) else held.values()
     return [t for o in parts for t in _tensors(o)]
 
-# %% ../nbs/02_suppression.ipynb #368a331f
 def _mix(y_base, y, factor): # y_base + factor*(y-y_base), in the form of `y`
     if any(not t.is_floating_point() for t in _tensors(y)): return y if factor>=0.5 else y_base
     if isinstance(y, torch.Tensor):
@@ -74,20 +73,16 @@ def _mix(y_base, y, factor): # y_base + factor*(y-y_base), in the form of `y`
     return res
 
 # %% ../nbs/02_suppression.ipynb #90ee8d03
-def _damp_response(
-    module, # An adapted module
-    factor:float|torch.Tensor, # $\beta$
-): # A function that undoes it
-    "Suppress by the definition: run the module with and without its adapter"
-    active = list(getattr(module, 'active_adapters', []))
+def _damp_response(module, factor): # Suppress by the definition; returns a function that undoes it
+    def active(): return list(getattr(module, 'active_adapters', []))
+    begun = active()
     def hook(module, args, kwargs, y):
-        now = list(getattr(module, 'active_adapters', []))
-        if getattr(module, 'disable_adapters', False) or now!=active: return y
+        if getattr(module, 'disable_adapters', False) or active()!=begun: return y
         return _mix(base_output(module, *args, **kwargs), y, factor)
     return module.register_forward_hook(hook, prepend=True, with_kwargs=True).remove   # before ShadowPEFT's own hook
 
 # %% ../nbs/02_suppression.ipynb #4d8f5030
-def _damp_scaling(module, factor): # returns a function that undoes it
+def _damp_scaling(module, factor): # A function that undoes it
     kept = {a:module.scaling[a] for a in module.active_adapters if a in module.scaling}
     module.scaling.update({a:s*factor for a,s in kept.items()})
     return lambda: module.scaling.update(kept)
