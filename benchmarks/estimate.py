@@ -8,7 +8,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoModelForCausalLM
 from ist_nb import ISTConfig,find_layers
-from ist_nb.config import layer_count,samplers,scorers
+from ist_nb.config import _layer_count,samplers,scorers
 from ist_nb.probe import generator_for
 from ist_nb.speed import _blocks_of
 
@@ -92,7 +92,7 @@ def estimated(found, lora, config_of, variants, steps=24):
         for seed in range(v['reps']):
             o = ISTConfig(**settings, seed=seed)
             draw = samplers[o.sampler]
-            drawn = [draw(torch.zeros(s.n), layer_count(o.n_active, s.n), o, generator_for(seed, 'layers', t)).tolist()
+            drawn = [draw(torch.zeros(s.n), _layer_count(o.n_active, s.n), o, generator_for(seed, 'layers', t)).tolist()
                      for t in range(steps)]
             costs = [step_cost(s, d, T, budget=budget, **how) for d in drawn[3:]]
             rows.append((statistics.mean(c[0] for c in costs)+probes(s, o, how), max(c[1] for c in costs)))

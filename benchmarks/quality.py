@@ -13,7 +13,8 @@ from peft import AdaLoraConfig,LoraConfig,get_peft_model
 from transformers import AutoModelForCausalLM,AutoTokenizer
 from ist_nb import IST,ISTConfig,find_layers
 from ist_nb.config import samplers,scorers,shrunk
-from ist_nb.evaluate import confidence_interval,held_out_loss,read_task,score_likelihood,tasks as known_tasks
+from ist_nb.evaluate import _wilson,held_out_loss
+from ist_nb.questions import _by_likelihood,read_task,tasks as known_tasks
 from ist_nb.activations import _DeviceMeter,LiveBytes
 from ist_nb.samplers import inclusion_by_depth
 from ist_nb.scorers import ema_update
@@ -304,9 +305,9 @@ def accuracy(model, tokenizer, data, n, length):
     for o in choice_sets:
         rows = [r for r in read_task(known_tasks[o], data/'commonsense', n)
                 if len(tokenizer(choice_prompt(r), verbose=False).input_ids)<length]
-        scored = score_likelihood(model, tokenizer, known_tasks[o], rows, batch_size=64, prompt=choice_prompt)
+        scored = _by_likelihood(model, tokenizer, known_tasks[o], rows, choice_prompt, batch_size=64)
         right = sum(r['correct'] for r in scored)
-        res[o] = dict(correct=right, n=len(rows), interval=confidence_interval(right, len(rows)))
+        res[o] = dict(correct=right, n=len(rows), interval=_wilson(right, len(rows)))
     return res
 
 def work(jobs, done, args, gpu):

@@ -15,8 +15,8 @@ from importlib import import_module
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import CallbackHandler, ExportableState
 from types import SimpleNamespace
-from .config import ISTConfig, ISTError, layer_count
-from .ist import IST, budgets, layers_of
+from .config import ISTConfig, ISTError, _layer_count
+from .ist import IST, _find_budgets
 from .probe import model_loss
 
 # %% ../nbs/06_callback.ipynb #ac6bd7ba
@@ -37,10 +37,9 @@ class ISTCallback(TrainerCallback, ExportableState):
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         _check_run(args, self.config)
-        layers = layers_of(model, self.config, self.stack)   # says what is wrong with the model
-        layers.thaw()                                        # undoes a step that died
-        budgets(self.config.n_active, layers)
-        layer_count(self.config.n_suppressed, len(layers), 'n_suppressed')
+        layers,_ = _find_budgets(model, self.config, self.stack)   # says what is wrong with the model
+        layers.thaw()                                              # undoes a step that died
+        _layer_count(self.config.n_suppressed, len(layers), 'n_suppressed')
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, train_dataloader=None, **kwargs):
         _check_run(args, self.config, lost=self.lost)   # again: a callback that came late did not see the Trainer made
@@ -82,7 +81,7 @@ def _train(old, self, *args, **kwargs):
     try: return old(self, *args, **kwargs)
     except (TypeError, AttributeError) as e:
         for o in _callbacks(self):
-            if told := o.ist.explain(e): raise told from e
+            if told := o.ist._explain(e): raise told from e
         raise
     finally:
         for o in _callbacks(self): o.ist.close()

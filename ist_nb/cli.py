@@ -13,7 +13,7 @@ from dataclasses import fields
 from functools import wraps
 from importlib.util import find_spec
 from pathlib import Path
-from .config import ISTError, suggest
+from .config import ISTError, _suggest
 
 # %% ../nbs/18_cli.ipynb #7dfeca5a
 _full = 'the disk is full'
@@ -50,8 +50,8 @@ def explain(
     "An error of a library as a sentence"
     text = ' '.join(str(e).split())[:300].rstrip('.') or 'no message'
     if disk := storage_trouble(e):
-        return (f"{disk} ({text}). What was saved before is safe. Free some space, then add --resume to the same "
-                "command, or give --output_dir on another disk.")
+        return (f"{disk} ({text}). What was saved before is safe. Free some space and give the same "
+                "command again (ist_finetune: with --resume), or give --output_dir on another disk.")
     while e.__cause__ is not None and not hasattr(e, 'during'): e = e.__cause__
     near,given = _settings_in(text, argv),[o.partition('=')[0][:80] for o in argv if o.startswith('--')]
     where = f"Look at {' and '.join(near)}. " if near else f"You gave {', '.join(given)}. " if given else ''
@@ -77,6 +77,7 @@ class Stopped(Exception):
 
 def plain_errors(
     prog:str, # The name of the command
+    kept:str='Saved checkpoints stay; --resume continues.', # What an interruption leaves
 ): # A decorator for a function that takes the command line and returns an exit status
     "Turn whatever a command refuses into one sentence and an exit status"
     def say(text, status=2):
@@ -90,7 +91,7 @@ def plain_errors(
             argv = [o for i,o in enumerate(argv) if i not in debug]       # a --debug with a value is transformers'
             try: return f(argv)
             except Stopped as e: return 128+e.args[0]
-            except KeyboardInterrupt: return say('interrupted. Saved checkpoints stay; --resume continues.', 130)
+            except KeyboardInterrupt: return say(f'interrupted. {kept}', 130)
             except BaseException as e:      # Rust code in tokenizers panics with one that is no Exception
                 if debug or isinstance(e, (GeneratorExit, SystemExit)): raise
                 return say(e if isinstance(e, ISTError) else explain(e, argv))
@@ -169,5 +170,5 @@ def check_names(
     for o in argv:
         name = o[2:].partition('=')[0].replace('-', '_')
         if o.startswith('--') and name not in known and name.removeprefix('no_') not in known:
-            near = suggest(f'--{name}'[:80], [f'--{k}' for k in known])
+            near = _suggest(f'--{name}'[:80], [f'--{k}' for k in known])
             raise ISTError(f"{o.partition('=')[0][:80]!r} is not an argument of {prog}{near} See `{prog} --help`.")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from fastcore.basics import patch
-from .config import ISTError, suggest
+from .config import ISTError, _suggest
 from .files import _ending, _endings, _longest_text, _readers, _trouble, read_rows
 
 # %% ../nbs/17_data.ipynb #b9c4ce20
@@ -48,7 +48,7 @@ def _no_format(columns):
     if not columns: return f"there are no columns at all; give one of the accepted sets ({_accepted()})."
     known,shown = sorted(set(re.findall(r'\w+', _accepted()))),[c[:80] for c in columns[:20]]
     more = f' and {len(columns)-20} more' if len(columns)>20 else ''
-    near = [(c, suggest(c, known)) for c in shown if c not in known]
+    near = [(c, _suggest(c, known)) for c in shown if c not in known]
     return (f"columns {', '.join(map(repr, shown))}{more} are none of the accepted sets ({_accepted()})."
             + ''.join(f' {c!r}{o}' for c,o in near if o!='.') + " Rename the columns (in a .csv, its first line).")
 
@@ -252,7 +252,7 @@ def _hub_parts(name):
 
 def _near(name):
     p = Path(name).expanduser()
-    return suggest(p.name[:80], os.listdir(p.parent)) if os.path.isdir(p.parent) else '.'
+    return _suggest(p.name[:80], os.listdir(p.parent)) if os.path.isdir(p.parent) else '.'
 
 # %% ../nbs/17_data.ipynb #c6e3a4a3
 def _find_parts(source, split='train'): # `split` is what the rows of a single file are
@@ -339,7 +339,7 @@ def load_data(
         raise ISTError(f'max_rows={max_rows} is too few; give 2 or more, or None for all.')
     parts,names,of = _find_parts(source, split),['test', 'validation', split.replace('train', 'test')],''
     if split not in parts:
-        raise ISTError(f"There is no split {split!r} in {source}{suggest(split, parts)} Allowed: {', '.join(parts)}.")
+        raise ISTError(f"There is no split {split!r} in {source}{_suggest(split, parts)} Allowed: {', '.join(parts)}.")
     part,spare = parts.pop(split),[]
     if test is not None:
         spare,parts,of = list(parts),_find_parts(test, 'test'),f' of {Path(test).name}'

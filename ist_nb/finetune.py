@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from pathlib import Path
 from fastcore.docments import docments
 from .cli import Stopped, check_names, during, from_config, make_parser, plain_errors, quiet
-from .config import ISTConfig, ISTError, read_value, scorers
-from .evaluate import versions
-from .model import adapter_config, assets, check_template, load_model
+from .config import ISTConfig, ISTError, _read_value, scorers
+from .evaluate import _versions
+from .model import _check_patterns, adapter_config, assets, check_template, load_model
 
 # %% ../nbs/22_finetune.ipynb #c080cea6
 @plain_errors('ist_finetune')
@@ -22,7 +22,7 @@ def main(
 ) -> int: # Exit status: 0; 2 if something was refused; 130 or 143 after a signal
     "The command `ist_finetune`"
     if {'-h', '--help'} & set(argv): return print(help_page()) or 0
-    if '--version' in argv: return print(', '.join(f'{k} {v}' for k,v in versions().items())) or 0
+    if '--version' in argv: return print(', '.join(f'{k} {v}' for k,v in _versions().items())) or 0
     if '--help_all' in argv: return _parser().print_help() or 0
     argv = from_config(argv)
     check_names('ist_finetune', argv, _names())
@@ -134,7 +134,7 @@ def _number(s):
     for f in (int, float):
         try: return f(s)
         except ValueError: pass
-    return read_value(s)
+    return _read_value(s)
 
 def _ist_config(args, given, seed):
     "The `ISTConfig` that the command line means, or None for a dense run"
@@ -265,7 +265,6 @@ def make_trainer(
     from transformers.trainer_callback import ProgressCallback
     from trl import SFTTrainer
     from ist_nb.callback import ISTCallback
-    from ist_nb.evaluate import _check_patterns
     from ist_nb.runs import RunGuard
     model,tokenizer = load_model(args, sft)
     if data.kind=='messages': check_template(tokenizer, sft, args.model, data.train)
@@ -393,7 +392,7 @@ def report(
 ) -> dict: # What is in `results.json`
     "Write the run's folder and print the summary"
     from ist_nb.callback import ISTCallback
-    from ist_nb.plot import layer_table, plot_importance, try_picture
+    from ist_nb.plot import _try_picture, layer_table, plot_importance
     from ist_nb.run_folder import model_card
     from ist_nb.runs import write_json
     folder,cb = Path(trainer.args.output_dir),_callback(trainer, ISTCallback)
@@ -404,14 +403,14 @@ def report(
                         peak_memory_bytes=_peak_memory(), importance=state['importance'],
                         times_active=state['times_active'],
                         probes_dropped=state['n_dropped'], score_seconds=cb.ist.score_seconds if cb else 0.,
-                        data=data.report, config=config, versions=versions())
+                        data=data.report, config=config, versions=_versions())
     if not trainer.is_world_process_zero(): return res
     if cb: write_json(folder/'ist_state.json', state)
     (folder/'README.md').write_text(model_card(res, folder.absolute().name), encoding='utf-8')
     write_json(folder/'results.json', res)
     if cb:
         title = f"{args.model}, {args.method}: {res['steps']} steps"
-        try_picture(lambda: plot_importance(state, title), folder/'importance.png')
+        _try_picture(lambda: plot_importance(state, title), folder/'importance.png')
         print(f'{cb.ist}\n{layer_table(state)}')
     names = sorted(p.name+'/'*p.is_dir() for p in folder.iterdir() if p.name!='.ist_lock')
     print(_summary.format(**res, folder=folder, names=', '.join(names)))

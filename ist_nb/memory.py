@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache
 from .activations import _DeviceMeter, LiveBytes, fewest_checkpoints, peak_of, _storage, _tensors_in
-from .config import ISTError, to_bytes
-from .layers import Layers, is_trainable
+from .config import ISTError, _to_bytes
+from .layers import Layers, _is_trainable
 
 # %% ../nbs/12_memory.ipynb #a98c5d44
 class ActivationBudget:
@@ -37,9 +37,9 @@ class ActivationBudget:
         self.layer_of = dict(zip(self.at, layers))
         self.device = _one_device([b for *_,b in self.blocks])
         self.meter = LiveBytes() if self.device.type=='cpu' else _DeviceMeter(self.device)
-        self.budget = budget if isinstance(budget, int) else to_bytes(budget) or int(budget*_free_memory(self.device))
+        self.budget = budget if isinstance(budget, int) else _to_bytes(budget) or int(budget*_free_memory(self.device))
         self._find_switches()
-        self.trained = [p for p in model.parameters() if is_trainable(p)]
+        self.trained = [p for p in model.parameters() if _is_trainable(p)]
         self.cost = {}            # (block, trained, passes gradients on) -> bytes kept, bytes at work
         self.entry = {}           # block -> bytes of its input
         self.seen,self.writes = {},set()              # block -> shapes measured; blocks that write to their buffers

@@ -160,7 +160,7 @@ def _around(model):
     if not Ranks().on: return []
     known = DistributedDataParallel,DataParallel,OptimizedModule,FullyShardedDataParallel,_deepspeed()
     kinds = {k for o in known if o for k in _below(o)}
-    return [o for o in gc.get_objects()
+    return [o for o in gc.get_referrers(*kinds)     # an object refers to its class
             if type(o) in kinds and o is not model and any(m is model for m in o.modules())]
 
 def unwrap(

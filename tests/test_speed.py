@@ -13,7 +13,7 @@ from transformers.trainer_callback import PrinterCallback
 import ist_nb.speed as speed
 from ist_nb import IST,ISTCallback,ISTConfig,ISTError,find_layers
 from ist_nb.finetune import assets
-from ist_nb.samplers import depth_plan,depth_sampler,inclusion_by_depth
+from ist_nb.samplers import _depth_plan,depth_sampler,inclusion_by_depth
 from ist_nb.scorers import Probe
 from ist_nb.probe import model_loss
 from ist_nb.speed import _Folded,fold,kept_bytes,apply_optimisations,_to_fp8,unfold
@@ -448,7 +448,7 @@ def plans(draw):
 def test_depth_sampler(plan, seed):
     I,n,config = plan
     N = len(I)
-    dense,q,p = depth_plan(tuple(I.tolist()), n, config.explore, config.depth)
+    dense,q,p = _depth_plan(tuple(I.tolist()), n, config.explore, config.depth)
     pi = inclusion_by_depth(I, n, config)
     least = 1+dense*(N-1)                                                     # a step trains one layer at least
     assert math.isclose(pi.sum(), max(n, least), rel_tol=1e-6)
@@ -490,9 +490,9 @@ def test_depth_that_cannot_be():
     assert all(p.requires_grad for o in find_layers(model) for p in o.params)
     for N in (3, 7, 22, 39):   # such as 15/22*22 < 15
         for n in range(1, N):
-            depth_plan((0.,)*N, n, 0.1, n/N)
-            with pytest.raises(ISTError) as said: depth_plan((0.,)*N, n, 0.1, 0.9*n/N)
-            depth_plan((0.,)*N, n, 0.1, float(re.search(r'in \[([\d.]+), 1\]', str(said.value))[1]))
+            _depth_plan((0.,)*N, n, 0.1, n/N)
+            with pytest.raises(ISTError) as said: _depth_plan((0.,)*N, n, 0.1, 0.9*n/N)
+            _depth_plan((0.,)*N, n, 0.1, float(re.search(r'in \[([\d.]+), 1\]', str(said.value))[1]))
 
 def test_depth_with_a_budget_for_each_stack():
     torch.manual_seed(0)
@@ -513,7 +513,7 @@ def test_depth_with_a_budget_for_each_stack():
     for t in range(400):
         ist.t = again.t = 7+t
         S = ist.draw()
-        assert torch.equal(S, again.draw()) and ist.budgets==[(list(range(8)), 2), (list(range(8, 14)), 3)]
+        assert torch.equal(S, again.draw()) and ist.step_budgets()==[(list(range(8)), 2), (list(range(8, 14)), 3)]
         sizes[:, t] = torch.tensor([int((S<8).sum()), int((S>=8).sum())])
     assert sizes.min()>=1 and ((sizes.mean(1)-torch.tensor([2., 3.])).abs() <= 5*sizes.std(1)/20).all()
 
