@@ -113,6 +113,11 @@ class Slots:
     __slots__ = 'rng','n'
     def __init__(self): self.rng,self.n = np.random.RandomState(1),torch.zeros(1)
     def __call__(self): self.n += 1; return self.rng.rand()+self.n.item()
+class CountsInSlot:
+    "A number that is put into its slot anew"
+    __slots__ = 'n',
+    def __init__(self): self.n = 0
+    def __call__(self): self.n += 1; return self.n
 class Pops(Dataset):
     "Gives its own rows away"
     def __init__(self, n=1200): self.rows = [dict(x=torch.tensor(float(i)), y=torch.tensor(1.)) for i in range(n)]   # more than a probe looks through
@@ -148,7 +153,7 @@ def hf():
 
 def own(rows): return torch.stack([r['x'] for r in rows])
 data = dict(closure=lambda: (Plain(by_closure()), None), variable=lambda: (Plain(by_variable), None), method=lambda: (Plain(random.Random(1).random), None), bound=lambda: (Plain(np.random.default_rng(1).random), None),
-            iterator=lambda: (Plain(itertools.count().__next__), None), slots=lambda: (Plain(Slots()), None), of_class=lambda: (ByClass(), None), transform=lambda: (hf(), own),
+            iterator=lambda: (Plain(itertools.count().__next__), None), slots=lambda: (Plain(Slots()), None), slot=lambda: (Plain(CountsInSlot()), None), of_class=lambda: (ByClass(), None), transform=lambda: (hf(), own),
             collate_torch=lambda: ([torch.zeros(2)]*24, Collate(torch.Generator().manual_seed(0), lambda g: torch.rand(2, generator=g))),
             collate_numpy=lambda: ([torch.zeros(2)]*24, Collate(np.random.default_rng(0), lambda g: g.random())),
             collate_python=lambda: ([torch.zeros(2)]*24, Collate(random.Random(0), lambda g: g.random())),
