@@ -133,7 +133,7 @@ def evaluate(
     overwrite:bool=False, # Replace files that were made differently
 ) -> dict: # `tasks`: name -> summary, `average` and its `interval`; raises `ISTError`
     "Accuracy of `model` on each of the tasks"
-    from ist_nb.runs import write_json
+    from ist_nb.runs import _write_json
     if how not in _ways: raise ISTError(f"how={how!r} is not allowed. Give 'generate' or 'likelihood'.")
     for k,v in dict(batch_size=batch_size, num_beams=num_beams, limit=limit, max_new_tokens=max_new_tokens).items():
         if v is not None and v<1: raise ISTError(f"{k}={v} is not allowed. Give at least 1.")
@@ -157,7 +157,7 @@ def evaluate(
         res[t.name] = _summarise(made) | dict(seconds=time.perf_counter()-start)
         if not path: continue
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, dict(task=t.name, summary=res[t.name], settings=settings, versions=versions(), rows=made))
+        _write_json(path, dict(task=t.name, summary=res[t.name], settings=settings, versions=versions(), rows=made))
     interval = list(_mean_interval([(o['correct'], o['n']) for o in res.values()]))
     return dict(tasks=res, average=sum(o['accuracy'] for o in res.values())/len(res), interval=interval)
 
@@ -343,12 +343,12 @@ def _run(args):
     for t in find_tasks(args.tasks): _task_file(t, args.data)    # before the model is loaded, which may take minutes
     if args.how=='likelihood': _check_choices(find_tasks(args.tasks))
     import transformers
-    from ist_nb.runs import write_json
+    from ist_nb.runs import _write_json
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     res = evaluate(*_load(args), args.tasks, args.data, args.how, folder, args.limit, args.batch_size, args.num_beams,
                    args.max_new_tokens, args.answers, progress=True, overwrite=args.overwrite)
-    write_json(folder/'summary.json', res | dict(config=asdict(args), versions=versions()))
+    _write_json(folder/'summary.json', res | dict(config=asdict(args), versions=versions()))
     print(f'{_table(res)}\nSaved in {folder}')
 
 def main(
