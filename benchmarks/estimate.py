@@ -8,9 +8,9 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoModelForCausalLM
 from ist_nb import ISTConfig,find_layers
-from ist_nb.config import layer_count,samplers,scorers
+from ist_nb.config import _layer_count,samplers,scorers
 from ist_nb.probe import generator_for
-from ist_nb.speed import blocks_of
+from ist_nb.speed import _blocks_of
 
 @dataclass
 class Shape:
@@ -29,7 +29,7 @@ class Shape:
 def shape_of(c, lora):
     "The shape of a configuration of transformers with LoRA; it costs no memory"
     with torch.device('meta'): model = get_peft_model(AutoModelForCausalLM.from_config(c), lora)
-    blocks = blocks_of(model, find_layers(model))
+    blocks = _blocks_of(model, find_layers(model))
     adapted = [m for m in blocks[0].modules() if isinstance(m, LoraLayer)]
     inside = {id(o) for m in adapted for o in m.modules()}-{id(m.base_layer) for m in adapted}
     linears = [m for m in blocks[0].modules() if isinstance(m, nn.Linear) and not isinstance(m, LoraLayer)]
@@ -92,7 +92,7 @@ def estimated(found, lora, config_of, variants, steps=24):
         for seed in range(v['reps']):
             o = ISTConfig(**settings, seed=seed)
             draw = samplers[o.sampler]
-            drawn = [draw(torch.zeros(s.n), layer_count(o.n_active, s.n), o, generator_for(seed, 'layers', t)).tolist()
+            drawn = [draw(torch.zeros(s.n), _layer_count(o.n_active, s.n), o, generator_for(seed, 'layers', t)).tolist()
                      for t in range(steps)]
             costs = [step_cost(s, d, T, budget=budget, **how) for d in drawn[3:]]
             rows.append((statistics.mean(c[0] for c in costs)+probes(s, o, how), max(c[1] for c in costs)))

@@ -8,7 +8,7 @@ from peft import LoraConfig,get_peft_model,prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM,BitsAndBytesConfig,Trainer,TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from ist_nb import ISTCallback,ISTConfig,find_layers
-from ist_nb.suppression import damp_response,scaling_is_exact,suppress
+from ist_nb.suppression import _damp_response,scaling_is_exact,suppress
 from benchmarks import record
 from benchmarks.small import lm_batch,pico_path,same
 
@@ -62,7 +62,7 @@ def check(name, dtype=torch.float32, bits=None, **kwargs):
         with torch.no_grad():
             full = model(**b).loss
             with suppress(layers, range(8), 0.25): fast = model(**b).loss
-            undo = [damp_response(t, 0.25) for o in list(layers)[:8] for t in o.tuners]
+            undo = [_damp_response(t, 0.25) for o in list(layers)[:8] for t in o.tuners]
             slow = model(**b).loss
             for f in undo: f()
             assert torch.equal(model(**b).loss, full)

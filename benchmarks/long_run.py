@@ -6,7 +6,7 @@ from datasets import Dataset
 from transformers import Trainer,TrainerCallback,TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from ist_nb import ISTCallback,ISTConfig
-from ist_nb.state import history_limit
+from ist_nb.state import _history_limit
 from ist_nb.runs import RunGuard
 from benchmarks import record
 from benchmarks import kill_points as kp
@@ -66,7 +66,7 @@ def summary(cb, meter):
                 rss_mib={k:round(v/2**20, 1) for k,v in meter.rss.items()}, rss_growth=flat[-1]/flat[0]-1,
                 rss_spread=max(flat)/min(flat)-1,
                 importance_updates=len(meter.cpu)//cb.config.score_interval, history_records=len(cb.ist.history),
-                history_limit=history_limit, checkpoint_bytes=meter.sizes, checkpoint_spread=max(sizes)/min(sizes)-1,
+                history_limit=_history_limit, checkpoint_bytes=meter.sizes, checkpoint_spread=max(sizes)/min(sizes)-1,
                 first_ms=med(first), last_ms=med(last), first_fixed_ms=med(first_fixed), last_fixed_ms=med(last_fixed),
                 first_steps=med(first)/med(first_fixed), last_steps=med(last)/med(last_fixed),
                 slower=med(last)/med(last_fixed)/(med(first)/med(first_fixed))-1,

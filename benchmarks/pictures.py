@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader
 from ist_nb import IST,ISTConfig
 from ist_nb.evaluate import held_out_loss
 from ist_nb.probe import model_loss,quietly
-from ist_nb.scorers import Probe,suppression_curves
+from ist_nb.scorers import Probe
 from benchmarks import record
 from benchmarks.small import lm_batch,physics,pico,trainable
 
@@ -50,8 +50,10 @@ def portrait(lr, train, test, steps):
     "What one run of IST says of its layers: its state, suppression curves, the loss with each layer left out"
     model,ist,opt = start(dict(score_interval=5), 0, lr, train)
     losses = list(steps_of(model, ist, opt, train, 0, steps))
-    probe = Probe(model, ist.layers, lm_batch(test), model_loss, 0.25)
-    with quietly(model): curves = suppression_curves(probe, factors)
+    def loss_without(i, factor): return Probe(model, ist.layers, lm_batch(test), model_loss, factor).loss([i])
+    with quietly(model):
+        curves = torch.tensor([[loss_without(i, f) for f in factors] for i in range(len(ist.layers))],
+                              dtype=torch.float64)   # [N, F]
     return dict(state=ist.state_dict(), losses=losses, factors=factors, curves=curves.tolist(),
                 left_out=(curves[:, 0]-curves[:, -1]).tolist())
 

@@ -1,7 +1,7 @@
 """IST on several processes, by engine: what works, what is refused, and that it is the same run as on one process.
 Every case runs on 1, 2 and 4 processes of the CPU (gloo), or on 1 GPU and on 2 if there are (NCCL). Each compares
 weights, gradients and importance with a run on one process that has the same global batches."""
-import json,os,platform,socket,subprocess,sys,tempfile,time,traceback,warnings
+import gc,json,os,platform,socket,subprocess,sys,tempfile,time,traceback,warnings
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 os.environ.update(HF_HUB_OFFLINE='1', TOKENIZERS_PARALLELISM='false')
 from contextlib import contextmanager,nullcontext
@@ -542,6 +542,7 @@ def worker(folder, rank, size):
     dist.init_process_group('nccl' if cuda else 'gloo', timeout=timedelta(seconds=40 if cuda else 180),
                             **(dict(device_id=device()) if cuda else {}))
     refs = torch.load(folder/'references.pt')
+    gc.freeze()      # IST looks for wrappers among the living objects: not among the half million of the libraries
     with open(folder/f'{rank}.jsonl', 'a') as out:
         for kind,name in todo:
             start = time.perf_counter()

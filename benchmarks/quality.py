@@ -13,11 +13,12 @@ from peft import AdaLoraConfig,LoraConfig,get_peft_model
 from transformers import AutoModelForCausalLM,AutoTokenizer
 from ist_nb import IST,ISTConfig,find_layers
 from ist_nb.config import samplers,scorers,shrunk
-from ist_nb.evaluate import confidence_interval,held_out_loss,read_task,score_likelihood,tasks as known_tasks
-from ist_nb.activations import DeviceMeter,LiveBytes
+from ist_nb.evaluate import _wilson,held_out_loss
+from ist_nb.questions import _by_likelihood,read_task,tasks as known_tasks
+from ist_nb.activations import _DeviceMeter,LiveBytes
 from ist_nb.samplers import inclusion_by_depth
 from ist_nb.scorers import ema_update
-from ist_nb.speed import fold,to_fp8
+from ist_nb.speed import fold,_to_fp8
 from benchmarks import record
 from benchmarks.small import pico_path
 
@@ -194,7 +195,7 @@ def adapter(more, steps):
 
 def half_of_lora(model, batch, amp, gpu):
     "Half of the bytes that one step of LoRA takes beyond the model, as an activation budget"
-    meter = DeviceMeter(torch.device('cuda')) if gpu else LiveBytes()
+    meter = _DeviceMeter(torch.device('cuda')) if gpu else LiveBytes()
     meter.start([*model.parameters()])
     meter.restart()
     before = meter.now()
@@ -234,7 +235,7 @@ def make_model(base, dtype, more, steps, seed, device):
     torch.manual_seed(seed)
     model = get_peft_model(model, adapter(more, steps)).to(device).train()
     if 'fold' in more: fold(model)
-    if 'fp8' in more: to_fp8(model, find_layers(model), **({} if device=='cuda' else dict(emulate=True)))
+    if 'fp8' in more: _to_fp8(model, find_layers(model), **({} if device=='cuda' else dict(emulate=True)))
     if 'checkpointing' in more:
         model.gradient_checkpointing_enable()
         model.enable_input_require_grads()
@@ -304,9 +305,9 @@ def accuracy(model, tokenizer, data, n, length):
     for o in choice_sets:
         rows = [r for r in read_task(known_tasks[o], data/'commonsense', n)
                 if len(tokenizer(choice_prompt(r), verbose=False).input_ids)<length]
-        scored = score_likelihood(model, tokenizer, known_tasks[o], rows, batch_size=64, prompt=choice_prompt)
+        scored = _by_likelihood(model, tokenizer, known_tasks[o], rows, choice_prompt, batch_size=64)
         right = sum(r['correct'] for r in scored)
-        res[o] = dict(correct=right, n=len(rows), interval=confidence_interval(right, len(rows)))
+        res[o] = dict(correct=right, n=len(rows), interval=_wilson(right, len(rows)))
     return res
 
 def work(jobs, done, args, gpu):

@@ -10,7 +10,7 @@ from transformers import (AutoModelForCausalLM,LlamaConfig,LlamaForCausalLM,Trai
                           default_data_collator)
 from transformers.trainer_callback import PrinterCallback,ProgressCallback
 from ist_nb import ISTCallback,ISTConfig,find_layers
-from ist_nb.speed import blocks_of,compile_blocks,fold,fuse_loss,kept_bytes,to_fp8,unfold,_liger
+from ist_nb.speed import _blocks_of,compile_blocks,fold,_fuse_loss,kept_bytes,_to_fp8,unfold,_liger
 from benchmarks import estimate,record
 from benchmarks.small import lm_batch,pico_path,spread
 
@@ -48,7 +48,7 @@ class Switches:
     switched off here by putting the old parts back"""
     def __init__(self, model):
         self.model,self.layers = model,find_layers(model)
-        self.blocks,self.base = blocks_of(model, self.layers),model.get_base_model()
+        self.blocks,self.base = _blocks_of(model, self.layers),model.get_base_model()
         self.compiled = self.swaps = self.fused = None
     def set(self, names):
         unfold(self.model)
@@ -58,13 +58,13 @@ class Switches:
             self.compiled = [o._compiled_call_impl for o in self.blocks]
         for i,o in enumerate(self.blocks): o._compiled_call_impl = self.compiled[i] if 'compile' in names else None
         if 'loss' in names and not self.fused:
-            fuse_loss(self.model)
+            _fuse_loss(self.model)
             self.fused = self.base.__dict__['forward']
         self.base.__dict__.pop('forward', None)
         if 'loss' in names: self.base.__dict__['forward'] = self.fused
         if 'fp8' in names and not self.swaps:
             before = {n:m for n,m in self.model.named_modules() if type(m) is torch.nn.Linear}
-            to_fp8(self.model, self.layers)
+            _to_fp8(self.model, self.layers)
             self.swaps = [(n, before[n], m) for n,m in self.model.named_modules() if n in before and m is not before[n]]
         for n,plain,fp8 in self.swaps or []:
             parent,_,key = n.rpartition('.')

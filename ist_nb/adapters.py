@@ -17,7 +17,7 @@ from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features
 from peft.utils import PeftType, TaskType, register_peft_method
-from .config import ISTError, suggest
+from .config import ISTError, _suggest
 
 # %% ../nbs/27_adapters.ipynb #1cde68e8
 @dataclass
@@ -53,7 +53,7 @@ def _check(config):
     for name,(ok,words) in rules.items():
         if not ok: raise ISTError(f"{name}={getattr(config, name)!r} is not allowed. Give {words}.")
     if config.activation not in ACT2FN:
-        raise ISTError(f"activation={config.activation!r} is unknown{suggest(config.activation, ACT2FN)} "
+        raise ISTError(f"activation={config.activation!r} is unknown{_suggest(config.activation, ACT2FN)} "
                        f"Allowed: {', '.join(ACT2FN)}.")
 
 # %% ../nbs/27_adapters.ipynb #17eb302c
@@ -86,11 +86,7 @@ def _widths(module, width):
 
 # %% ../nbs/27_adapters.ipynb #3ea21cf0
 @patch
-def update_layer(self:BottleneckLayer,
-    adapter_name:str, # Name of the adapter
-    config:BottleneckConfig, # Settings of the adapter
-    **kwargs, # What else PEFT gives; not used
-):
+def update_layer(self:BottleneckLayer, adapter_name, config, **kwargs):
     "Add an adapter to the layer"
     d_in,d_out = _widths(self.get_base_layer(), self.width)
     self.bottleneck_config[adapter_name] = config

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from functools import wraps
 from importlib.util import find_spec
 from pathlib import Path
-from .config import ISTError, suggest
+from .config import ISTError, _suggest
 
 # %% ../nbs/18_cli.ipynb #7dfeca5a
 @contextmanager
@@ -41,8 +41,8 @@ def _explain(e, argv=()):
     "An error of a library as a sentence; `argv` is the command line, for the settings that the error may be about"
     text = ' '.join(str(e).split())[:300].rstrip('.') or 'no message'
     if disk := _storage_trouble(e):
-        return (f"{disk} ({text}). What was saved before is safe. Free some space, then add --resume to the same "
-                "command, or give --output_dir on another disk.")
+        return (f"{disk} ({text}). What was saved before is safe. Free some space and give the same "
+                "command again (ist_finetune: with --resume), or give --output_dir on another disk.")
     while e.__cause__ is not None and not hasattr(e, 'during'): e = e.__cause__
     near = _settings_in(text, argv)
     where = f"Look at {' and '.join(near)}. " if near else ''
@@ -65,6 +65,7 @@ class _Stopped(Exception):
 
 def plain_errors(
     prog:str, # The name of the command
+    kept:str='Saved checkpoints stay; --resume continues.', # What an interruption leaves
 ): # A decorator for a function that takes the command line and returns an exit status
     "Turn whatever a command refuses into one sentence and an exit status"
     def say(text, status=2):
@@ -78,7 +79,7 @@ def plain_errors(
             argv = [o for i,o in enumerate(argv) if i not in debug]       # a --debug with a value is transformers'
             try: return f(argv)
             except _Stopped as e: return 128+e.args[0]
-            except KeyboardInterrupt: return say('interrupted. Saved checkpoints stay; --resume continues.', 130)
+            except KeyboardInterrupt: return say(f'interrupted. {kept}', 130)
             except BaseException as e:      # Rust code in tokenizers panics with one that is no Exception
                 if debug or isinstance(e, (GeneratorExit, SystemExit)): raise
                 return say(e if isinstance(e, ISTError) else _explain(e, argv))
@@ -148,5 +149,5 @@ def _check_names(prog, argv, known):
     for o in argv:
         name = o[2:].partition('=')[0].replace('-', '_')
         if o.startswith('--') and name not in known and name.removeprefix('no_') not in known:
-            near = suggest(f'--{name}'[:80], [f'--{k}' for k in known])
+            near = _suggest(f'--{name}'[:80], [f'--{k}' for k in known])
             raise ISTError(f"{o.partition('=')[0][:80]!r} is not an argument of {prog}{near} See `{prog} --help`.")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from fastcore.basics import chunked, patch
-from .config import ISTError, suggest
+from .config import ISTError, _suggest
 from .files import _ending, _endings, _longest_text, _readers, read_rows
 
 # %% ../nbs/17_data.ipynb #b9c4ce20
@@ -40,7 +40,7 @@ def _detect(columns):
         return _Found(kind, name, tuple(c for _,hit in found for c in hit))
     if not columns: raise ISTError(f"there are no columns at all; give one of the accepted sets ({_accepted()}).")
     known = sorted(set(re.findall(r'\w+', _accepted())))
-    near = ((c[:80], suggest(c[:80], known)) for c in columns[:20] if c not in known)
+    near = ((c[:80], _suggest(c[:80], known)) for c in columns[:20] if c not in known)
     near = ''.join(f' {c!r}{o}' for c,o in near if o!='.')
     raise ISTError(f"columns {_names(map(repr, columns))} are none of the accepted sets ({_accepted()}).{near} "
                    "Rename the columns (in a .csv, its first line).")
@@ -235,7 +235,7 @@ def _hub_parts(name):
 
 def _near(name):
     p = Path(name).expanduser()
-    return suggest(p.name[:80], os.listdir(p.parent)) if os.path.isdir(p.parent) else '.'
+    return _suggest(p.name[:80], os.listdir(p.parent)) if os.path.isdir(p.parent) else '.'
 
 # %% ../nbs/17_data.ipynb #c6e3a4a3
 _physics = Path(__file__).parent/'assets'/'physics' if '__file__' in globals() else Path('../ist_nb/assets/physics')
@@ -325,7 +325,7 @@ def load_data(
         raise ISTError(f'max_rows={max_rows} is too few; give 2 or more, or None for all.')
     parts,names,of = _find_parts(source, split),['test', 'validation', split.replace('train', 'test')],''
     if split not in parts:
-        raise ISTError(f"There is no split {split!r} in {source}{suggest(split, parts)} Allowed: {', '.join(parts)}.")
+        raise ISTError(f"There is no split {split!r} in {source}{_suggest(split, parts)} Allowed: {', '.join(parts)}.")
     part,spare = parts.pop(split),[]
     if test is not None:
         spare,parts,of = list(parts),_find_parts(test, 'test'),f' of {Path(test).name}'

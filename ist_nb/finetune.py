@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from pathlib import Path
 from fastcore.docments import docments
 from .cli import _Stopped, _check_names, _from_config, _make_parser, _quiet, during, plain_errors
-from .config import ISTConfig, ISTError, read_value, scorers
-from .evaluate import versions
-from .model import _adapter_config, _check_template, assets, load_model
+from .config import ISTConfig, ISTError, _read_value, scorers
+from .evaluate import _versions
+from .model import _adapter_config, _check_patterns, _check_template, assets, load_model
 
 # %% ../nbs/22_finetune.ipynb #c080cea6
 @plain_errors('ist_finetune')
@@ -22,7 +22,7 @@ def main(
 ) -> int: # Exit status: 0; 2 if something was refused; 130 or 143 after a signal
     "The command `ist_finetune`"
     if {'-h', '--help'} & set(argv): return print(_help_page()) or 0
-    if '--version' in argv: return print(', '.join(f'{k} {v}' for k,v in versions().items())) or 0
+    if '--version' in argv: return print(', '.join(f'{k} {v}' for k,v in _versions().items())) or 0
     if '--help_all' in argv: return _parser().print_help() or 0
     args,cfg,sft = parse(argv)
     with _quiet():
@@ -126,7 +126,7 @@ def parse(
 def _number(s):
     "The number that a word looks like, else what it is as JSON, or the word"
     try: return int(s) if s.isdigit() else float(s)
-    except ValueError: return read_value(s)
+    except ValueError: return _read_value(s)
 
 def _ist_config(args, given, seed):
     "The `ISTConfig` that the command line means, or None for a dense run"
@@ -170,13 +170,13 @@ def _check_path(flag, path):
 # %% ../nbs/22_finetune.ipynb #5f7a4165
 def _join_processes(sft):
     "Give all processes of a run one folder, since each may have chosen another new name; one process uses one GPU"
-    from ist_nb.processes import Ranks, launched
+    from ist_nb.processes import Ranks, _launched
     n,ranks = sft.n_gpu,Ranks()          # n_gpu joins the other processes, if there are any
-    if not ranks.size==sft.world_size==launched():
-        raise ISTError(f"{launched()} processes were launched, but they are not in one group, so each would train a "
+    if not ranks.size==sft.world_size==_launched():
+        raise ISTError(f"{_launched()} processes were launched, but they are not in one group, so each would train a "
                        "model of its own. On a CPU give --use_cpu; on GPUs, start as many processes as there are "
                        "GPUs.")
-    sft.output_dir = ranks.texts(sft.output_dir)[0]
+    sft.output_dir = ranks.gather(sft.output_dir)[0]
     if n<=1: return
     sft._n_gpu = 1
     _say(f'GPUs: this is one process, so it uses one GPU of {n}. To use all, replace ist_finetune by '
@@ -240,9 +240,9 @@ def make_trainer(
     data, # From `load_data`
 ): # An `SFTTrainer`; raises `ISTError`
     "The model, its adapter and the callbacks in TRL's trainer"
+    from transformers.trainer_callback import ProgressCallback
     from trl import SFTTrainer
     from ist_nb.callback import ISTCallback
-    from ist_nb.evaluate import _check_patterns
     from ist_nb.runs import RunGuard
     model,tokenizer = load_model(args, sft)
     if data.kind=='messages': _check_template(tokenizer, sft, args.model, data.train)
@@ -255,6 +255,7 @@ def make_trainer(
         trainer = SFTTrainer(model, sft, train_dataset=data.train, eval_dataset=data.test, processing_class=tokenizer,
                              peft_config=config, callbacks=callbacks)
     trainer.create_model_card = lambda *args, **kwargs: None      # TRL's knows nothing of IST; `report` writes ours
+    if trainer.pop_callback(ProgressCallback): trainer.add_callback(_progress_bar())
     _check_rows(trainer, cfg)
     if said := _rows_report(data, trainer): _say(f'Rows: {said}.')
     trained,frozen = (sum(p.numel() for p in trainer.model.parameters() if p.requires_grad==o) for o in (True, False))
@@ -276,6 +277,15 @@ def _check_rows(trainer, cfg):
             raise ISTError(f"No {name} row is left after tokenization: texts shorter than max_length={sft.max_length} "
                            "tokens are joined until one is full, and prompts that fill max_length leave nothing to "
                            "learn. Give more data, or another --max_length.")
+
+def _progress_bar():
+    "The Trainer's progress bar, with the loss on it instead of printed dictionaries"
+    from transformers.trainer_callback import ProgressCallback
+    class ProgressBar(ProgressCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if self.training_bar is not None and 'loss' in logs:
+                self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+    return ProgressBar()
 
 # %% ../nbs/22_finetune.ipynb #db33a512
 def _rows_report(data, trainer):
@@ -351,7 +361,7 @@ def report(
 ) -> dict: # What is in `results.json`
     "Write the run's folder and print the summary"
     from ist_nb.callback import ISTCallback
-    from ist_nb.plot import layer_table, plot_importance, try_picture
+    from ist_nb.plot import _try_picture, layer_table, plot_importance
     from ist_nb.run_folder import model_card
     from ist_nb.runs import _write_json
     folder,cb = Path(trainer.args.output_dir),_callback(trainer, ISTCallback)
@@ -360,7 +370,7 @@ def report(
     res = losses | dict(seconds=_guard(trainer).seconds, steps=trainer.state.global_step,
                         peak_memory_bytes=_peak_memory(), importance=state['importance'],
                         times_active=state['times_active'], probes_dropped=state['n_dropped'],
-                        score_seconds=cb.ist.score_seconds if cb else 0., data=data.report, versions=versions(),
+                        score_seconds=cb.ist.score_seconds if cb else 0., data=data.report, versions=_versions(),
                         config=dict(finetune=asdict(args), ist=asdict(cfg) if cfg else None, training=training))
     if not trainer.is_world_process_zero(): return res
     (folder/'README.md').write_text(model_card(res, folder.absolute().name), encoding='utf-8')
@@ -368,7 +378,7 @@ def report(
     if cb:
         _write_json(folder/'ist_state.json', state)
         title = f"{args.model}, {args.method}: {res['steps']} steps"
-        try_picture(lambda: plot_importance(state, title), folder/'importance.png')
+        _try_picture(lambda: plot_importance(state, title), folder/'importance.png')
         print(f'{cb.ist}\n{layer_table(state)}')
     names = sorted(p.name+'/'*p.is_dir() for p in folder.iterdir() if p.name!='.ist_lock')
     print(_summary.format(**res, folder=folder, names=', '.join(names)))

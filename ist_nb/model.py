@@ -9,36 +9,52 @@ __all__ = ['assets', 'load_model']
 import os,re
 from dataclasses import fields
 from pathlib import Path
-from .config import ISTError, read_value, suggest
+from .config import ISTError, _read_value, _suggest
 
 # %% ../nbs/19_model.ipynb #b914d91f
 assets = Path(__file__).parent/'assets' if '__file__' in globals() else Path('../ist_nb/assets')
+
+def _check_here(flag, name):
+    "Refuse a name that can only be a folder, where there is none"
+    if (re.match(r'[./~]', name) or name.count('/')>1) and not Path(name).expanduser().is_dir():
+        raise ISTError(f"{flag} {name[:200]}: there is no such folder. Give a folder with config.json, weights and "
+                       "tokenizer, a hub id, or 'pico'.")
+
+def _load(name, trust=False, **kwargs):
+    "A causal language model, all of whose weights are there, and its tokenizer; `kwargs` are for `from_pretrained`"
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    _check_here('--model', name)
+    path = str(assets/'pico') if name=='pico' else name
+    kwargs = dict(dtype='auto' if torch.cuda.is_available() else 'float32', trust_remote_code=trust) | kwargs
+    try:
+        model,info = AutoModelForCausalLM.from_pretrained(path, **kwargs, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
+    except Exception as e:
+        if 'trust_remote_code' in str(e):
+            raise ISTError(f"The model {name[:200]!r} comes with Python code of its own, which is not run. "
+                           "Read it, and give --trust_remote_code if you trust it.") from e
+        raise ISTError(f"The model {name[:200]!r} cannot be loaded{_suggest(name[:200], ['pico'])} Give 'pico', a "
+                       "folder with config.json, weights and tokenizer, or a hub id of a causal language model that "
+                       f"this machine can reach. ({type(e).__name__}: {' '.join(str(e).split())[:300]})") from e
+    if not (lost := sorted(info['missing_keys'])): return model,tokenizer
+    raise ISTError(f"{len(lost)} weights of the model {name!r} are missing ({', '.join(lost[:3])}), and would be "
+                   "random numbers. Copy or save the model again.")
 
 def load_model(
     args, # The first group of what `parse` returns, for `model`
     sft, # An `SFTConfig`, for `model_init_kwargs` and `trust_remote_code`
 ): # The model and its tokenizer; raises `ISTError`
-    "Load a causal language model, all of whose weights are there"
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    name,code = str(assets/'pico') if args.model=='pico' else args.model,bool(sft.trust_remote_code)
-    kwargs = dict(dtype='auto' if torch.cuda.is_available() else torch.float32, trust_remote_code=code)
-    try:
-        kwargs |= sft.model_init_kwargs or {}
-        model,info = AutoModelForCausalLM.from_pretrained(name, **kwargs, output_loading_info=True)
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=code)
-    except Exception as e:
-        raise ISTError(f"The model {args.model!r} cannot be loaded{suggest(args.model, ['pico'])} Give 'pico', a "
-                       "folder with config.json, weights and tokenizer, or a hub id of a causal language model that "
-                       f"this machine can reach. ({type(e).__name__}: {' '.join(str(e).split())[:300]})") from e
-    n,lost = model.get_input_embeddings().num_embeddings,sorted(info['missing_keys'])
-    if lost:
-        raise ISTError(f"{len(lost)} weights of the model {args.model!r} are missing ({', '.join(lost[:3])}), and "
-                       "would be random numbers. Copy or save the model again.")
-    if len(tokenizer)>n:
-        raise ISTError(f"The tokenizer of {args.model!r} has {len(tokenizer)} tokens, and the model only {n}. Give a "
-                       "model and the tokenizer that it was trained with.")
-    return model,tokenizer
+    "Load the causal language model that a command line names"
+    kwargs = sft.model_init_kwargs or {}
+    if not isinstance(kwargs, dict):
+        raise ISTError(f"--model_init_kwargs {kwargs!r} is not a dictionary. Write it as in "
+                       "'{\"dtype\": \"bfloat16\"}'.")
+    model,tokenizer = _load(args.model, bool(sft.trust_remote_code), **kwargs)
+    n = model.get_input_embeddings().num_embeddings
+    if len(tokenizer)<=n: return model,tokenizer
+    raise ISTError(f"The tokenizer of {args.model!r} has {len(tokenizer)} tokens, and the model only {n}. Give a "
+                   "model and the tokenizer that it was trained with.")
 
 # %% ../nbs/19_model.ipynb #21aeaf13
 _most_r = 2**16
@@ -74,16 +90,16 @@ def _peft_method(name):
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as configs
     names = ['lora', 'dora', *(str(o.value).lower() for o in configs if o!='LORA')]
     if name in names: return configs[name.upper()]
-    raise ISTError(f"--peft {name!r} is unknown{suggest(name, names)} Allowed: {', '.join(names)}.")
+    raise ISTError(f"--peft {name!r} is unknown{_suggest(name, names)} Allowed: {', '.join(names)}.")
 
 def _peft_options(args, known):
     "The settings of a method as the user wrote them"
-    given = read_value(args.peft_options) if isinstance(args.peft_options, str) else args.peft_options or {}
+    given = _read_value(args.peft_options) if isinstance(args.peft_options, str) else args.peft_options or {}
     if not isinstance(given, dict):
         raise ISTError(f"--peft_options {args.peft_options!r:.200} is not a dictionary in JSON. Write it as in "
                        "'{\"r\": 8}'.")
     for k in given:
-        if k not in known: raise ISTError(f"--peft_options: {k!r} is not a setting of {args.peft}{suggest(k, known)} "
+        if k not in known: raise ISTError(f"--peft_options: {k!r} is not a setting of {args.peft}{_suggest(k, known)} "
                                           f"Its settings: {', '.join(known)}.")
     return given
 
@@ -126,3 +142,15 @@ def _check_template(tokenizer, sft, model, chats):
     if why := _bounded(render):
         raise ISTError(f"The chat template of {model!r} does not accept the chats: {why}. Change the chats, or give "
                        "--chat_template_path of a model whose template fits.")
+
+# %% ../nbs/19_model.ipynb #5c2f4864
+def _check_patterns(conf, names):
+    "Refuse patterns in the settings of an adapter that are invalid, or take long to match the `names` of modules"
+    fields = 'target_modules','exclude_modules','target_parameters'
+    patterns = [(k, conf[k]) for k in fields if isinstance(conf.get(k), str) and conf[k]!='all-linear']
+    for k in ('rank_pattern', 'alpha_pattern'):
+        if isinstance(conf.get(k), dict): patterns += [(k, o) for o in conf[k]]
+    for k,v in patterns:
+        if why := _bounded(lambda: [re.fullmatch(v, o) for o in names[:100]], seconds=5):
+            raise ISTError(f"{k}: the pattern {v!r:.80} cannot be used: {why}. Give a simpler pattern, or a list of "
+                           "names.")

@@ -13,7 +13,7 @@ from hashlib import blake2b
 from itertools import count
 from pathlib import Path
 from .config import ISTError
-from .evaluate import versions
+from .evaluate import _versions
 from .processes import Ranks
 from .runs import _checkpoints, _locked, _read_json, _remove_checkpoint, _write_json, last_checkpoint
 
@@ -160,7 +160,7 @@ class RunFolder:
             return _check_moments(self.checkpoint, [p for g in optimizer.param_groups for p in g['params']])
         if Ranks().rank: return
         if self.args.overwrite: _clear(self.path)
-        _write_json(self.path/'run.json', dict(data=self.rows, settings=self.settings, versions=versions()))
+        _write_json(self.path/'run.json', dict(data=self.rows, settings=self.settings, versions=_versions()))
 
 def _clear(folder):
     "Remove the files and checkpoints of an earlier run; leave everything else"

@@ -10,9 +10,9 @@ __all__ = ['theorem1_bound', 'step_size', 'corollary1_bound', 'rst_bound', 'incl
 # %% ../nbs/theory/convergence.ipynb #0d693113
 import math,torch
 from torch import Tensor
-from .config import ISTConfig, layer_count
+from .config import ISTConfig, _layer_count
 from .samplers import inclusion_probabilities
-from .scorers import reward_spread
+from .scorers import _reward_spread
 
 # %% ../nbs/theory/convergence.ipynb #d7eddae0
 _all_ = ['inclusion_probabilities']   # exact for small N, at home on the page on samplers
@@ -101,7 +101,7 @@ def update_bound(
     "The largest $|c|$ of Lemma 3 in one importance update of `config`"
     K = config.n_candidates
     if config.scorer=='paper': most = max(a*(K-a)/K for a in range(K+1))
-    elif config.scorer=='suppression': most = reward_spread*max(math.sqrt(a*(K-a)) for a in range(K+1))
+    elif config.scorer=='suppression': most = _reward_spread*max(math.sqrt(a*(K-a)) for a in range(K+1))
     else: raise ValueError(f"No bound is known for scorer={config.scorer!r}: Lemma 3 covers 'paper' and 'suppression'")
     return config.score_lr*most
 
@@ -128,7 +128,7 @@ def guarantee(
     m:int|None=None, # After how many importance updates; None: for ever
 ) -> dict: # `pi_min`; `rst`, that of random sparse tuning; `constant`, the bound of Corollary 1 in units of RST's
     "What is guaranteed of `config` in the worst case"
-    mean = layer_count(config.n_active, N)
+    mean = _layer_count(config.n_active, N)
     n = 1 if config.schedule=='shrink' else mean   # the fewest of any step
     if config.sampler=='uniform': pi = n/N
     elif config.sampler=='depth': pi = config.explore*n/N   # of the steps that train all layers

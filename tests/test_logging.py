@@ -5,7 +5,7 @@ from datasets import Dataset
 from peft import LoraConfig,get_peft_model
 from transformers import LlamaConfig,LlamaForCausalLM,Trainer,TrainerCallback,TrainingArguments
 from transformers.trainer_callback import CallbackHandler,PrinterCallback,ProgressCallback
-from ist_nb.callback import ISTCallback,log_names,_prints
+from ist_nb.callback import ISTCallback,_log_names,_prints
 from ist_nb.config import ISTConfig
 from ist_nb.plot import Live
 
@@ -121,9 +121,9 @@ def test_resumed(tmp_path):
 
 def test_names_sort():
     for labels in (list(range(101)), [f'decoder.{i}' for i in range(12)]):
-        names = log_names(labels)
+        names = _log_names(labels)
         assert sorted(names)==names and len({len(o) for o in names})==1
-    assert log_names([7])==['layer_07']
+    assert _log_names([7])==['layer_07']
 
 def test_printers_are_known():
     from transformers.utils.notebook import NotebookProgressCallback

@@ -229,12 +229,12 @@ def test_under_ist():
 @pytest.mark.skipif(not shutil.which('g++'), reason='inductor needs a compiler')
 def test_compiled_blocks():
     import torch._dynamo
-    from ist_nb.speed import check_compiled
+    from ist_nb.speed import _check_compiled
     def make():
         m = llama(3, use_cache=False)
         for b in m.base_model.model.model.layers: b.compile()
         return m
-    check_compiled(make())
+    _check_compiled(make())
     torch._dynamo.reset(); torch._dynamo.utils.counters.clear()
     free,_ = steps(make(), n=8, n_active=1, count=False)
     graphs = torch._dynamo.utils.counters['stats']['unique_graphs']
@@ -420,7 +420,7 @@ def test_a_step_that_died():
 def test_the_least_budget_is_enough():
     with pytest.raises(ISTError) as said: steps(llama(), 1000, n=2)
     free,limit = steps(llama(), '1GiB', n=1)
-    least = limit.least(free[0].active)
+    least = limit._least(free[0].active)
     assert f'needs {least/1024:.4g}KiB' in str(said.value)
     active = [free[0].active, [0, 1], [0, 5], [1, 2]]
     got,_ = steps(llama(), least, n=4, active=active)

@@ -41,8 +41,8 @@ def alone(k):
     return one['LoRA, checkpointing'][k]/one['LoRA'][k]
 def most_important(): return max(range(16), key=demo('ist')['importance'].__getitem__)
 def interval(k, n):
-    from ist_nb.evaluate import confidence_interval
-    return confidence_interval(k, n)
+    from ist_nb.evaluate import _wilson
+    return _wilson(k, n)
 def floor(n=8, N=32, explore=0.1): return explore*n/N
 def lowest(n=8, N=32): return 1-((N+1)/(n+1)-1)/N   # mean share of the blocks above the lowest of n that are drawn
 

@@ -61,7 +61,7 @@ def test_palette_in_grey():
 
 def test_heat_map_in_grey():
     "Lightness goes one way, for every kind of sight"
-    rgb = light(plt.get_cmap(P.heat)(np.linspace(0, 1, 64))[:, :3])
+    rgb = light(plt.get_cmap(P._heat)(np.linspace(0, 1, 64))[:, :3])
     for m in blind.values():
         L = lab(rgb@np.array(m).T)[:, 0]
         assert (np.diff(L)>0).all() or (np.diff(L)<0).all()
@@ -153,9 +153,9 @@ def test_a_picture_fails_no_run(tmp_path):
     def broken():
         plt.figure()
         raise RuntimeError('no such font')
-    with pytest.warns(UserWarning, match=r'a\.png could not be drawn \(RuntimeError: no such font\)'): assert P.try_picture(broken, tmp_path/'a.png') is None
-    with pytest.warns(UserWarning, match='could not be drawn'): assert P.try_picture(pictures['times'], tmp_path/'nowhere'/'a.png') is None
-    assert P.try_picture(lambda: P.plot_times_active(state, '漢'), tmp_path/'a.png').read_bytes()[:4]==b'\x89PNG'
+    with pytest.warns(UserWarning, match=r'a\.png could not be drawn \(RuntimeError: no such font\)'): assert P._try_picture(broken, tmp_path/'a.png') is None
+    with pytest.warns(UserWarning, match='could not be drawn'): assert P._try_picture(pictures['times'], tmp_path/'nowhere'/'a.png') is None
+    assert P._try_picture(lambda: P.plot_times_active(state, '漢'), tmp_path/'a.png').read_bytes()[:4]==b'\x89PNG'
     assert not plt.get_fignums()
 
 # --- what the titles say
@@ -176,7 +176,7 @@ def test_titles_follow_the_numbers():
 def test_uniform_sampling_stays_within_the_band():
     "Of runs of RST, 95 in 100 have all layers inside; a little more, as the counts of the layers are not independent"
     rng,inside = np.random.default_rng(0),0
-    low,high = P.chance_band(300, 0.25, 16)
+    low,high = P._chance_band(300, 0.25, 16)
     for _ in range(300):
         n = np.argsort(rng.random((300, 16)), axis=1)[:, :4]
         count = np.bincount(n.ravel(), minlength=16)

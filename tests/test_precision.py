@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM,BitsAndBytesConfig,Trainer,Trainin
 from transformers.trainer_callback import PrinterCallback
 from ist_nb import IST,ISTCallback,ISTConfig,find_layers
 from ist_nb.finetune import assets
-from ist_nb.suppression import damp_response,scaling_is_exact,suppress
+from ist_nb.suppression import _damp_response,scaling_is_exact,suppress
 
 ids = torch.randint(5, 1000, (32, 24), generator=torch.Generator().manual_seed(0))
 data = Dataset.from_list([dict(input_ids=o, labels=o) for o in ids.tolist()])
@@ -64,7 +64,7 @@ def test_suppression_of_quantised(bits):
     assert all(scaling_is_exact(t) for o in layers for t in o.tuners)
     with torch.no_grad():
         with suppress(layers, range(8), 0.25): fast = model(**batch).loss
-        undo = [damp_response(t, 0.25) for o in list(layers)[:8] for t in o.tuners]
+        undo = [_damp_response(t, 0.25) for o in list(layers)[:8] for t in o.tuners]
         slow = model(**batch).loss
         for f in undo: f()
         assert abs(fast-slow)<1e-4*slow and abs(model(**batch).loss-slow)>1e-3
@@ -89,7 +89,7 @@ def test_half_precision_weights(dtype, autocast):
     with torch.no_grad():
         want = model(**batch).loss
         with suppress(ist.layers, range(16), 1.): assert torch.equal(model(**batch).loss, want)
-        undo = [damp_response(t, 1.) for o in ist.layers for t in o.tuners]
+        undo = [_damp_response(t, 1.) for o in ist.layers for t in o.tuners]
         assert torch.equal(model(**batch).loss, want)
         for f in undo: f()
 

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer,TrainingArguments
 from ist_nb import IST,ISTCallback,ISTConfig,ISTError,find_layers
 from ist_nb.config import scorers
-from ist_nb.scorers import Probe,GradientTracker,linear_in,linear_params
+from ist_nb.scorers import Probe,GradientTracker,_linear_in,_linear_params
 from ist_nb.suppression import suppress
 
 from benchmarks import peft_methods as pm
@@ -91,9 +91,9 @@ def test_every_name_in_the_table_is_tested(tmp_path):
             warnings.simplefilter('ignore')
             model = get_peft_model(pm.tiny(), pm.config_for(name, tmp_path))
         for o in find_layers(model)[0].tuners:
-            ids = {id(p) for p,_ in linear_params(o)}
-            met |= {k for k in linear_in for a in o.active_adapters if a in (getattr(o, k, None) or ()) for p in ([getattr(o, k)[a]] if isinstance(getattr(o, k)[a], torch.nn.Parameter) else getattr(o, k)[a].parameters()) if id(p) in ids}
-    assert set(linear_in)-met<={'lokr_w1_a'}, set(linear_in)-met
+            ids = {id(p) for p,_ in _linear_params(o)}
+            met |= {k for k in _linear_in for a in o.active_adapters if a in (getattr(o, k, None) or ()) for p in ([getattr(o, k)[a]] if isinstance(getattr(o, k)[a], torch.nn.Parameter) else getattr(o, k)[a].parameters()) if id(p) in ids}
+    assert set(_linear_in)-met<={'lokr_w1_a'}, set(_linear_in)-met
 
 @pytest.mark.parametrize('name', ['DoRA', 'OFT', 'MiCA', 'LN_TUNING', 'BOFT'])
 def test_fisher_refuses_what_it_cannot_see(name, tmp_path):

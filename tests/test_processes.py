@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest,torch
 from ist_nb import IST,ISTConfig,ISTError
 from ist_nb.processes import Ranks,_weight,_weighted,limits
-from ist_nb.probe import share
+from ist_nb.probe import _share
 from benchmarks import processes as P, record
 
 root = Path(__file__).parent.parent
@@ -104,13 +104,13 @@ def test_weighted_by_what_it_is_the_mean_of():
 def test_shares_are_the_batch():
     for n in range(1, 9):
         for size in range(1, 6):
-            parts = [share(list(range(n)), r, size) for r in range(size)]
+            parts = [_share(list(range(n)), r, size) for r in range(size)]
             assert sorted(i for own,counts in parts if counts for i in own)==list(range(n))
             assert all(own for own,_ in parts)                # each rank makes a pass
 
 def test_one_process_sends_nothing():
     ranks = Ranks()
-    assert (ranks.size, ranks.rank, ranks.texts('a'))==(1, 0, ['a'])
+    assert (ranks.size, ranks.rank, ranks.gather('a'))==(1, 0, ['a'])
     I = torch.tensor([1., 2.])
     assert ranks.same(0, I) is I and ranks.spread(I) is I
 
@@ -157,7 +157,7 @@ def test_finetune_refuses_processes_that_are_apart(monkeypatch):
     assert F._one_folder(sft(1)).size==1
     monkeypatch.setenv('WORLD_SIZE', '2')
     with pytest.raises(ISTError, match='2 processes were launched, but they are not in one group.*--use_cpu'): F._one_folder(sft(1))
-    monkeypatch.setattr(Q, 'Ranks', lambda: O(size=2, texts=lambda o: [o]))
+    monkeypatch.setattr(Q, 'Ranks', lambda: O(size=2, gather=lambda o: [o]))
     assert F._one_folder(sft(2)).size==2
     with pytest.raises(ISTError, match='not in one group.*--use_cpu'): F._one_folder(sft(1))
 

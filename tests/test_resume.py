@@ -62,7 +62,7 @@ def test_history_is_bounded(monkeypatch):
     "Two halves with a state between them have the history of the whole, and it ends"
     import ist_nb.state
     history_limit = 32
-    monkeypatch.setattr(ist_nb.state, 'history_limit', history_limit)
+    monkeypatch.setattr(ist_nb.state, '_history_limit', history_limit)
     def run(ist, n):
         for _ in range(n):
             with ist.step(): pass

@@ -13,10 +13,10 @@ from transformers.trainer_callback import PrinterCallback
 import ist_nb.speed as speed
 from ist_nb import IST,ISTCallback,ISTConfig,ISTError,find_layers
 from ist_nb.finetune import assets
-from ist_nb.samplers import depth_plan,depth_sampler,inclusion_by_depth
+from ist_nb.samplers import _depth_plan,depth_sampler,inclusion_by_depth
 from ist_nb.scorers import Probe
 from ist_nb.probe import model_loss
-from ist_nb.speed import Folded,fold,kept_bytes,apply_optimisations,to_fp8,unfold
+from ist_nb.speed import _Folded,fold,kept_bytes,apply_optimisations,_to_fp8,unfold
 from ist_nb.suppression import suppress
 
 def gen(seed=0): return torch.Generator().manual_seed(seed)
@@ -61,12 +61,12 @@ def test_trainer(tmp_path, capsys, monkeypatch):
     t,ist,steps = trained(model, tmp_path)
     IST(model, ISTConfig(fast=True), probe=[0], loss_fn=lambda m, b: None)                                   # once for a model, not for each IST
     assert [l for l in capsys.readouterr().out.splitlines() if l.startswith('IST:')]==['IST: fast steps with fold']
-    assert sum(isinstance(m, Folded) for m in model.modules())==16*7
+    assert sum(isinstance(m, _Folded) for m in model.modules())==16*7
     assert len(steps)==6 and all(o['moved']==o['active'] and len(o['active'])==4 for o in steps)
     assert all(o['passed']==list(range(o['active'][0], 16)) for o in steps) and min(len(o['passed']) for o in steps)<16
     t.save_model(str(tmp_path/'adapter'))
     again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(str(assets/'pico')), str(tmp_path/'adapter')).eval()
-    assert not any(isinstance(m, Folded) for m in again.modules())
+    assert not any(isinstance(m, _Folded) for m in again.modules())
     held = torch.randint(5, 1000, (4, 64), generator=gen(7))
     real = speed.folded_weight
     monkeypatch.setattr(speed, 'folded_weight', lambda *args: folds.append(1) or real(*args))
@@ -311,13 +311,13 @@ def test_adapters_that_come_after_folding():
     model.double().eval()
     for names in (['default'], ['use_dora'], ['use_bdlora'], ['velora_config'], ['lora_bias'], ['default', 'lora_bias']):
         model.base_model.set_adapter(names)
-        layers = [m for m in model.modules() if isinstance(m, Folded)]
+        layers = [m for m in model.modules() if isinstance(m, _Folded)]
         x = torch.randn(2, 24, 16, generator=gen(1), dtype=torch.float64)
         with torch.no_grad():
             for m in layers:
                 if m.in_features!=16: continue
-                assert torch.allclose(m(x), super(Folded, m).forward(x), rtol=1e-9, atol=1e-11), names
-                if 'use_dora' not in names: assert torch.equal(m(x, adapter_names=['default', '__base__']), super(Folded, m).forward(x, adapter_names=['default', '__base__']))
+                assert torch.allclose(m(x), super(_Folded, m).forward(x), rtol=1e-9, atol=1e-11), names
+                if 'use_dora' not in names: assert torch.equal(m(x, adapter_names=['default', '__base__']), super(_Folded, m).forward(x, adapter_names=['default', '__base__']))
 
 def test_what_folding_would_pass_by():
     "A hook on a part of the layer, a base layer that is trained too, a magnitude alone that is, a class of somebody's own"
@@ -354,7 +354,7 @@ def test_folded_models_are_copied_and_pickled(tmp_path):
     want = model(input_ids=ids[:2]%64).logits
     torch.save(model, tmp_path/'model.pt')
     for again in (pickle.loads(pickle.dumps(model)), pickle.loads(pickle.dumps(model, 2)), torch.load(tmp_path/'model.pt', weights_only=False), copy.deepcopy(model)):
-        assert not any(isinstance(m, Folded) for m in again.modules()) and sum(isinstance(m, Folded) for m in model.modules())==14
+        assert not any(isinstance(m, _Folded) for m in again.modules()) and sum(isinstance(m, _Folded) for m in model.modules())==14
         assert {type(m).__module__.split('.')[0] for m in again.modules()}<={'peft', 'transformers', 'torch'}      # opens where the package is not
         assert torch.allclose(again(input_ids=ids[:2]%64).logits, want, atol=1e-5)
         apply_optimisations(again, find_layers(again), 'fold')                                                                    # and folds again
@@ -407,7 +407,7 @@ def test_optimisations_that_cannot_be_applied(monkeypatch):
     model = tiny(); layers = find_layers(model)
     with pytest.raises(ISTError, match="optimisation='fold-all' is unknown.*did you mean 'fold'.*Allowed: fold, compile, loss, fp8"): apply_optimisations(model, layers, 'fold,fold-all')
     with pytest.raises(ISTError, match="optimisation='turbo' is unknown"): ISTConfig(fast='fold,turbo')
-    assert not any(isinstance(m, Folded) for m in model.modules()) and not getattr(model, 'ist_optimisations', [])
+    assert not any(isinstance(m, _Folded) for m in model.modules()) and not getattr(model, 'ist_optimisations', [])
     with pytest.raises(ISTError, match="'fp8' needs"): apply_optimisations(model, layers, 'fp8')                          # whatever is missing here: torchao, or a GPU
     missing = lambda name, real=speed.find_spec: None if name in ('torchao', 'liger_kernel') else real(name)
     monkeypatch.setattr(speed, 'find_spec', missing)
@@ -420,7 +420,7 @@ def test_optimisations_that_cannot_be_applied(monkeypatch):
 def test_fp8_needs_a_gpu():
     pytest.importorskip('torchao', reason='torchao is not installed')
     model = tiny()
-    with pytest.raises(ISTError, match='needs a GPU of compute capability 8.9 or more, and the model is on cpu. Leave .fp8. out'): to_fp8(model, find_layers(model))
+    with pytest.raises(ISTError, match='needs a GPU of compute capability 8.9 or more, and the model is on cpu. Leave .fp8. out'): _to_fp8(model, find_layers(model))
 
 def test_fp8_emulated():
     pytest.importorskip('torchao', reason='torchao is not installed')
@@ -428,7 +428,7 @@ def test_fp8_emulated():
     ref,model = tiny(),tiny()
     layers = find_layers(model)
     model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight.requires_grad_(True)        # trained: not for 8 bits
-    assert to_fp8(model, layers, emulate=True)==6*7-1
+    assert _to_fp8(model, layers, emulate=True)==6*7-1
     converted = {n for n,m in model.named_modules() if isinstance(m, Float8Linear)}
     assert len(converted)==41 and all(n.endswith('.base_layer') for n in converted)
     model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight.requires_grad_(False)
@@ -448,7 +448,7 @@ def plans(draw):
 def test_depth_sampler(plan, seed):
     I,n,config = plan
     N = len(I)
-    dense,q,p = depth_plan(tuple(I.tolist()), n, config.explore, config.depth)
+    dense,q,p = _depth_plan(tuple(I.tolist()), n, config.explore, config.depth)
     pi = inclusion_by_depth(I, n, config)
     least = 1+dense*(N-1)                                                     # a step trains one layer at least
     assert math.isclose(pi.sum(), max(n, least), rel_tol=1e-6)
@@ -490,9 +490,9 @@ def test_depth_that_cannot_be():
     assert all(p.requires_grad for o in find_layers(model) for p in o.params)
     for N in (3, 7, 22, 39):   # such as 15/22*22 < 15
         for n in range(1, N):
-            depth_plan((0.,)*N, n, 0.1, n/N)
-            with pytest.raises(ISTError) as said: depth_plan((0.,)*N, n, 0.1, 0.9*n/N)
-            depth_plan((0.,)*N, n, 0.1, float(re.search(r'in \[([\d.]+), 1\]', str(said.value))[1]))
+            _depth_plan((0.,)*N, n, 0.1, n/N)
+            with pytest.raises(ISTError) as said: _depth_plan((0.,)*N, n, 0.1, 0.9*n/N)
+            _depth_plan((0.,)*N, n, 0.1, float(re.search(r'in \[([\d.]+), 1\]', str(said.value))[1]))
 
 def test_depth_with_a_budget_for_each_stack():
     torch.manual_seed(0)
@@ -513,7 +513,7 @@ def test_depth_with_a_budget_for_each_stack():
     for t in range(400):
         ist.t = again.t = 7+t
         S = ist.draw()
-        assert torch.equal(S, again.draw()) and ist.budgets==[(list(range(8)), 2), (list(range(8, 14)), 3)]
+        assert torch.equal(S, again.draw()) and ist.step_budgets()==[(list(range(8)), 2), (list(range(8, 14)), 3)]
         sizes[:, t] = torch.tensor([int((S<8).sum()), int((S>=8).sum())])
     assert sizes.min()>=1 and ((sizes.mean(1)-torch.tensor([2., 3.])).abs() <= 5*sizes.std(1)/20).all()
 
