@@ -23,12 +23,13 @@ def held_out_loss(
     batches, # Dictionaries with `input_ids` and `labels`, e.g. `trainer.get_eval_dataloader()`
 ) -> float: # Nats per predicted token; raises `ISTError` if nothing is predicted
     "Mean loss over all predicted tokens of `batches`; the model's mode and the random state stay as they were"
-    from ist_nb.probe import model_loss, quietly, to_device
+    from accelerate.utils import recursively_apply
+    from ist_nb.probe import model_loss, quietly
     device,total,n = next(model.parameters()).device,0.,0
     with quietly(model):
         for batch in batches:
             k = int((batch['labels'][:, 1:]!=-100).sum())
-            if k: total,n = total+k*float(model_loss(model, to_device(batch, device))),n+k
+            if k: total,n = total+k*float(model_loss(model, recursively_apply(lambda o: o.to(device), batch))),n+k
     if not n:
         raise ISTError("The held-out data has no token to predict: every label is -100. "
                        "Look at the completions of the data, or at completion_only_loss.")

@@ -188,7 +188,7 @@ def _one_folder(sft):
         raise ISTError(f"{_launched()} processes were launched, but they are not in one group, so each would train a "
                        "model of its own. On a CPU give --use_cpu; on GPUs, start as many processes as there are "
                        "GPUs.")
-    sft.output_dir = ranks.texts(sft.output_dir)[0]
+    sft.output_dir = ranks.gather(sft.output_dir)[0]
     return ranks
 
 def _one_gpu(sft):

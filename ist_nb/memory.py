@@ -42,8 +42,7 @@ class ActivationBudget:
         self.trained = [p for p in model.parameters() if _is_trainable(p)]
         self.cost = {}            # (block, trained, passes gradients on) -> bytes kept, bytes at work
         self.entry = {}           # block -> bytes of its input
-        self.seen = {}            # block -> shapes that were measured
-        self.writes = set()       # blocks that write to their buffers
+        self.seen,self.writes = {},set()              # block -> shapes measured; blocks that write to their buffers
         self.lowest = len(self.blocks)                # where gradients enter from below
         self.head,self.rest = 0,0                     # bytes at work in the head; bytes that stay through the backward
         self.repeats = 1                              # calls of a block before it goes back
@@ -98,10 +97,8 @@ def _check(self:ActivationBudget):
 
 # %% ../nbs/12_memory.ipynb #8aa8507e
 @patch
-def graph(self:ActivationBudget,
-    active, # Positions of the layers that the step trains
-) -> list: # For each block with a graph: its position, whether it is trained, whether it passes gradients further down
-    "The blocks that the backward pass of a step goes through"
+def graph(self:ActivationBudget, active):
+    "The blocks with a graph: the position of each, whether it is trained, whether it passes gradients further down"
     on = {self.at[i] for i in active}
     first = min([*on, self.lowest])
     return [(i, i in on, i>first or i>=self.lowest) for i in range(first, len(self.blocks))]
@@ -125,9 +122,7 @@ def begin(self:ActivationBudget,
         b._compiled_call_impl = partial(self._call, i, b._compiled_call_impl or b._call_impl)
 
 @patch
-def end(self:ActivationBudget,
-    counted=True, # Not used here: whether the step succeeded
-):
+def end(self:ActivationBudget, counted=True):
     "End a step: leave the model as it was"
     if self.was is None: return
     for b,impl in self.was[0]:
@@ -137,9 +132,7 @@ def end(self:ActivationBudget,
     self.meter.stop()
     self.was = None
 
-def _lift_all(
-    model:nn.Module, # Any model
-):
+def _lift_all(model):
     "End the step of a budget that was never ended, as in a run that died"
     for m in model.modules():
         owner = getattr(getattr(m._compiled_call_impl, 'func', None), '__self__', None)
@@ -183,9 +176,7 @@ def _checkpointed(self:ActivationBudget, i, inner, args, kwargs):
 def _fits(a, b): return len(a)==len(b) and all(len(s)==len(t) and all(x<=y for x,y in zip(s, t)) for s,t in zip(a, b))
 
 @patch
-def _covers(self:ActivationBudget, i, shapes):
-    seen = self.seen.setdefault(i, set())
-    return shapes in seen or any(_fits(shapes, o) for o in seen)
+def _covers(self:ActivationBudget, i, shapes): return any(_fits(shapes, o) for o in self.seen.setdefault(i, set()))
 
 @patch
 def _compiled(self:ActivationBudget, i): return self.was[0][i][1] is not None
@@ -346,9 +337,7 @@ def _model_of(self:ActivationBudget, where, active):
     return dict(store=[s for s,_ in costs], save=saved, work=[w+self.rest+grads for _,w in costs], head=self.head+grads)
 
 @patch
-def least(self:ActivationBudget,
-    active, # Positions of as many layers as a step trains
-) -> int: # Bytes
+def _least(self:ActivationBudget, active):
     "The smallest budget for a step that goes down to the lowest block, with every block checkpointed"
     worst = lambda i: max((k for k in self.cost if k[0]==i), key=lambda k: self.cost[k][1], default=(i, False, True))
     model = self._model_of([worst(i) for i in range(len(self.blocks))], active)
@@ -358,7 +347,7 @@ def least(self:ActivationBudget,
 @patch
 def _choose(self:ActivationBudget, active):
     "The blocks to checkpoint, and the peak that this should give"
-    where,least = self.graph(active),self.least(active)
+    where,least = self.graph(active),self._least(active)
     model = self._model_of(where, active)
     small = (f"activation_budget={_size(self.budget)} cannot be kept: with every block checkpointed, a step that "
              f"goes down to the lowest layer needs {_size(least)}. Give at least that much, or make the batches "

@@ -420,7 +420,7 @@ def test_a_step_that_died():
 def test_the_least_budget_is_enough():
     with pytest.raises(ISTError) as said: steps(llama(), 1000, n=2)
     free,limit = steps(llama(), '1GiB', n=1)
-    least = limit.least(free[0].active)
+    least = limit._least(free[0].active)
     assert f'needs {least/1024:.4g}KiB' in str(said.value)
     active = [free[0].active, [0, 1], [0, 5], [1, 2]]
     got,_ = steps(llama(), least, n=4, active=active)

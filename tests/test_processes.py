@@ -110,7 +110,7 @@ def test_shares_are_the_batch():
 
 def test_one_process_sends_nothing():
     ranks = Ranks()
-    assert (ranks.size, ranks.rank, ranks.texts('a'))==(1, 0, ['a'])
+    assert (ranks.size, ranks.rank, ranks.gather('a'))==(1, 0, ['a'])
     I = torch.tensor([1., 2.])
     assert ranks.same(0, I) is I and ranks.spread(I) is I
 
@@ -157,7 +157,7 @@ def test_finetune_refuses_processes_that_are_apart(monkeypatch):
     assert F._one_folder(sft(1)).size==1
     monkeypatch.setenv('WORLD_SIZE', '2')
     with pytest.raises(ISTError, match='2 processes were launched, but they are not in one group.*--use_cpu'): F._one_folder(sft(1))
-    monkeypatch.setattr(Q, 'Ranks', lambda: O(size=2, texts=lambda o: [o]))
+    monkeypatch.setattr(Q, 'Ranks', lambda: O(size=2, gather=lambda o: [o]))
     assert F._one_folder(sft(2)).size==2
     with pytest.raises(ISTError, match='not in one group.*--use_cpu'): F._one_folder(sft(1))
 
