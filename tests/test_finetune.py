@@ -146,9 +146,10 @@ def test_disk_fills_up(here, capsys, monkeypatch):
     assert main(['--data', 'good.jsonl', '--output_dir', 'out', *quick, *ist])==2
     assert 'the disk is full' in capsys.readouterr().err
 
-def test_status_and_no_traceback(here):
-    r = subprocess.run([sys.executable, '-m', 'ist_nb.finetune', '--scorer', 'x'], capture_output=True, text=True)
-    assert r.returncode==2 and 'Traceback' not in r.stderr and "scorer='x' is unknown" in r.stderr
+def test_status_and_no_traceback(here, capsys):
+    r = subprocess.run([sys.executable, '-m', 'ist_nb.finetune', '--scorre', 'x'], capture_output=True, text=True)
+    assert r.returncode==2 and 'Traceback' not in r.stderr and "did you mean '--scorer'" in r.stderr
+    assert main(['--scorer', 'x'])==2 and "scorer='x' is unknown" in capsys.readouterr().err
 
 def test_help_is_fast(here):
     start = time.perf_counter()
