@@ -107,7 +107,7 @@ def fill(d):
 @pytest.mark.parametrize('name,method', [('adapter_model.safetensors', 'save_model'), pytest.param('optimizer.pt', '_save_optimizer_and_scheduler', marks=slow), pytest.param('trainer_state.json', '_save_rng_state', marks=slow)])
 def test_disk_full(small_disk, tmp_path, name, method, fault):
     "The disk is full from the moment when this file of the checkpoint of step 4 is about to be written"
-    fault(f'The disk is full when {name} is saved', 'ends with a sentence; the checkpoint before is whole, and the run goes on from it exactly')
+    fault(f'The disk is full when {name} is saved', 'stops with one sentence; the previous checkpoint is intact, and the run resumes from it exactly')
     from ist_nb.cli import storage_trouble
     plain = getattr(Trainer, method)
     def full(self, *args, **kwargs):
@@ -124,7 +124,7 @@ def test_disk_full(small_disk, tmp_path, name, method, fault):
 
 @posix
 def test_disk_full_in_finetune(here, small_disk, whole, capsys, fault):
-    fault('The disk is full during ist_finetune', 'ends with a sentence, no traceback; --resume goes on exactly')
+    fault('The disk is full during ist_finetune', 'stops with one sentence and no traceback; --resume continues exactly')
     plain = Trainer._save_checkpoint
     def full(self, *args):
         if self.state.global_step==4: fill(small_disk)
@@ -142,7 +142,7 @@ def test_disk_full_in_finetune(here, small_disk, whole, capsys, fault):
 @posix
 def test_file_size_limit(here, capsys, fault):
     "A limit of the system on the size of a file (RLIMIT_FSIZE) stands for a quota"
-    fault('A quota: files may not grow beyond a limit', 'ends with a sentence; what was there is there')
+    fault('A quota: files may not grow beyond a limit', 'stops with one sentence; existing files are intact')
     import resource
     (here/'out').mkdir()
     was = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -167,7 +167,7 @@ def as_nobody(f):
 
 @posix
 def test_read_only_folder(here, fault):
-    fault('The folder may not be written to', 'refused with a sentence before anything is trained')
+    fault('The folder may not be written to', 'refused with one sentence before training')
     for p in (here, *here.parents[:2]): os.chmod(p, 0o755)   # pytest's own folders, closed to others
     (here/'ro').mkdir(mode=0o555); os.chmod(here/'ro', 0o555)
     def f():
@@ -179,7 +179,7 @@ def test_read_only_folder(here, fault):
 
 @posix
 def test_folder_becomes_read_only(here, capsys, fault, monkeypatch):
-    fault('The folder becomes read-only during the run', 'ends with a sentence; the checkpoint before is whole')
+    fault('The folder becomes read-only during the run', 'stops with one sentence; the previous checkpoint is intact')
     save = Trainer._save_checkpoint
     def gone(self, model, trial):
         if self.state.global_step==4: raise OSError(errno.EROFS, os.strerror(errno.EROFS), 'out')
@@ -197,7 +197,7 @@ class Explodes(Trainer):
 
 @pytest.mark.parametrize('value', [float('nan'), pytest.param(float('inf'), marks=slow), pytest.param(-float('inf'), marks=slow)], ids=str)
 def test_loss_is_not_finite(tmp_path, fault, value):
-    fault(f'The loss of a step is {value}', 'the step is left out, said once; no weight is touched')
+    fault(f'The loss of a step is {value}', 'the step is skipped, with one warning; no weight changes')
     t,weights = trainer(tmp_path, RunGuard(), cls=Explodes, save_strategy='no'),{}
     t.by = {3:value, 5:value}
     snap = lambda: {n:p.detach().clone() for n,p in t.model.named_parameters()}
@@ -217,7 +217,7 @@ def test_without_the_guard_the_adapter_is_lost(tmp_path):
     assert not all(p.isfinite().all() for p in t.model.parameters())
 
 def test_loss_stays_not_finite(tmp_path, fault):
-    fault('The loss is not finite for good', 'ends with a sentence after `patience` steps; the checkpoint before is whole and finite')
+    fault('The loss is never finite again', 'stops with one sentence after `patience` steps; the previous checkpoint is intact and finite')
     t = trainer(tmp_path, RunGuard(patience=3), cls=Explodes); t.by = {s:float('nan') for s in range(4, 99)}
     with pytest.raises(ISTError, match='3 steps in a row had gradients that are not finite.*after step 5'): t.train()
     assert last_checkpoint(tmp_path).endswith('checkpoint-4')
@@ -235,7 +235,7 @@ def nothing_scored(ist, steps):
 @pytest.mark.parametrize('scorer', ['suppression', 'gate'])
 @pytest.mark.parametrize('batch,what', [('nan', 'is NaN'), ('inf', 'is infinite'), ('empty', 'has no rows'), ('nothing', 'is empty'), ('masked', 'has all labels masked')])
 def test_probe_without_evidence(fault, scorer, batch, what):
-    fault(f'A probe of {scorer!r} {what}', 'the importance update is dropped, said once; the model is as it was')
+    fault(f'A probe of {scorer!r} {what}', 'the importance update is dropped, with one warning; the model is unchanged')
     ids = torch.arange(48).view(4, 12)%32
     b = dict(nan=dict(input_ids=ids, labels=ids), inf=dict(input_ids=ids, labels=ids), empty=dict(input_ids=ids[:0], labels=ids[:0]), nothing={}, masked=dict(input_ids=ids, labels=torch.full_like(ids, -100)))[batch]
     by = dict(nan=float('nan'), inf=float('inf')).get(batch, 1)
@@ -246,7 +246,7 @@ def test_probe_without_evidence(fault, scorer, batch, what):
     assert all(torch.equal(v, before[k]) for k,v in ist.model.state_dict().items()) and all(p.grad is None for p in ist.model.parameters())
 
 def test_training_on_masked_labels(tmp_path, fault):
-    fault('A training batch has all labels masked', 'the run goes on, and every weight stays finite')
+    fault('A training batch has all labels masked', 'the run continues, and every weight stays finite')
     rows = kp.rows()
     for r in rows[:8]: r['labels'] = [-100]*len(r['labels'])
     class InOrder(Trainer):
@@ -255,7 +255,7 @@ def test_training_on_masked_labels(tmp_path, fault):
     assert t.state.global_step==8 and all(p.isfinite().all() for p in t.model.parameters())
 
 def test_training_on_an_empty_batch(tmp_path, fault):
-    fault('A training batch has no rows', 'the model refuses it; the checkpoint before is whole, and the run goes on from it exactly')
+    fault('A training batch has no rows', 'the model raises an error; the previous checkpoint is intact, and the run resumes from it exactly')
     class Empties(Trainer):
         def training_step(self, model, inputs, *args, **kwargs):
             if self.state.global_step==3: inputs = {k:v[:0] for k,v in inputs.items()}
@@ -276,7 +276,7 @@ def picky(rows):
 
 @pytest.mark.parametrize('scorer', ['suppression', pytest.param('gate', marks=slow)])
 def test_probe_out_of_memory(fault, scorer):
-    fault(f'A probe of {scorer!r} runs out of memory', 'half of its rows, and again, said once; the state remembers')
+    fault(f'A probe of {scorer!r} runs out of memory', 'the probe is halved and repeated, with one warning; the state keeps the new size')
     ids = torch.arange(16*12).view(16, 12)%32
     def make(rows): f = picky(rows); return IST(kp.tiny_model(), ISTConfig(score_interval=2, scorer=scorer), probe=[dict(input_ids=ids, labels=ids)], loss_fn=f),f
     ist,f = make(5)
@@ -302,7 +302,7 @@ def test_other_errors_in_a_probe_pass(fault):
 @posix
 @pytest.mark.parametrize('name,status', [pytest.param('SIGINT', 130, marks=slow), ('SIGTERM', 143)])
 def test_signal_in_finetune(here, whole, capsys, fault, monkeypatch, name, status):
-    fault(f'{name} in ist_finetune', 'a checkpoint at the end of the step, a sentence on how to go on, its exit status; the run goes on from it exactly')
+    fault(f'{name} in ist_finetune', 'a checkpoint at the end of the step, a sentence on how to continue, the exit status of the signal; the run resumes exactly')
     step = Trainer.training_step
     def sent(self, *args, **kwargs):
         if self.state.global_step==3: signal.raise_signal(getattr(signal, name))
@@ -320,7 +320,7 @@ def test_signal_in_finetune(here, whole, capsys, fault, monkeypatch, name, statu
 @posix
 @pytest.mark.parametrize('event', [pytest.param('on_step_begin', marks=slow), 'on_pre_optimizer_step', pytest.param('on_optimizer_step', marks=slow), 'on_step_end'])
 def test_signal_in_a_trainer(tmp_path, fault, event):
-    fault(f'Ctrl-C at {event} of a Trainer with RunGuard', 'a checkpoint at the end of the step; then KeyboardInterrupt as ever; the run goes on from it exactly')
+    fault(f'Ctrl-C at {event} of a Trainer with RunGuard', 'a checkpoint at the end of the step, then KeyboardInterrupt as usual; the run resumes exactly')
     t = trainer(tmp_path/'run', RunGuard(), At(event, 3, lambda: signal.raise_signal(signal.SIGINT)), save_strategy='no')
     with pytest.raises(KeyboardInterrupt): t.train()
     assert [p.name for p in checkpoints(tmp_path/'run')]==['checkpoint-3' if event=='on_step_end' and not t.state.global_step==4 else 'checkpoint-4']
@@ -328,7 +328,7 @@ def test_signal_in_a_trainer(tmp_path, fault, event):
 
 @posix
 def test_second_signal_is_at_once(tmp_path, fault):
-    fault('Ctrl-C twice', 'ends at once; what was saved stays')
+    fault('Ctrl-C twice', 'stops at once; saved files stay')
     def twice(): signal.raise_signal(signal.SIGINT); signal.raise_signal(signal.SIGINT)
     t = trainer(tmp_path, RunGuard(), At('on_pre_optimizer_step', 5, twice))
     with pytest.raises(KeyboardInterrupt): t.train()
@@ -337,7 +337,7 @@ def test_second_signal_is_at_once(tmp_path, fault):
 
 @posix
 def test_signal_after_a_failure(tmp_path, fault):
-    fault('Ctrl-C after training has failed', 'is a KeyboardInterrupt: the guard is not in its way')
+    fault('Ctrl-C after training has failed', 'raises KeyboardInterrupt: the guard does not interfere')
     def fail(): raise ZeroDivisionError
     t = trainer(tmp_path, RunGuard(), At('on_pre_optimizer_step', 5, fail))
     with pytest.raises(ZeroDivisionError): t.train()
@@ -364,7 +364,7 @@ def test_ctrl_c_during_the_last_evaluation(here, fault, monkeypatch, capsys):
 
 # the data, the folder, the clock
 def test_data_change_under_a_run(here, whole, capsys, fault):
-    fault('The data file changes under a run', 'the run does not notice; one that goes on with other rows is refused, and goes on when they are back')
+    fault('The data file changes under a run', 'the run is not affected; resuming with other rows is refused, and works once they are back')
     text = Path('d.jsonl').read_text()
     with pytest.MonkeyPatch.context() as m:
         step = Trainer.training_step
@@ -384,7 +384,7 @@ def test_data_change_under_a_run(here, whole, capsys, fault):
 def hold(folder): return subprocess.Popen([sys.executable, '-c', f'import filelock\nwith filelock.FileLock({str(folder/".ist_lock")!r}): print("locked", flush=True); input()'], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 def test_two_runs_in_a_folder(here, capsys, fault):
-    fault('A second run in the same folder', 'refused with a sentence; the lock of a dead process locks nothing')
+    fault('A second run in the same folder', 'refused with one sentence; the lock left by a dead process is ignored')
     (here/'out').mkdir()
     other = hold(here/'out')
     assert other.stdout.readline()=='locked\n'
@@ -404,7 +404,7 @@ def test_clock_is_set_back(tmp_path, fault):
     assert run()!={'checkpoint-4', 'checkpoint-6'}
 
 def test_clock_jumps_do_not_reach_the_numbers(tmp_path, fault, monkeypatch):
-    fault('The clock jumps back and forth', 'seconds are counted by another clock; nothing changes')
+    fault('The clock jumps back and forth', 'seconds come from a monotonic clock; nothing changes')
     t = trainer(tmp_path/'a', save_strategy='no'); t.train(); want = outcome(t)
     uninterrupted[:] = [want]
     jumps = iter(range(10**9))
