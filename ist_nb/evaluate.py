@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import NormalDist
 from fastcore.docments import docments
-from .cli import plain_errors, quiet
+from .cli import _quiet, plain_errors
 from .config import ISTError, _suggest
 from .model import _check_here, _check_patterns, _load
 from .questions import (_answer_forms, _by_likelihood, _by_writing, _judge, _prompt_of, _task_file,
@@ -143,7 +143,7 @@ def evaluate(
     overwrite:bool=False, # Replace files that were made differently
 ) -> dict: # `tasks`: name -> summary, `average` and its `interval`; raises `ISTError`
     "Accuracy of `model` on each of the tasks"
-    from ist_nb.runs import write_json
+    from ist_nb.runs import _write_json
     chosen = _chosen(names, data, how, batch_size=batch_size, num_beams=num_beams, limit=limit,
                      max_new_tokens=max_new_tokens)
     rows,mark,res = {t.name:read_task(t, data, limit) for t in chosen},_fingerprint(model),{}
@@ -162,7 +162,7 @@ def evaluate(
         res[t.name] = _summarise(made) | dict(seconds=time.perf_counter()-start)
         if not path: continue
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, dict(task=t.name, summary=res[t.name], settings=settings, versions=_versions(), rows=made))
+        _write_json(path, dict(task=t.name, summary=res[t.name], settings=settings, versions=_versions(), rows=made))
     interval = list(_mean_interval([(o['correct'], o['n']) for o in res.values()]))
     return dict(tasks=res, average=sum(o['accuracy'] for o in res.values())/len(res), interval=interval)
 
@@ -318,11 +318,11 @@ def main(
     kwargs = {k:getattr(args, k) for k in ('how', 'limit', 'batch_size', 'num_beams', 'max_new_tokens')}
     numbers = {k:v for k,v in kwargs.items() if k!='how'}
     _chosen(args.tasks, args.data, args.how, **numbers)      # before the model is loaded, which may take minutes
-    with quiet():
-        from ist_nb.runs import write_json
+    with _quiet():
+        from ist_nb.runs import _write_json
         res = evaluate(*_load_adapted(args), args.tasks, args.data, output_dir=folder, answers=args.answers,
                        progress=True, overwrite=args.overwrite, **kwargs)
-        write_json(folder/'summary.json', res | dict(config=asdict(args), versions=_versions()))
+        _write_json(folder/'summary.json', res | dict(config=asdict(args), versions=_versions()))
     print(f'{_table(res)}\nSaved in {folder}')
     return 0
 

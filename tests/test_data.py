@@ -79,8 +79,8 @@ bad = {
     'no content':       ({'a.jsonl':chat(dict(role='assistant'))}, 'a.jsonl', ['line 1, message 2', 'no content', 'give it a text']),
     'content of parts': ({'a.jsonl':chat(dict(role='assistant', content=[dict(type='text')]))}, 'a.jsonl', ["'content'", '(list)', 'as a string']),
     'chat is a text':   ({'a.jsonl':js(dict(messages='Hi'))}, 'a.jsonl', ['line 1', 'holds a str', 'list of']),
-    'digits':           ({'a.json':'[{"text": '+'9'*5000+'}]'}, 'a.json', ['4,300 digits', 'as a text']),
-    'digits in a line': ({'a.jsonl':'{"text": "a"}\n{"text": '+'9'*5000+'}'}, 'a.jsonl', ['line 2', '4,300 digits', 'as a text']),
+    'digits':           ({'a.json':'[{"text": '+'9'*5000+'}]'}, 'a.json', ['a.json, line 1', '4300 digits']),
+    'digits in a line': ({'a.jsonl':'{"text": "a"}\n{"text": '+'9'*5000+'}'}, 'a.jsonl', ['line 2', '4300 digits']),
     'nested text':      ({'a.jsonl':'{"text": '+'['*400+']'*400+'}'}, 'a.jsonl', ['line 1', "'text'", '(list)']),
     'many columns':     ({'a.jsonl':js({f'c{i}':1 for i in range(1000)})}, 'a.jsonl', ["'c0'", 'and 980 more', 'accepted sets']),
     'bomb':             ({'a.jsonl.gz':gzip.compress(b' '*2**27)}, 'a.jsonl.gz', ['a.jsonl.gz', '200 times its size', 'make it again']),
@@ -104,7 +104,7 @@ bad = {
     'bomb of lines':    ({'a.jsonl.gz':gzip.compress(b'\n'*2**25)}, 'a.jsonl.gz', ['200 times its size']),
     'bomb of rows':     ({'a.json.gz':gzip.compress(b'['+(b'{"text": "'+b'a'*500+b'"},')*2**15)}, 'a.json.gz', ['200 times its size']),
     'parquet of many rows': ({'a.parquet':parquet(dict(text=['a']*1_000_000))}, 'a.parquet', ['1,000,000 rows', '200 times its size']),
-    'parquet of long rows': ({'a.parquet':parquet(dict(text=['a'*70_000_000]))}, 'a.parquet', ['rows of 66 MiB', 'split the texts']),
+    'parquet of long rows': ({'a.parquet':parquet(dict(text=['a'*70_000_000]))}, 'a.parquet', ['rows of more than 64 MiB', 'split the texts']),
     'no such split':    ({'d/test.jsonl':good}, 'd', ["no split 'train'", 'Allowed: test']),
 }
 
@@ -257,33 +257,39 @@ def test_every_row_is_accounted_for(here):
 
 # --- bounded in memory
 
-@pytest.mark.parametrize('name', ['a.jsonl', 'lines.json', 'a.csv'])
+@pytest.mark.parametrize('name', ['a.jsonl', 'lines.json', 'list.json', 'pretty.json', 'a.csv'])
 def test_a_file_is_not_held_as_a_whole(here, name):
-    "Reading 25 MB takes less than 8"
+    "Reading 25 MB takes less than 8, also of a list in a single line"
     import tracemalloc
-    text = 'a'*2500
-    put(here, {name:f'{json.dumps(dict(text=text))}\n'*10_000 if 'json' in name else f'text\n'+f'{text}\n'*10_000})
+    rows = [dict(text='a'*2500)]*10_000
+    write = {'a.csv':as_csv, 'list.json':json.dumps, 'pretty.json':lambda rows: json.dumps(rows, indent=1)}
+    put(here, {name:write.get(name, lambda rows: js(*rows))(rows)})
     tracemalloc.start()
     try:
         assert sum(1 for _ in read_rows(here/name))==10_000
         assert tracemalloc.get_traced_memory()[1]<8_000_000
     finally: tracemalloc.stop()
 
-def test_a_list_is_held_as_text_alone(here, monkeypatch):
-    "Its rows are made one by one; a list that would fill the memory is refused before it is read"
-    import tracemalloc,psutil
-    from types import SimpleNamespace
-    put(here, {'a.json':json.dumps([dict(text='a'*2500, id=i) for i in range(4000)])})
-    size = (here/'a.json').stat().st_size
-    tracemalloc.start()
-    try:
-        assert sum(1 for _ in read_rows(here/'a.json'))==4000
-        assert tracemalloc.get_traced_memory()[1]<3.5*size
-    finally: tracemalloc.stop()
-    monkeypatch.setattr(psutil, 'virtual_memory', lambda: SimpleNamespace(available=3*size))
-    with pytest.raises(ISTError, match='line 1: longer than'): list(read_rows(here/'a.json'))
-    put(here, {'b.json':json.dumps([dict(text='a'*2500, id=i) for i in range(4000)], indent=1)})
-    with pytest.raises(ISTError, match='b.json is a list that fills .* save it as .jsonl'): list(read_rows(here/'b.json'))
+@pytest.mark.parametrize('size', [1, 2, 3, 7, 50])
+@pytest.mark.parametrize('indent', [None, 1])
+def test_a_list_in_pieces(here, size, indent):
+    "Wherever the pieces of a list end, its rows are the same, and so are the places of errors"
+    from ist_nb.files import _read_list
+    rows = [dict(text='a, ]["'), {}, 12, [1, [2]], 'é', None, 1.5e3]
+    def read(text): return [o for _,o in _read_list(iter([text[i:i+size] for i in range(1, len(text), size)]), text[0], 1)]
+    text = json.dumps(rows, indent=indent)
+    assert read(text+' \n')==rows and read('[ ]')==[]
+    for wrong in (text[:-1], text+'x', text.replace('12,', '12'), text.replace('null', 'nul'), text[:-1]+',]', '[,1]'):
+        with pytest.raises(json.JSONDecodeError) as want: json.loads(wrong)
+        with pytest.raises(ISTError) as got: read(wrong)
+        if wrong[-2:]!=',]': assert f', line {want.value.lineno}: broken JSON ({want.value.msg} at column {want.value.colno})' in str(got.value)
+
+def test_a_row_of_a_list_is_bounded(here, monkeypatch):
+    "A bracket that is never closed does not fill the memory"
+    import ist_nb.files
+    monkeypatch.setattr(ist_nb.files, '_longest_line', 2**20)
+    put(here, {'a.json':'[{"text": "'+'a'*2**23})
+    with pytest.raises(ISTError, match='line 1: broken JSON'): list(read_rows(here/'a.json'))
 
 def test_places_of_errors(here):
     put(here, {'n.json':'[1234, 56]', 'b.json':'[{"text": "x"},\n{"text" "y"}]', 'u.txt':'ä\nß'.encode()+b'\xff', 'cut.txt':'aß'.encode()[:-1]})

@@ -8,7 +8,7 @@ from transformers.trainer_callback import PrinterCallback
 from benchmarks import kill_points as kp
 from ist_nb import IST,ISTCallback,ISTConfig,ISTError
 from ist_nb.finetune import main
-from ist_nb.runs import RunGuard,checkpoints,last_checkpoint,locked,why_incomplete
+from ist_nb.runs import RunGuard,last_checkpoint,_checkpoints,_locked,_why_incomplete
 
 posix = pytest.mark.skipif(os.name!='posix', reason='needs signals and file modes of Unix')
 slow = pytest.mark.slow   # variants of what is tested beside them
@@ -108,7 +108,7 @@ def fill(d):
 def test_disk_full(small_disk, tmp_path, name, method, fault):
     "The disk is full from the moment when this file of the checkpoint of step 4 is about to be written"
     fault(f'The disk is full when {name} is saved', 'stops with one sentence; the previous checkpoint is intact, and the run resumes from it exactly')
-    from ist_nb.cli import storage_trouble
+    from ist_nb.cli import _storage_trouble
     plain = getattr(Trainer, method)
     def full(self, *args, **kwargs):
         if method=='_save_rng_state': plain(self, *args, **kwargs)   # what comes next is the state
@@ -117,8 +117,8 @@ def test_disk_full(small_disk, tmp_path, name, method, fault):
     with pytest.MonkeyPatch.context() as m:
         m.setattr(Trainer, method, full)
         with pytest.raises(Exception) as e: trainer(small_disk/'run', RunGuard()).train()
-    assert storage_trouble(e.value)=='the disk is full', e.value
-    assert why_incomplete(small_disk/'run'/'checkpoint-4') and not why_incomplete(small_disk/'run'/'checkpoint-2')
+    assert _storage_trouble(e.value)=='the disk is full', e.value
+    assert _why_incomplete(small_disk/'run'/'checkpoint-4') and not _why_incomplete(small_disk/'run'/'checkpoint-2')
     (small_disk/'filler').unlink()
     assert resumes_exactly(small_disk/'run', tmp_path)
 
@@ -173,7 +173,7 @@ def test_read_only_folder(here, fault):
     def f():
         for folder in (here/'ro', here/'ro'/'run', Path('/dev/null/run')):
             with pytest.raises(ISTError, match='cannot be written to|may not'):
-                with locked(folder): pass
+                with _locked(folder): pass
     assert as_nobody(f)==0
     assert list((here/'ro').iterdir())==[]
 
@@ -323,7 +323,7 @@ def test_signal_in_a_trainer(tmp_path, fault, event):
     fault(f'Ctrl-C at {event} of a Trainer with RunGuard', 'a checkpoint at the end of the step, then KeyboardInterrupt as usual; the run resumes exactly')
     t = trainer(tmp_path/'run', RunGuard(), At(event, 3, lambda: signal.raise_signal(signal.SIGINT)), save_strategy='no')
     with pytest.raises(KeyboardInterrupt): t.train()
-    assert [p.name for p in checkpoints(tmp_path/'run')]==['checkpoint-3' if event=='on_step_end' and not t.state.global_step==4 else 'checkpoint-4']
+    assert [p.name for p in _checkpoints(tmp_path/'run')]==['checkpoint-3' if event=='on_step_end' and not t.state.global_step==4 else 'checkpoint-4']
     assert resumes_exactly(tmp_path/'run', tmp_path)
 
 @posix
@@ -399,7 +399,7 @@ def test_clock_is_set_back(tmp_path, fault):
     def run(*callbacks):
         shutil.rmtree(tmp_path/'run', ignore_errors=True)
         t = trainer(tmp_path/'run', At('on_step_begin', 4, ahead), *callbacks, save_total_limit=2, max_steps=6); t.train()
-        return {p.name for p in checkpoints(tmp_path/'run')}
+        return {p.name for p in _checkpoints(tmp_path/'run')}
     assert run(RunGuard())=={'checkpoint-4', 'checkpoint-6'}
     assert run()!={'checkpoint-4', 'checkpoint-6'}
 

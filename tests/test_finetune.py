@@ -90,7 +90,7 @@ cases = [
     ('score_batch_size', nothing, '--score_batch_size 0', ['score_batch_size=0', 'at least 1']),
     ('explore', nothing, '--explore often', ["explore='often'", '[0, 1]']),
     ('seed', nothing, '--seed -1', ['seed=-1', 'at least 0']),
-    ('no such model folder', nothing, '--data good.jsonl --model ./nofolder', ['./nofolder', 'there is no such folder']),
+    ('no such model folder', nothing, '--data good.jsonl --model ./nofolder', ["'./nofolder' cannot be loaded"]),
     ('learning rate', nothing, '--learning_rate -1', ['--learning_rate -1', 'at least 0']),
     ('batch size', nothing, '--per_device_train_batch_size 0', ['--per_device_train_batch_size 0', 'at least 1']),
     ('workers', nothing, '--dataloader_num_workers 100000', ['--dataloader_num_workers 100000', 'four for each processor']),
@@ -105,8 +105,8 @@ cases = [
     ('template takes for ever', strict, '--data chats.jsonl --model endless', ["chat template of 'endless'", 'seconds']),
     ('template needs all memory', strict, '--data chats.jsonl --model greedy', ["chat template of 'greedy'", 'MiB']),
     ('model folder is cut', strict, '--data good.jsonl --model cut', ["'cut' cannot be loaded"]),
-    ('name too long', nothing, '--data good.jsonl --output_dir '+'y'*5000, ['too long', '255 bytes']),
-    ('surrogates in a name', nothing, '--data good.jsonl --output_dir a\udcff', ['no file name can hold']),
+    ('name too long', nothing, '--data good.jsonl --output_dir '+'y'*5000, ['cannot be the name of a file', 'too long']),
+    ('surrogates in a name', nothing, '--data good.jsonl --output_dir a\udcff', ['cannot be the name of a file', 'surrogates']),
     ('empty name', nothing, '--data good.jsonl --output_dir=', ['--output_dir is empty']),
     ('yaml without a value', file('n.yaml', 'model: null'), '--config n.yaml', ['model has no value']),
     ('yaml with a number for a name', file('n.yaml', '5: 4'), '--config n.yaml', ["'5' is not the name of a setting"]),
@@ -138,13 +138,6 @@ def test_bad_input(here, capsys, monkeypatch, prepare, line, parts):
     assert err.startswith('ist_finetune: ') and 'Traceback' not in err, err
     assert all(p in err for p in parts), err
     assert tree(here)==before, 'something was written'
-
-def test_no_space(here, capsys, monkeypatch):
-    monkeypatch.setattr(shutil, 'disk_usage', lambda p: shutil._ntuple_diskusage(10**9, 10**9-10**6, 10**6))
-    before = tree(here)
-    assert main(['--data', 'good.jsonl', *quick, *ist])==2
-    assert '1 MiB free' in capsys.readouterr().err
-    assert tree(here)==before
 
 def test_disk_fills_up(here, capsys, monkeypatch):
     from trl import SFTTrainer
@@ -275,7 +268,7 @@ def test_damaged_checkpoint_is_passed_over(done, tmp_path, name):
     assert Path(last).name=='checkpoint-2'
 
 def test_another_runs_checkpoint(done, half, capsys):
-    "Intact, but of an adapter of another rank: torch would take its moments, and die of them"
+    "Intact, but of an adapter of another rank: torch would train with its moments"
     run(f'--data {done}/good.jsonl {saving} --lora_r 3', half.parent/'other')
     shutil.copytree(half.parent/'other'/'checkpoint-4', half/'checkpoint-4')
     (half/'checkpoint-4'/'adapter_model.safetensors').write_bytes((done/'out'/'checkpoint-4'/'adapter_model.safetensors').read_bytes())
@@ -284,7 +277,7 @@ def test_another_runs_checkpoint(done, half, capsys):
     runs._seal(half/'checkpoint-4')
     capsys.readouterr()
     assert main([*quick, *ist, '--data', f'{done}/good.jsonl', *saving.split(), '--output_dir', str(half), '--resume'])==2
-    assert 'holds state of shape' in capsys.readouterr().err
+    assert 'a state of shape' in capsys.readouterr().err
 
 def test_overwrite_takes_only_its_own(done, tmp_path):
     out = tmp_path/'out'
@@ -296,28 +289,16 @@ def test_overwrite_takes_only_its_own(done, tmp_path):
 
 def test_auto_resume_after_a_failed_start(here, monkeypatch):
     "run.json could not be written; the same command begins when there is room again"
-    write = run_folder.write_json
+    write = run_folder._write_json
     def full(path, what):
         if path.name=='run.json': path.with_name('run.json.part').touch(); raise OSError(errno.ENOSPC, 'No space left on device')
         return write(path, what)
     line = ['--data', 'good.jsonl', '--output_dir', 'out', *quick, *ist, '--auto_resume']
     with monkeypatch.context() as m:
-        m.setattr(run_folder, 'write_json', full)
+        m.setattr(run_folder, '_write_json', full)
         assert main(line)==2
     (here/'out').mkdir(exist_ok=True); (here/'out'/'run.json.part').touch(); (here/'out'/'.ist_lock').touch()      # of a process that was killed there
     assert main(line)==0 and json.loads((here/'out'/'results.json').read_text())['steps']==4
-
-def test_resume_fits_where_the_start_did(done, half, monkeypatch):
-    "The disk has room for what is still to be written, not for a whole new run"
-    from ist_nb.run_folder import _check_space
-    n = 10**6
-    (half/'checkpoint-2'/'optimizer.pt').write_bytes(bytes(8*n))
-    need = 4*n*10+2**24-sum(p.stat().st_size for p in half.rglob('*') if p.is_file())
-    for free in (need, need-1):
-        monkeypatch.setattr(shutil, 'disk_usage', lambda p: shutil._ntuple_diskusage(10**12, 0, free))
-        if free==need: _check_space(half, n)
-        else:
-            with pytest.raises(ValueError, match='MiB free'): _check_space(half, n)
 
 def test_losses_are_those_of_the_held_out_rows(done):
     "Measured once more, on the rows that the report calls held out, by the adapter as it was saved"
@@ -386,12 +367,12 @@ def test_fast_answers(here):
 
 def test_names_of_flags_are_those_of_the_parser():
     "What the fast check takes for a flag is what the parser takes"
-    from ist_nb.cli import check_names
+    from ist_nb.cli import _check_names
     flags = [o for a in finetune._parser()._actions for o in a.option_strings]
     assert len(flags)>300
-    check_names('ist_finetune', flags, finetune._names())
+    _check_names('ist_finetune', flags, finetune._names())
     for o in flags[::50]:
-        with pytest.raises(ValueError, match='is not an argument'): check_names('ist_finetune', [o+'x'], finetune._names())
+        with pytest.raises(ValueError, match='is not an argument'): _check_names('ist_finetune', [o+'x'], finetune._names())
 
 def test_debug_shows_the_traceback(here):
     with pytest.raises(Exception) as e: main(['--data', 'good.jsonl', '--report_to', 'wandb', '--output_dir', 'out', '--debug', *quick, *ist])

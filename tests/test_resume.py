@@ -7,7 +7,7 @@ from benchmarks import fuzz as fz
 from benchmarks import kill_points as kp
 from ist_nb import ISTCallback,ISTConfig,ISTError
 from ist_nb.ist import IST
-from ist_nb.runs import RunGuard,checkpoints,last_checkpoint,why_incomplete
+from ist_nb.runs import RunGuard,last_checkpoint,_checkpoints,_why_incomplete
 
 
 @pytest.fixture(scope='module')
@@ -120,7 +120,7 @@ def test_a_finished_run_stays_finished(tmp_path, schedule):
 
 def test_resume_without_the_optimizer_is_said(tmp_path):
     trainer(tmp_path, ISTCallback(ISTConfig(score_interval=2)), RunGuard(), save_only_model=True).train()
-    assert 'no optimizer state' in why_incomplete(tmp_path/'checkpoint-3')
+    assert 'no optimizer state' in _why_incomplete(tmp_path/'checkpoint-3')
     t = trainer(tmp_path/'new', ISTCallback(ISTConfig(score_interval=2)), save_strategy='no')
     with warnings.catch_warnings(record=True) as w:
         warnings.simplefilter('always')
@@ -147,7 +147,7 @@ def test_finetune_passes_over_a_torn_checkpoint(tmp_path, monkeypatch, capsys):
     assert (Path('a')/'adapter_model.safetensors').read_bytes()==(Path('b')/'adapter_model.safetensors').read_bytes()
     assert json.loads((Path('a')/'ist_state.json').read_text())==json.loads((Path('b')/'ist_state.json').read_text())
     (Path('b')/'results.json').unlink()
-    for p in checkpoints('b'): (p/'trainer_state.json').unlink()
+    for p in _checkpoints('b'): (p/'trainer_state.json').unlink()
     assert run('--output_dir', 'b', '--resume')==2 and 'no intact checkpoint in b (checkpoint-6, checkpoint-4 cannot' in capsys.readouterr().err
     assert run('--output_dir', 'a', '--resume', '--overwrite')==2 and 'Give one of them' in capsys.readouterr().err
 
