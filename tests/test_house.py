@@ -37,6 +37,11 @@ def test_size():
     assert have['lines']<=6470 and have['names']<=109, have
     assert have['longest']<=450 and have['widest']<=120, have
 
+def test_no_line_is_too_long():
+    wide = {f'{p}:{i}' for folder in ('tests', 'tools', 'benchmarks') for p in (house.root/folder).glob('*.py')
+            for i,l in enumerate(p.read_text().splitlines(), 1) if len(l)>120}
+    assert not wide, sorted(wide)
+
 def test_an_output_comes_soon():
     "On the pages of the method a reader sees an output within the first 25 exported lines"
     pages = house.measure()
