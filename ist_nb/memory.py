@@ -66,12 +66,10 @@ def _free_memory(device):
     return lib.mem_get_info(device)[0]+unused
 
 # %% ../nbs/12_memory.ipynb #bc338943
-_compiled_whole = ("activation_budget decides for each call of a block, and a model compiled as a whole "
-                   "(torch.compile) has no such calls. Compile the blocks where they are: for block in ...layers: "
-                   "block.compile().")
-_both = ("activation_budget and gradient checkpointing are both on. Gradient checkpointing computes every block "
-         "twice in every step, so there is nothing left to choose. Switch it off (gradient_checkpointing=False in "
-         "the training arguments; TRL has it on by default): the budget checkpoints only what it must.")
+_compiled_whole = ("activation_budget decides for each block, and in a model that is compiled as a whole no block is "
+                   "called. Compile the blocks where they are: for block in ...layers: block.compile().")
+_both = ("activation_budget and gradient checkpointing are both on, and gradient checkpointing computes every block "
+         "twice. Set gradient_checkpointing=False in the training arguments (TRL has it on by default).")
 _twice = ("IST: activation_budget computes some blocks twice, so hooks inside them are called twice. There are some "
           "on {} modules, such as a {}. Put a hook on the block itself, where it is called once, or leave "
           "activation_budget out.")
@@ -83,8 +81,8 @@ def _find_switches(self:ActivationBudget):
     self.flags = [m for m in self.model.modules() if hasattr(m, 'gradient_checkpointing')]
     self.around = [m for n,m in self.model.named_modules() if any(inside(n, s) for s in self.layers.stacks)]
     if any(type(m).__name__=='OptimizedModule' for m in self.model.modules()): raise ISTError(_compiled_whole)
-    configs = {id(m.config):m.config for m in self.model.modules() if hasattr(getattr(m, 'config', None), 'use_cache')}
-    self.configs = list(configs.values())
+    found = [getattr(m, 'config', None) for m in self.model.modules()]
+    self.configs = list({id(o):o for o in found if hasattr(o, 'use_cache')}.values())
 
 @patch
 def _check(self:ActivationBudget):
@@ -233,9 +231,9 @@ class _Shield:
         for o,hooks in self.others: o.update(hooks)
 
 # %% ../nbs/12_memory.ipynb #2ae301b8
-_compiled_hooks = ("activation_budget measures a compiled block by running it, and there are hooks inside that would"
-                   " see this. Do not compile the blocks (ISTConfig(fast='fold')), take the hooks off (router "
-                   "logits, hidden states and attentions are recorded by hooks), or leave activation_budget out.")
+_compiled_hooks = ("activation_budget measures a compiled block by running it, and there are hooks inside that would "
+                   "see this. Do not compile the blocks (ISTConfig(fast='fold')), take the hooks off (router logits, "
+                   "hidden states and attentions are recorded by hooks), or leave activation_budget out.")
 
 @patch
 def _measure(self:ActivationBudget, i, inner, args, kwargs, tensors, shapes):

@@ -56,13 +56,17 @@ def _names(code):
     own = (o.argval for o in get_instructions(code) if o.opname.endswith('_GLOBAL'))
     return sorted({*own, *(n for o in inner for n in _names(o))})
 
-class _Variable:
-    "A variable that a function uses: of its module, or of the function around it"
-    def __init__(self, held, name=None): self.held,self.name = held,name
-    def get(self): return self.held[self.name] if self.name else self.held.cell_contents
+class _Place:
+    "What holds one value: a variable that a function uses, an attribute of a class, a slot"
+    def __init__(self, held, name): self.held,self.name = held,name
+    def get(self):
+        if isinstance(self.held, dict): return self.held.get(self.name)
+        if isinstance(self.held, type): return vars(self.held).get(self.name)   # not bound, as getattr would have it
+        return getattr(self.held, self.name, None)
     def put(self, v):
-        if self.name: self.held[self.name] = v
-        else: self.held.cell_contents = v
+        if self.get() is v: return
+        if isinstance(self.held, dict): self.held[self.name] = v
+        else: setattr(self.held, self.name, v)
 
 # %% ../nbs/07_probe.ipynb #5f1f2b78
 def _is_iterator(o):
@@ -77,22 +81,22 @@ def _twin(v):
 
 def _leads_to(o) -> list:
     "What the code and the attributes of `o` use"
+    if isinstance(o, _Place): return [] if _is_iterator(o.get()) else [o.get()]
     if isinstance(o, types.FunctionType):
-        cells = [_Variable(c) for c in o.__closure__ or ()]
-        seen = [] if _is_library(o) else [k for k in _names(o.__code__) if k in o.__globals__]
-        used = [_Variable(o.__globals__, k) for k in seen]
-        return [*cells, *used, o.__defaults__, o.__kwdefaults__, vars(o)]
-    if isinstance(o, _Variable):
-        with ignore(ValueError): return [] if _is_iterator(o.get()) else [o.get()]   # an empty one has no value
-        return []
-    if isinstance(o, type): return [] if _is_library(o) else [*vars(o).values(), *o.__bases__]
+        cells = [_Place(c, 'cell_contents') for c in o.__closure__ or () if c!=types.CellType()]   # the empty cell
+        names = [] if _is_library(o) else [k for k in _names(o.__code__) if k in o.__globals__]
+        return [*cells, *(_Place(o.__globals__, k) for k in names), o.__defaults__, o.__kwdefaults__, vars(o)]
+    if isinstance(o, type):
+        own = {} if _is_library(o) else vars(o)
+        return [*(v if k.startswith('__') else _Place(o, k) for k,v in own.items()), *(o.__bases__ if own else ())]
     if isinstance(o, partial): return [o.func, *o.args, *o.keywords.values()]
     if isinstance(o, tuple): return list(o[:_long])
     if isinstance(o, (dict, list, set, deque)):
         values = o.values() if isinstance(o, dict) else o
         return [v for v in values if not _is_iterator(v)] if len(o)<=_long else []
-    slots = ('__self__', '__func__', 'fget', *getattr(type(o), '__slots__', ()))   # of methods, properties, slots
-    return [getattr(o, '__dict__', None), type(o), *(getattr(o, k, None) for k in slots)]
+    slots = (_Place(o, k) for k in getattr(type(o), '__slots__', ()) if hasattr(o, k))
+    known = (getattr(o, k, None) for k in ('__dict__', '__self__', '__func__', 'fget'))   # of methods and properties
+    return [type(o), *known, *slots]
 
 # %% ../nbs/07_probe.ipynb #82d3d0fd
 def _restorer(o):
@@ -105,10 +109,7 @@ def _restorer(o):
     if _is_iterator(o): raise TypeError('a copy cannot take its place')
     if isinstance(o, IOBase):
         with ignore(OSError, ValueError): return partial(o.seek, o.tell())
-    if isinstance(o, _Variable):
-        with ignore(ValueError): return partial(o.put, _twin(o.get()))   # an empty one has no value
-    if isinstance(o, type) and not _is_library(o):
-        return partial(_restore_items, o, {k:_twin(v) for k,v in vars(o).items() if not k.startswith('__')})
+    if isinstance(o, _Place): return partial(o.put, _twin(o.get()))
     if isinstance(o, torch.Tensor) and o.device.type=='cpu' and o.numel()<=_long:
         return partial(_restore_tensor, o, o.detach().clone())
     if isinstance(o, np.ndarray) and o.size<=_long and o.flags.writeable: return partial(np.copyto, o, o.copy())
@@ -119,11 +120,8 @@ def _restore_tensor(t, was):
     if not torch.equal(t, was): t.data.copy_(was)
 
 def _restore_items(o, was):
-    "Give a container or a class the items that it had"
-    if isinstance(o, type):
-        for k,v in was.items():
-            if vars(o).get(k) is not v: setattr(o, k, v)
-    elif isinstance(o, dict):
+    "Give a container the items that it had"
+    if isinstance(o, dict):
         for k in [k for k in o if k not in was]: del o[k]
         for k,v in was.items():
             if k not in o or o[k] is not v: o[k] = v

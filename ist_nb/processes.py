@@ -224,8 +224,8 @@ limits = [
            lambda c: not {id(p) for o in c.layers for p in o.params} <= _in_buckets(c.engine.wrapper))]
 
 # %% ../nbs/15_processes.ipynb #4a721f8d
-def _applies(fast, *names): # `fast=True` means what is safe
-    return not isinstance(fast, bool) and bool(set(names) & set(fast.replace(' ', '').split(',')))
+def _applies(fast, name): # `fast=True` means what is safe
+    return not isinstance(fast, bool) and name in fast.replace(' ', '').split(',')
 
 def _flat(c): # whether a unit of FSDP1 is one parameter
     units = (o for o in c.engine.wrapper.modules() if isinstance(o, FullyShardedDataParallel))
@@ -245,9 +245,8 @@ limits += [
            'it measures a block by running it alone, outside of the hooks that gather its shards',
            'Leave activation_budget out, and use activation checkpointing',
            lambda c: c.config.activation_budget is not None),
-    _Limit('FSDP', "fast='fp8' or 'loss'",
-           'these replace modules and functions whose parameters FSDP has sharded already',
-           "Use the optimisations 'fold' and, with FSDP2, 'compile'", lambda c: _applies(c.config.fast, 'fp8', 'loss')),
+    _Limit('FSDP', "fast='fp8'", 'it replaces modules whose parameters FSDP has sharded already',
+           "Use the optimisations 'fold' and, with FSDP2, 'compile'", lambda c: _applies(c.config.fast, 'fp8')),
     _Limit('FSDP1', "fast='compile'", 'its hooks do not compile block by block',
            "Use fast='fold', or FSDP2 (fsdp_version=2)", lambda c: _applies(c.config.fast, 'compile')),
     _Limit('FSDP', "optimizer_state='offload'", 'moving shards of the state between devices is not tested',

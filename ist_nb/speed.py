@@ -6,17 +6,15 @@
 __all__ = ['shorten_backward', 'folded_weight', 'fold', 'unfold', 'compile_blocks', 'apply_optimisations']
 
 # %% ../nbs/14_speed.ipynb #5058dac1
-import copyreg, inspect, torch, warnings
+import copyreg, torch, warnings
 from typing import Optional
 from torch import nn
 from importlib.util import find_spec
-from peft.tuners.lora import LoraLayer
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora.variants import DoraLinearVariant
 from peft.utils.integrations import dequantize_module_weight
 from .config import ISTError, optimisations
 from .layers import Layers, tuner_layers
-from .activations import kept_bytes
 
 # %% ../nbs/14_speed.ipynb #462f36e6
 def _embedding_hooks(model):
@@ -258,32 +256,12 @@ def _to_fp8(model, layers, **emulated):
         convert_to_float8_training(b, config=config, module_filter_fn=lambda m, name: id(m) in todo)
     return len(todo)
 
-# %% ../nbs/14_speed.ipynb #a556ff4e
-def _liger(model):
-    "Liger's function for this kind of model, or None"
-    if not find_spec('liger_kernel'): return None
-    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
-    f = MODEL_TYPE_TO_APPLY_LIGER_FN.get(getattr(model.config, 'model_type', None))
-    return f if f and 'fused_linear_cross_entropy' in inspect.signature(f).parameters else None
-
-def _fuse_loss(model):
-    "Compute the loss without forming the logits; raises `ISTError` where Liger cannot"
-    f = _liger(model)
-    if not f: raise ISTError("The optimisation 'loss' needs liger-kernel, and that it knows the model type "
-                             f"{getattr(model.config, 'model_type', None)!r}. Run `pip install liger-kernel`, or leave "
-                             "'loss' out.")
-    switches = {k:False for k,v in inspect.signature(f).parameters.items() if isinstance(v.default, bool)}
-    f(**(switches | dict(fused_linear_cross_entropy=True)), model=model.get_base_model())
-
 # %% ../nbs/14_speed.ipynb #6cc75f34
 @optimisations.register('fold', 'Frozen adapters of LoRA and DoRA become part of the frozen weight, without dropout')
 def _apply_fold(model, layers): fold(model)
 
 @optimisations.register('compile', 'Each block is compiled by itself')
 def _apply_compile(model, layers): compile_blocks(model, layers)
-
-@optimisations.register('loss', "Liger's fused cross-entropy, which never forms the logits: less memory, not less time")
-def _apply_loss(model, layers): _fuse_loss(model)
 
 @optimisations.register('fp8', 'Products with frozen weights in 8 bits (GPU of 2022 or later; changes the numbers)')
 def _apply_fp8(model, layers): _to_fp8(model, layers)

@@ -18,7 +18,8 @@ from ist_nb.finetune import assets
 from ist_nb.samplers import _depth_plan,depth_sampler,inclusion_by_depth
 from ist_nb.scorers import Probe
 from ist_nb.probe import model_loss
-from ist_nb.speed import _Folded,fold,kept_bytes,apply_optimisations,_to_fp8,unfold
+from ist_nb.activations import kept_bytes
+from ist_nb.speed import _Folded,fold,apply_optimisations,_to_fp8,unfold
 from ist_nb.suppression import suppress
 
 def gen(seed=0): return torch.Generator().manual_seed(seed)
@@ -479,21 +480,20 @@ def test_folded_4bit_evaluated():
 def test_optimisations_that_cannot_be_applied(monkeypatch):
     model = tiny(); layers = find_layers(model)
     with pytest.raises(ISTError, match="optimisation='fold-all' is unknown.*did you mean 'fold'.*Allowed: fold, "
-                       "compile, loss, fp8"):
+                       "compile, fp8"):
         apply_optimisations(model, layers, 'fold,fold-all')
     with pytest.raises(ISTError, match="optimisation='turbo' is unknown"): ISTConfig(fast='fold,turbo')
     assert not any(isinstance(m, _Folded) for m in model.modules()) and not getattr(model, 'ist_optimisations', [])
     # whatever is missing here: torchao, or a GPU
     with pytest.raises(ISTError, match="'fp8' needs"): apply_optimisations(model, layers, 'fp8')
-    missing = lambda name, real=speed.find_spec: None if name in ('torchao', 'liger_kernel') else real(name)
+    missing = lambda name, real=speed.find_spec: None if name=='torchao' else real(name)
     monkeypatch.setattr(speed, 'find_spec', missing)
     # a notebook that ran in this process has registered its own
-    for o in ('fold', 'compile', 'loss', 'fp8'):
+    for o in ('fold', 'compile', 'fp8'):
         monkeypatch.setitem(speed.optimisations.entries, o, getattr(speed, f'_apply_{o}'))
     with pytest.raises(ISTError, match='pip install torchao.*leave .fp8. out'):
         apply_optimisations(model, layers, 'fp8')
-    with pytest.raises(ISTError, match='pip install liger-kernel.*leave .loss. out'):
-        apply_optimisations(model, layers, 'fold,loss')
+    with pytest.raises(ISTError, match='pip install torchao'): apply_optimisations(model, layers, 'fold,fp8')
     assert model.ist_optimisations==['fold']            # what was done is known to be done
     assert apply_optimisations(model, layers, True)==['fold']   # and True asks for nothing that is not there
 

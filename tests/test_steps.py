@@ -125,6 +125,11 @@ class Slots:
     __slots__ = 'rng','n'
     def __init__(self): self.rng,self.n = np.random.RandomState(1),torch.zeros(1)
     def __call__(self): self.n += 1; return self.rng.rand()+self.n.item()
+class CountsInSlot:
+    "A number that is put into its slot anew"
+    __slots__ = 'n',
+    def __init__(self): self.n = 0
+    def __call__(self): self.n += 1; return self.n
 class Pops(Dataset):
     "Gives its own rows away"
     # more than a probe looks through
@@ -164,7 +169,7 @@ data = dict(closure=lambda: (Plain(by_closure()), None), variable=lambda: (Plain
             method=lambda: (Plain(random.Random(1).random), None),
             bound=lambda: (Plain(np.random.default_rng(1).random), None),
             iterator=lambda: (Plain(itertools.count().__next__), None), slots=lambda: (Plain(Slots()), None),
-            of_class=lambda: (ByClass(), None), transform=lambda: (hf(), own),
+            slot=lambda: (Plain(CountsInSlot()), None), of_class=lambda: (ByClass(), None), transform=lambda: (hf(), own),
             collate_torch=lambda: ([torch.zeros(2)]*24,
                                    Collate(torch.Generator().manual_seed(0), lambda g: torch.rand(2, generator=g))),
             collate_numpy=lambda: ([torch.zeros(2)]*24, Collate(np.random.default_rng(0), lambda g: g.random())),
