@@ -117,7 +117,7 @@ def accelerate_loop(folder, point, out):
     from torch.utils.data import DataLoader
     from datasets import Dataset
     from ist_nb import IST,ISTConfig
-    from ist_nb.runs import checkpoint_with,recovered,atomic_folder
+    from ist_nb.runs import AccelerateCheckpoint
     step,where = point or (-1, '')
     a,model,data = Accelerator(cpu=True),tiny_model(),Dataset.from_list(rows()).with_format('torch')
     loader = DataLoader(data, batch_size=8, generator=torch.Generator())
@@ -125,20 +125,22 @@ def accelerate_loop(folder, point, out):
     model,opt,loader = a.prepare(model, opt, loader)
     ist,saved = IST(model, ISTConfig(score_interval=3), probe=loader),Path(folder)/'state'
     log = saved/'losses.json'
-    checkpoint_with(a, ist)
+    checkpoint = AccelerateCheckpoint(a, ist, saved)
+    a.register_save_state_pre_hook(lambda models, weights, to: Path(to, log.name).write_text(json.dumps(losses)))
     torch.manual_seed(0)
-    if recovered(saved): a.load_state(saved)
+    checkpoint.load()
     losses = json.loads(log.read_text()) if saved.exists() else []
     replace = Path.replace
     def dies_between(self, to):
+        if where=='before the rename' and ist.t>=step and self.suffix=='.part': die()
         res = replace(self, to)
-        if ist.t>=step and str(to).endswith('.old'): die()
+        if where=='between the renames' and ist.t>=step and Path(to).suffix=='.old': die()
         return res
     def dies_inside(out_dir, *args, **kw):
         if ist.t<step: return plain(out_dir, *args, **kw)
         Path(out_dir, 'model.safetensors').write_bytes(b'half')
         die()
-    if where=='between the renames': Path.replace = dies_between
+    if 'rename' in where: Path.replace = dies_between
     if where=='inside': accelerate.accelerator.save_accelerator_state = dies_inside
     while ist.t<steps:
         for batch in a.skip_first_batches(loader, ist.t%len(loader)):
@@ -148,11 +150,7 @@ def accelerate_loop(folder, point, out):
                 if where=='forward' and ist.t==step: die()
                 opt.step(); opt.zero_grad()
             losses.append(loss.item())
-            if ist.t%save_steps==0:
-                with atomic_folder(saved) as part:
-                    a.save_state(part)
-                    if where=='before the rename' and ist.t>=step: die()
-                    (part/'losses.json').write_text(json.dumps(losses))
+            if ist.t%save_steps==0: checkpoint.save()
             if ist.t==steps: break
     write(out, ist, model, opt.optimizer, losses)
 

@@ -1,8 +1,9 @@
 """What a training step costs, in the Trainer: LoRA, the released IST, RST and ours, with and without each optimisation.
 It finds the GPU by itself. The variants take turns, several times, the importance loop included, and every number is a
 median with its spread."""
-import gc,os,statistics,tempfile,time
+import gc,inspect,os,statistics,tempfile,time
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 import torch
 from peft import LoraConfig,get_peft_model
@@ -10,7 +11,8 @@ from transformers import (AutoModelForCausalLM,LlamaConfig,LlamaForCausalLM,Trai
                           default_data_collator)
 from transformers.trainer_callback import PrinterCallback,ProgressCallback
 from ist_nb import ISTCallback,ISTConfig,find_layers
-from ist_nb.speed import _blocks_of,compile_blocks,fold,_fuse_loss,kept_bytes,_to_fp8,unfold,_liger
+from ist_nb.activations import kept_bytes
+from ist_nb.speed import _blocks_of,compile_blocks,fold,_to_fp8,unfold
 from benchmarks import estimate,record
 from benchmarks.small import lm_batch,pico_path,spread
 
@@ -43,6 +45,18 @@ def make(shape):
         if 'lora_B' in name: torch.nn.init.normal_(p, std=0.01)
     return model
 
+def liger(model):
+    "Liger's function for this kind of model, or None"
+    if not find_spec('liger_kernel'): return None
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+    return MODEL_TYPE_TO_APPLY_LIGER_FN.get(model.config.model_type)
+
+def fuse_loss(model):
+    "Compute the loss without forming the logits, and nothing else of Liger's"
+    f = liger(model)
+    switches = {k:False for k,v in inspect.signature(f).parameters.items() if isinstance(v.default, bool)}
+    f(**(switches | dict(fused_linear_cross_entropy=True)), model=model.get_base_model())
+
 class Switches:
     """Each optimisation of a model on or off ('ahead' belongs to the Trainer): what the package can only switch on is
     switched off here by putting the old parts back"""
@@ -58,7 +72,7 @@ class Switches:
             self.compiled = [o._compiled_call_impl for o in self.blocks]
         for i,o in enumerate(self.blocks): o._compiled_call_impl = self.compiled[i] if 'compile' in names else None
         if 'loss' in names and not self.fused:
-            _fuse_loss(self.model)
+            fuse_loss(self.model)
             self.fused = self.base.__dict__['forward']
         self.base.__dict__.pop('forward', None)
         if 'loss' in names: self.base.__dict__['forward'] = self.fused
@@ -223,7 +237,7 @@ def bench(shape, batch, length, steps, reps, only, seconds, save):
     data = [lm_batch(o) for o in torch.randint(5, model.config.vocab_size, (256, length), generator=g).tolist()]
     rates = machine_rates(8192 if gpu else 1024)
     chosen = [k for k in variants if (not only or k in only) and (gpu or 'fp8' not in k)
-              and ('loss' not in variants[k][1] or _liger(model))]
+              and ('loss' not in variants[k][1] or liger(model))]
     runs,failed,dense,took,more = {k:[] for k in chosen},{},None,0,{}
     for rep in range(-1, reps):   # round -1 compiles and warms up, and is not counted
         begun,first = time.perf_counter(),rep<0

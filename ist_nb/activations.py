@@ -30,9 +30,7 @@ def kept_bytes(
 # %% ../nbs/11_activations.ipynb #69c15597
 class _DeviceMeter:
     "Bytes allocated on a device, as its allocator counts them"
-    def __init__(self,
-        device, # A `torch.device`, other than the CPU
-    ): # Raises `ISTError` if torch keeps no count there
+    def __init__(self, device):
         self.device,self.lib = device,torch.get_device_module(device)
         if not hasattr(self.lib, 'max_memory_allocated'):
             raise ISTError(f"torch does not report how much memory is in use on {device}, so activation_budget cannot "
@@ -44,15 +42,8 @@ class _DeviceMeter:
     def stop(self): pass
 
 # %% ../nbs/11_activations.ipynb #a100ccc2
-def _storage(t): # `t`: a tensor
-    "The memory behind a tensor, which its views share"
-    return t.untyped_storage()
-
-def _tensors_in(
-    tree, # Tensors inside tuples, lists and dictionaries
-) -> list:
-    "All tensors in `tree`"
-    return [o for o in tree_leaves(tree) if isinstance(o, torch.Tensor)]
+def _storage(t): return t.untyped_storage()    # the memory behind a tensor, which its views share
+def _tensors_in(tree): return [o for o in tree_leaves(tree) if isinstance(o, torch.Tensor)]
 
 class LiveBytes(TorchDispatchMode):
     "Bytes of the tensors made since `start` that are still alive; memory inside a compiled block is not seen"
@@ -64,6 +55,7 @@ class LiveBytes(TorchDispatchMode):
     def start(self,
         tensors=(), # Made before, but to be counted
     ) -> bool: # Whether it was off
+        "Count from here on"
         if self.on: return False
         for o in tensors: self.add(o)
         self.on = True

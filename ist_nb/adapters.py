@@ -86,11 +86,7 @@ def _widths(module, width):
 
 # %% ../nbs/27_adapters.ipynb #3ea21cf0
 @patch
-def update_layer(self:BottleneckLayer,
-    adapter_name:str, # Name of the adapter
-    config:BottleneckConfig, # Settings of the adapter
-    **kwargs, # What else PEFT gives; not used
-):
+def update_layer(self:BottleneckLayer, adapter_name, config, **kwargs):
     "Add an adapter to the layer"
     d_in,d_out = _widths(self.get_base_layer(), self.width)
     self.bottleneck_config[adapter_name] = config

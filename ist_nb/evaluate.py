@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import NormalDist
 from fastcore.docments import docments
-from .cli import plain_errors, quiet
+from .cli import _quiet, plain_errors
 from .config import ISTError, _suggest
-from .model import _check_here, _check_patterns, _load
+from .model import _check_here, _check_patterns, load_model
 from .questions import (_answer_forms, _by_likelihood, _by_writing, _judge, _prompt_of, _task_file,
                         find_tasks, read_task, tasks)
 
@@ -23,12 +23,13 @@ def held_out_loss(
     batches, # Dictionaries with `input_ids` and `labels`, e.g. `trainer.get_eval_dataloader()`
 ) -> float: # Nats per predicted token; raises `ISTError` if nothing is predicted
     "Mean loss over all predicted tokens of `batches`; the model's mode and the random state stay as they were"
-    from ist_nb.probe import model_loss, quietly, to_device
+    from accelerate.utils import recursively_apply
+    from ist_nb.probe import model_loss, quietly
     device,total,n = next(model.parameters()).device,0.,0
     with quietly(model):
         for batch in batches:
             k = int((batch['labels'][:, 1:]!=-100).sum())
-            if k: total,n = total+k*float(model_loss(model, to_device(batch, device))),n+k
+            if k: total,n = total+k*float(model_loss(model, recursively_apply(lambda o: o.to(device), batch))),n+k
     if not n:
         raise ISTError("The held-out data has no token to predict: every label is -100. "
                        "Look at the completions of the data, or at completion_only_loss.")
@@ -142,7 +143,7 @@ def evaluate(
     overwrite:bool=False, # Replace files that were made differently
 ) -> dict: # `tasks`: name -> summary, `average` and its `interval`; raises `ISTError`
     "Accuracy of `model` on each of the tasks"
-    from ist_nb.runs import write_json
+    from ist_nb.runs import _write_json
     chosen = _chosen(names, data, how, batch_size=batch_size, num_beams=num_beams, limit=limit,
                      max_new_tokens=max_new_tokens)
     rows,mark,res = {t.name:read_task(t, data, limit) for t in chosen},_fingerprint(model),{}
@@ -161,7 +162,7 @@ def evaluate(
         res[t.name] = _summarise(made) | dict(seconds=time.perf_counter()-start)
         if not path: continue
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, dict(task=t.name, summary=res[t.name], settings=settings, versions=_versions(), rows=made))
+        _write_json(path, dict(task=t.name, summary=res[t.name], settings=settings, versions=_versions(), rows=made))
     interval = list(_mean_interval([(o['correct'], o['n']) for o in res.values()]))
     return dict(tasks=res, average=sum(o['accuracy'] for o in res.values())/len(res), interval=interval)
 
@@ -197,7 +198,7 @@ def _load_adapted(args):
         if adapter: raise ISTError(f"--model {model} is an adapter, and --adapter {adapter} another. Give one.")
         model,adapter = _base_of(Path(model)),model
     if adapter: _check_here('--adapter', adapter)
-    res = _load(model, args.trust_remote_code, **(dict(dtype=args.dtype) if args.dtype else {}))
+    res = load_model(model, args.trust_remote_code, **(dict(dtype=args.dtype) if args.dtype else {}))
     if adapter: res = _put_on(*res, adapter, args)
     return res[0].to('cuda' if torch.cuda.is_available() else 'cpu'),res[1]
 
@@ -317,11 +318,11 @@ def main(
     kwargs = {k:getattr(args, k) for k in ('how', 'limit', 'batch_size', 'num_beams', 'max_new_tokens')}
     numbers = {k:v for k,v in kwargs.items() if k!='how'}
     _chosen(args.tasks, args.data, args.how, **numbers)      # before the model is loaded, which may take minutes
-    with quiet():
-        from ist_nb.runs import write_json
+    with _quiet():
+        from ist_nb.runs import _write_json
         res = evaluate(*_load_adapted(args), args.tasks, args.data, output_dir=folder, answers=args.answers,
                        progress=True, overwrite=args.overwrite, **kwargs)
-        write_json(folder/'summary.json', res | dict(config=asdict(args), versions=_versions()))
+        _write_json(folder/'summary.json', res | dict(config=asdict(args), versions=_versions()))
     print(f'{_table(res)}\nSaved in {folder}')
     return 0
 

@@ -6,33 +6,45 @@
 __all__ = ['read_rows']
 
 # %% ../nbs/16_files.ipynb #ffc18fa0
-import csv,gzip,json,re,zlib
+import codecs,csv,gzip,json,re,zlib
 from collections import Counter
-from contextlib import contextmanager
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from .config import ISTError
 
 # %% ../nbs/16_files.ipynb #3e7b2ad5
-_longest_line,_longest_text = 2**26,2**22   # bytes of a line, characters of a text
-_bomb = 'unpacks to more than 200 times its size, which no text does; make it again'
+_longest_line,_longest_text = 2**26,2**22   # characters
 
-def _lines(path, longest=None):
-    "The lines of a UTF-8 file"
-    longest,packed,n,offset,room,line = longest or _longest_line,path.suffix.lower()=='.gz',1,0,0,bytearray()
+def _pieces(path):
+    "The text of a UTF-8 file: its lines, and those longer than 256 KiB in pieces"
+    packed,n,size,decoder = path.suffix.lower()=='.gz',1,0,codecs.getincrementaldecoder('utf-8-sig')()
     with open(path, 'rb') as raw, (gzip.GzipFile(fileobj=raw) if packed else raw) as f:
-        while (piece := f.readline(2**20)) or line:
-            room += len(piece)+64      # a line is a row, which takes room even if it is empty
-            if packed and room>max(2**22, 200*raw.tell()): raise ISTError(f' {_bomb}.')
-            line += piece
-            if len(line)>longest: raise ISTError(f', line {n}: longer than {longest>>20} MiB; write one row in a line.')
-            if piece and piece[-1:]!=b'\n': continue
-            try: s = line.decode()
+        for piece in chain(iter(lambda: f.readline(2**18), b''), [b'']):
+            size += len(piece)
+            if packed: _check_bomb(size+64*n, raw.tell())      # a row takes room even if its line is empty
+            try: text = decoder.decode(piece, final=not piece)
             except UnicodeDecodeError as e:
-                raise ISTError(f', line {n}: byte {line[e.start]:#04x} at offset {offset+e.start} is not UTF-8; '
+                at = size-len(e.object)+e.start
+                raise ISTError(f', line {n}: byte {e.object[e.start]:#04x} at offset {at} is not UTF-8; '
                                'save the file as UTF-8.') from None
-            yield s if n>1 else s.removeprefix('\ufeff')   # the byte order mark that Excel writes
-            n,offset,line = n+1,offset+len(line),bytearray()
+            n += piece.endswith(b'\n')
+            yield text
+
+def _lines(path):
+    "The lines of a UTF-8 file"
+    n,line = 1,''
+    for piece in _pieces(path):
+        line += piece
+        if len(line)>_longest_line:
+            raise ISTError(f', line {n}: longer than {_longest_line>>20} MiB; write one row in a line.')
+        if not line.endswith('\n'): continue
+        yield line
+        n,line = n+1,''
+    if line: yield line
+
+def _check_bomb(size, packed, what=''):
+    if size>max(2**22, 200*packed):
+        raise ISTError(f'{what} unpacks to more than 200 times its size, which no text does; make it again.')
 
 # %% ../nbs/16_files.ipynb #f80b2666
 def _unique(pairs):
@@ -41,119 +53,108 @@ def _unique(pairs):
     twice,_ = Counter(k for k,_ in pairs).most_common(1)[0]
     raise ValueError(f'key {twice[:80]!r} is there twice in one object; rename one')
 
-def _integer(s):
-    if len(s)>4300: raise ValueError('a number of more than 4,300 digits; write it as a text')
-    return int(s)
+_json = json.JSONDecoder(object_pairs_hook=_unique)
 
-_json = json.JSONDecoder(object_pairs_hook=_unique, parse_int=_integer)
-
-@contextmanager
-def _json_errors(place): # A function that gives the line and the column of a position in the text
-    try: yield
-    except json.JSONDecodeError as e:
-        line,column = place(e.pos)
-        raise ISTError(f', line {line}: broken JSON ({e.msg} at column {column}); correct that line. A .json holds a '
-                       'list of objects, or one object a line.') from None
-    except ValueError as e: raise ISTError(f', line {place(0)[0]}: {e}.') from None
+def _broken(e, line, column=1):
+    "An error in a text that begins at this line and column of a file"
+    if not isinstance(e, json.JSONDecodeError): return ISTError(f', line {line}: {e}.')
+    column = e.colno+(column-1 if e.lineno==1 else 0)
+    return ISTError(f', line {line+e.lineno-1}: broken JSON ({e.msg} at column {column}); correct that line. A .json '
+                    'holds a list of objects, or one object a line.')
 
 def _read_jsonl(path):
     for n,s in enumerate(_lines(path), 1):
         if not s.strip(): continue
-        with _json_errors(lambda pos: (n, pos+1)): row = _json.decode(s)
+        try: row = _json.decode(s.rstrip())
+        except ValueError as e: raise _broken(e, n) from None
         yield f', line {n}',row
 
 # %% ../nbs/16_files.ipynb #647148c7
 _space = re.compile(r'[ \t\r\n]*')
 
 def _read_json(path):
-    from psutil import virtual_memory
-    room,held = virtual_memory().available//4,[]
-    if next((s.lstrip()[0] for s in _lines(path, room) if s.strip()), '')!='[':
-        yield from _read_jsonl(path)
-        return
-    for s in _lines(path, room):
-        held.append(s)
-        room -= len(s)
-        if room<0: raise ISTError(' is a list that fills a quarter of the free memory; save it as .jsonl.')
-    yield from _list_rows(''.join(held))
+    pieces = _pieces(path)
+    line,text = next(((n, o) for n,o in enumerate(pieces, 1) if o.strip()), (1, ''))
+    yield from _read_list(pieces, text, line) if text.lstrip()[:1]=='[' else _read_jsonl(path)
 
-def _list_rows(text):
+def _read_list(pieces, text, line): # `text` is the piece in which the list begins
     "The objects of a list, one by one"
     def skip(at): return _space.match(text, at).end()
-    def place(at): return text.count('\n', 0, at)+1,at-text.rfind('\n', 0, at)
-    def expect(ok, what):
-        if not ok: raise json.JSONDecodeError(what, text, pos)
-    n,pos = 0,skip(text.index('[')+1)
-    with _json_errors(lambda at: place(at or pos)):
-        more = text[pos:pos+1]!=']'
-        while more:
-            n += 1
-            row,pos = _json.raw_decode(text, pos)
-            yield f', row {n}',row
-            pos = skip(pos)
-            more = text[pos:pos+1]==','
-            expect(more or text[pos:pos+1]==']', "Expecting ',' delimiter")
-            if more: pos = skip(pos+1)
-        pos = skip(pos+1)
-        expect(pos==len(text), 'Extra data')
+    def refuse(what): raise json.JSONDecodeError(what, text, start)
+    n,at,column,tried,closed = 0,text.index('[')+1,1,0,False
+    for piece in chain(pieces, ['']):
+        done,text,at = text[:at],text[at:]+piece,0
+        line,column = line+done.count('\n'),len(done)-done.rfind('\n')+(0 if '\n' in done else column-1)
+        if piece and len(text)<2*tried: continue
+        try:
+            while not closed:
+                start = skip(at)
+                if text[start:start+1]==']': closed,at = True,start+1; break
+                if n:
+                    if text[start:start+1]!=',': refuse("Expecting ',' delimiter")
+                    start = skip(start+1)
+                row,end = _json.raw_decode(text, start)
+                if piece and end==len(text): break      # a number may continue in the next piece
+                n,at = n+1,end
+                yield f', row {n}',row
+            start = skip(at)
+            if closed and start<len(text): refuse('Extra data')
+        except json.JSONDecodeError as e:
+            if not piece or len(text)>_longest_line: raise _broken(e, line, column) from None
+        except ValueError as e: raise _broken(e, line+text.count('\n', 0, start)) from None
+        tried = len(text)-at
 
 # %% ../nbs/16_files.ipynb #eb224bd6
+_nameless = '(without a name)'
+
 def _csv_head(row):
-    "Names of the columns, and which of them are made up"
-    nameless = [not c.strip() for c in row]
-    head = [f'column {i} (without a name)' if no else c for i,(c,no) in enumerate(zip(row, nameless), 1)]
+    "The names of the columns"
+    head = [c if c.strip() else f'column {i} {_nameless}' for i,c in enumerate(row, 1)]
     if twice := [c for c,k in Counter(head).items() if k>1]:
         raise ISTError(f', line 1: column {twice[0]!r} is there twice; rename one.')
     if len(head)==1 and (sep := re.search('[;\t]', head[0])):
         raise ISTError(f', line 1: the names are separated by {sep[0]!r}; save the file with commas.')
-    return head,nameless
+    return head
 
 def _read_csv(path):
     csv.field_size_limit(_longest_line)   # the default refuses a text over 128 KB
     rows,end = csv.reader(_lines(path), strict=True),0
     try:
-        head,nameless = _csv_head(next(rows, []))
+        head = _csv_head(next(rows, []))
         end = rows.line_num
         for row in rows:
             start,end = end+1,rows.line_num   # a quoted field may span lines
             if row and len(row)!=len(head):
                 raise ISTError(f', line {start}: {len(row)} fields under {len(head)} names ({", ".join(head)[:200]}); '
                                'put quotes around a text that holds a comma.')
-            if row: yield f', line {start}',{c:v for c,v,no in zip(head, row, nameless) if v or not no}
+            if row: yield f', line {start}',{c:v for c,v in zip(head, row) if v or _nameless not in c}
     except csv.Error as e: raise ISTError(f', the row from line {end+1}: broken CSV ({e}); check its quotes.') from None
 
 # %% ../nbs/16_files.ipynb #a8d9f4a9
 def _read_txt(path):
-    start,held,size = 0,[],0
-    for n,s in enumerate(chain(_lines(path), ['']), 1):
-        if s.strip():
-            start,size = start or n,size+len(s)
-            if size>_longest_text:
+    for blank,lines in groupby(enumerate(_lines(path), 1), lambda o: not o[1].strip()):
+        if blank: continue
+        start,text = next(lines)
+        for _,s in lines:
+            text += s
+            if len(text)>_longest_text:
                 raise ISTError(f', line {start}: a paragraph of more than {_longest_text:,} characters; '
                                'put blank lines between the rows.')
-            held.append(s)
-        elif held:
-            yield f', line {start}',dict(text=''.join(held).replace('\r\n', '\n').strip('\n'))
-            start,held,size = 0,[],0
+        yield f', line {start}',dict(text=text.replace('\r\n', '\n').strip('\n'))
 
 # %% ../nbs/16_files.ipynb #e1ec5fe0
-def _check_parquet(path, meta):
-    "Refuse a Parquet file that unpacks to more than a text file would"
-    groups = [meta.row_group(i) for i in range(meta.num_row_groups)]
-    size = 64*meta.num_rows + sum(o.total_byte_size for o in groups)
-    if size>max(2**22, 200*path.stat().st_size):
-        raise ISTError(f', with {meta.num_rows:,} rows, {_bomb}.')
-    most = max((o.total_byte_size//max(1, o.num_rows) for o in groups), default=0)
-    if most>_longest_line: raise ISTError(f' has rows of {most>>20} MiB; split the texts.')
-
 def _read_parquet(path):
     import pyarrow as pa, pyarrow.parquet as pq
     n = 0
     try:
         with pq.ParquetFile(path) as f:
-            _check_parquet(path, f.metadata)
+            groups = [f.metadata.row_group(i) for i in range(f.metadata.num_row_groups)]
+            size,most = 64*f.metadata.num_rows+sum(o.total_byte_size for o in groups),_longest_line
+            _check_bomb(size, path.stat().st_size, f', with {f.metadata.num_rows:,} rows,')
+            if any(o.total_byte_size>most*max(1, o.num_rows) for o in groups):
+                raise ISTError(f' has rows of more than {most>>20} MiB; split the texts.')
             for batch in f.iter_batches(10):
-                if batch.nbytes>4*_longest_line:
+                if batch.nbytes>4*most:
                     raise ISTError(f', rows {n+1} to {n+len(batch)}: a text of many megabytes; the most is '
                                    f'{_longest_text:,} characters; split it into several rows.')
                 for n,row in enumerate(batch.to_pylist(), n+1): yield f', row {n}',row
@@ -180,9 +181,7 @@ def read_rows(
         if not path.stat().st_size: raise ISTError(' is empty (0 bytes); write the rows to it again.')
         for where,row in _readers[_ending(path)](path): yield f'{path.name}{where}',row
     except ISTError as e: raise ISTError(f'{path.name}{e}') from None
-    except tuple(_trouble) as e:
-        what = next(v for k,v in _trouble.items() if isinstance(e, k))
-        raise ISTError(f'{path.name} {what}.') from None
+    except tuple(_trouble) as e: raise ISTError(f'{path.name} {_trouble[type(e)]}.') from None
     except (OSError, EOFError, zlib.error) as e:
         why = (str(e).splitlines() or [''])[0].rstrip('.')
         raise ISTError(f"{path.name} is damaged or cut short ({why}); make or copy it again.") from None

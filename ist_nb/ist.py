@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from importlib import import_module
 from .config import ISTConfig, ISTError, _layer_count, samplers, scorers, shrunk
 from .layers import _find_stack, find_layers
-from .probe import _OneProcess, ProbeBatches, Prober, _check_batch, generator_for, model_loss, quietly
+from .probe import _OneProcess, ProbeBatches, _Prober, _check_batch, generator_for, model_loss, quietly
 from .scorers import GradientTracker
 from .state import _bad_state, checked_state, downsample, _short, _state_version
 from .suppression import suppress
@@ -236,8 +236,8 @@ def _set_probe(self:IST, probe):
     if self.loss_fn is model_loss: _check_batch(self.model, first)
     if getattr(self.scorer, 'suppresses', True):
         with suppress(self.layers, range(len(self.layers)), c.suppression_factor): pass   # refuses merged adapters
-    self.prober = Prober(self.model, self.layers, batches, self.loss_fn, self.scorer, c.suppression_factor,
-                         self.tracker)
+    self.prober = _Prober(self.model, self.layers, batches, self.loss_fn, self.scorer, c.suppression_factor,
+                          self.tracker)
 
 # %% ../nbs/05_ist.ipynb #53792d78
 @patch

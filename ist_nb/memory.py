@@ -42,8 +42,7 @@ class ActivationBudget:
         self.trained = [p for p in model.parameters() if _is_trainable(p)]
         self.cost = {}            # (block, trained, passes gradients on) -> bytes kept, bytes at work
         self.entry = {}           # block -> bytes of its input
-        self.seen = {}            # block -> shapes that were measured
-        self.writes = set()       # blocks that write to their buffers
+        self.seen,self.writes = {},set()              # block -> shapes measured; blocks that write to their buffers
         self.lowest = len(self.blocks)                # where gradients enter from below
         self.head,self.rest = 0,0                     # bytes at work in the head; bytes that stay through the backward
         self.repeats = 1                              # calls of a block before it goes back
@@ -67,12 +66,10 @@ def _free_memory(device):
     return lib.mem_get_info(device)[0]+unused
 
 # %% ../nbs/12_memory.ipynb #bc338943
-_compiled_whole = ("activation_budget decides for each call of a block, and a model compiled as a whole "
-                   "(torch.compile) has no such calls. Compile the blocks where they are: for block in ...layers: "
-                   "block.compile().")
-_both = ("activation_budget and gradient checkpointing are both on. Gradient checkpointing computes every block "
-         "twice in every step, so there is nothing left to choose. Switch it off (gradient_checkpointing=False in "
-         "the training arguments; TRL has it on by default): the budget checkpoints only what it must.")
+_compiled_whole = ("activation_budget decides for each block, and in a model that is compiled as a whole no block is "
+                   "called. Compile the blocks where they are: for block in ...layers: block.compile().")
+_both = ("activation_budget and gradient checkpointing are both on, and gradient checkpointing computes every block "
+         "twice. Set gradient_checkpointing=False in the training arguments (TRL has it on by default).")
 _twice = ("IST: activation_budget computes some blocks twice, so hooks inside them are called twice. There are some "
           "on {} modules, such as a {}. Put a hook on the block itself, where it is called once, or leave "
           "activation_budget out.")
@@ -84,8 +81,8 @@ def _find_switches(self:ActivationBudget):
     self.flags = [m for m in self.model.modules() if hasattr(m, 'gradient_checkpointing')]
     self.around = [m for n,m in self.model.named_modules() if any(inside(n, s) for s in self.layers.stacks)]
     if any(type(m).__name__=='OptimizedModule' for m in self.model.modules()): raise ISTError(_compiled_whole)
-    configs = {id(m.config):m.config for m in self.model.modules() if hasattr(getattr(m, 'config', None), 'use_cache')}
-    self.configs = list(configs.values())
+    found = [getattr(m, 'config', None) for m in self.model.modules()]
+    self.configs = list({id(o):o for o in found if hasattr(o, 'use_cache')}.values())
 
 @patch
 def _check(self:ActivationBudget):
@@ -98,10 +95,8 @@ def _check(self:ActivationBudget):
 
 # %% ../nbs/12_memory.ipynb #8aa8507e
 @patch
-def graph(self:ActivationBudget,
-    active, # Positions of the layers that the step trains
-) -> list: # For each block with a graph: its position, whether it is trained, whether it passes gradients further down
-    "The blocks that the backward pass of a step goes through"
+def graph(self:ActivationBudget, active):
+    "The blocks with a graph: the position of each, whether it is trained, whether it passes gradients further down"
     on = {self.at[i] for i in active}
     first = min([*on, self.lowest])
     return [(i, i in on, i>first or i>=self.lowest) for i in range(first, len(self.blocks))]
@@ -125,9 +120,7 @@ def begin(self:ActivationBudget,
         b._compiled_call_impl = partial(self._call, i, b._compiled_call_impl or b._call_impl)
 
 @patch
-def end(self:ActivationBudget,
-    counted=True, # Not used here: whether the step succeeded
-):
+def end(self:ActivationBudget, counted=True):
     "End a step: leave the model as it was"
     if self.was is None: return
     for b,impl in self.was[0]:
@@ -137,9 +130,7 @@ def end(self:ActivationBudget,
     self.meter.stop()
     self.was = None
 
-def _lift_all(
-    model:nn.Module, # Any model
-):
+def _lift_all(model):
     "End the step of a budget that was never ended, as in a run that died"
     for m in model.modules():
         owner = getattr(getattr(m._compiled_call_impl, 'func', None), '__self__', None)
@@ -183,9 +174,7 @@ def _checkpointed(self:ActivationBudget, i, inner, args, kwargs):
 def _fits(a, b): return len(a)==len(b) and all(len(s)==len(t) and all(x<=y for x,y in zip(s, t)) for s,t in zip(a, b))
 
 @patch
-def _covers(self:ActivationBudget, i, shapes):
-    seen = self.seen.setdefault(i, set())
-    return shapes in seen or any(_fits(shapes, o) for o in seen)
+def _covers(self:ActivationBudget, i, shapes): return any(_fits(shapes, o) for o in self.seen.setdefault(i, set()))
 
 @patch
 def _compiled(self:ActivationBudget, i): return self.was[0][i][1] is not None
@@ -242,9 +231,9 @@ class _Shield:
         for o,hooks in self.others: o.update(hooks)
 
 # %% ../nbs/12_memory.ipynb #2ae301b8
-_compiled_hooks = ("activation_budget measures a compiled block by running it, and there are hooks inside that would"
-                   " see this. Do not compile the blocks (ISTConfig(fast='fold')), take the hooks off (router "
-                   "logits, hidden states and attentions are recorded by hooks), or leave activation_budget out.")
+_compiled_hooks = ("activation_budget measures a compiled block by running it, and there are hooks inside that would "
+                   "see this. Do not compile the blocks (ISTConfig(fast='fold')), take the hooks off (router logits, "
+                   "hidden states and attentions are recorded by hooks), or leave activation_budget out.")
 
 @patch
 def _measure(self:ActivationBudget, i, inner, args, kwargs, tensors, shapes):
@@ -346,9 +335,7 @@ def _model_of(self:ActivationBudget, where, active):
     return dict(store=[s for s,_ in costs], save=saved, work=[w+self.rest+grads for _,w in costs], head=self.head+grads)
 
 @patch
-def least(self:ActivationBudget,
-    active, # Positions of as many layers as a step trains
-) -> int: # Bytes
+def _least(self:ActivationBudget, active):
     "The smallest budget for a step that goes down to the lowest block, with every block checkpointed"
     worst = lambda i: max((k for k in self.cost if k[0]==i), key=lambda k: self.cost[k][1], default=(i, False, True))
     model = self._model_of([worst(i) for i in range(len(self.blocks))], active)
@@ -358,7 +345,7 @@ def least(self:ActivationBudget,
 @patch
 def _choose(self:ActivationBudget, active):
     "The blocks to checkpoint, and the peak that this should give"
-    where,least = self.graph(active),self.least(active)
+    where,least = self.graph(active),self._least(active)
     model = self._model_of(where, active)
     small = (f"activation_budget={_size(self.budget)} cannot be kept: with every block checkpointed, a step that "
              f"goes down to the lowest layer needs {_size(least)}. Give at least that much, or make the batches "

@@ -10,7 +10,7 @@ import torch, warnings
 from collections import Counter
 from fastcore.basics import patch
 from .config import ISTError
-from .guard import _innermost
+from .guard import _held, _innermost
 from .layers import Layers
 
 # %% ../nbs/13_moments.ipynb #5de17596
@@ -34,8 +34,8 @@ class OptimizerState:
         self.optimizer,self.layers,self.how = _innermost(optimizer),layers,how
         self.away,self.back,self.resting = away,back,{}
         params,name = [p for o in layers for p in o.params],type(self.optimizer).__name__
-        known = {p for g in self.optimizer.param_groups for p in g['params']}
-        if any(p not in known for p in params):
+        known = _held(self.optimizer)
+        if any(id(p) not in known for p in params):
             raise ISTError(f"optimizer_state={how!r} needs an optimizer that keeps its state by parameter, and "
                            f"{name} does not hold all parameters of the adapters. Create it when all adapters are "
                            "trainable; with an optimizer that shards or flattens them (DeepSpeed), use "
@@ -49,9 +49,7 @@ class OptimizerState:
 
 # %% ../nbs/13_moments.ipynb #dd64d188
 @patch
-def begin(self:OptimizerState,
-    active, # Positions of the layers that this step trains
-):
+def begin(self:OptimizerState, active):
     "Make room, then bring back what this step needs"
     active,state = set(map(int, active)),self.optimizer.state
     rest = [p for i,o in enumerate(self.layers) if i not in active for p in o.params]
@@ -90,9 +88,7 @@ def _forget(self:OptimizerState, p):
             state[p][k] = v.zero_() if isinstance(v, torch.Tensor) else type(v)()
 
 # %% ../nbs/13_moments.ipynb #d69b6574
-def _complete_state(
-    optimizer, # A torch optimizer, perhaps wrapped by accelerate
-):
+def _complete_state(optimizer):
     "Give each parameter without a state the one it has before its first step"
     opt = _innermost(optimizer)
     new = [p for g in opt.param_groups for p in g['params'] if p.requires_grad and not opt.state.get(p)]

@@ -6,20 +6,18 @@
 __all__ = ['usual_parts']
 
 # %% ../nbs/10_parts.ipynb #ddfc5f1e
-import gc,weakref
+import weakref
 from dataclasses import asdict
 from .config import ISTError
 from .guard import Guard
 from .memory import ActivationBudget, _lift_all
 from .moments import OptimizerState, _complete_state
 from .processes import Ranks, check_engine, _reshard, unwrap
-from .speed import apply_optimisations, _check_compiled, _embedding_hooks, _is_reentrant, shorten_backward
+from .speed import apply_optimisations, _check_compiled, _is_reentrant, shorten_backward
 
 # %% ../nbs/10_parts.ipynb #d2e5ced9
-def _adopt(
-    model, # A model with adapters, perhaps wrapped for several processes
-): # The model inside the wrapper; raises `ISTError`
-    "The model to work on, in the state that a step begins with"
+def _adopt(model):
+    "The model inside its wrapper, in the state that a step begins with"
     model = unwrap(model)
     _reshard(model)    # an evaluation may have left parameters whole
     _lift_all(model)   # a step that died may have left blocks checkpointed
@@ -29,9 +27,7 @@ def _adopt(
 # %% ../nbs/10_parts.ipynb #a7ac32ad
 class _Together:
     "Keeps the processes of a run on the same layers"
-    def __init__(self,
-        ist, # An `IST`
-    ): # Raises `ISTError`
+    def __init__(self, ist):
         self.ist,self.started = weakref.ref(ist),False
         ist.ranks = Ranks()
         self._check(ist)
@@ -64,22 +60,19 @@ class _Together:
 # %% ../nbs/10_parts.ipynb #69d6c4e1
 class _Faster:
     "Applies the optimisations of `config.fast`, and lets the backward pass stop at the lowest trained layer"
-    def __init__(self,
-        ist, # An `IST`
-    ): # Raises `ISTError`
-        model,fast = ist.model,ist.config.fast
-        found = [getattr(m, 'config', None) for m in model.modules()]
-        self.configs = list({id(o):o for o in found if getattr(o, 'use_cache', False)}.values())   # switched off below
-        self.hooks = [(m._forward_hooks, k, m._forward_hooks[k]) for m,k in _embedding_hooks(model)]   # will be removed
+    def __init__(self, ist):
+        model,fast,self.hooks = ist.model,ist.config.fast,[]
+        config = getattr(model, 'config', None)
+        self.config = config if getattr(config, 'use_cache', False) else None
         try:
             if fast: apply_optimisations(model, ist.layers, 'fold' if fast is True and ist.engine.sharded else fast)
-            shorten_backward(model)
+            self.hooks = shorten_backward(model)
         except BaseException: self.close(); raise
 
     def close(self):
         for held,k,hook in self.hooks: held.setdefault(k, hook)
-        for o in self.configs: o.use_cache = True
-        self.hooks,self.configs = [],[]
+        if self.config: self.config.use_cache = True
+        self.hooks,self.config = [],None
 
 # %% ../nbs/10_parts.ipynb #bd35ec0a
 def usual_parts(
@@ -87,17 +80,16 @@ def usual_parts(
     optimizer=None, # Needed by `config.optimizer_state`, and by FSDP2
 ) -> list: # In the order in which they begin; they end in reverse order. Raises `ISTError`
     "What accompanies the steps of `ist`"
-    config,how = ist.config,ist.config.optimizer_state
-    parts = [_Together(ist)]
-    guard = Guard(ist, optimizer)
+    budget,how = ist.config.activation_budget,ist.config.optimizer_state
+    parts,guard = [_Together(ist)],Guard(ist)
     try:
         parts.append(_Faster(ist))
-        if config.activation_budget is not None:
-            ist.activations = ActivationBudget(ist.model, ist.layers, config.activation_budget)
+        if budget is not None:
+            ist.activations = ActivationBudget(ist.model, ist.layers, budget)
             parts.append(ist.activations)
-        if how!='keep' and optimizer is None:
-            raise ISTError(f"optimizer_state={how!r} needs the optimizer. Give it: IST(..., optimizer=optimizer).")
         if how!='keep':
+            if optimizer is None: raise ISTError(f"optimizer_state={how!r} needs the optimizer. Give it: IST(..., "
+                                                 "optimizer=optimizer).")
             ist.moments = OptimizerState(optimizer, ist.layers, how)
             parts.append(ist.moments)
         if optimizer is not None and ist.engine.name=='FSDP2': _complete_state(optimizer)   # or checkpoints fail

@@ -8,14 +8,16 @@ __all__ = ['limits', 'Ranks', 'unwrap', 'check_engine']
 # %% ../nbs/15_processes.ipynb #8072d0b6
 import gc,json,os,sys,warnings
 import torch, torch.distributed as dist
+from collections import namedtuple
 from dataclasses import dataclass
-from hashlib import blake2b
 from fastcore.basics import patch
-from torch import Tensor, nn
+from types import SimpleNamespace
+from torch import Tensor
 from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from .config import ISTConfig, ISTError
+from .guard import _innermost
 from .layers import Layers
 from .scorers import Probe
 
@@ -28,22 +30,22 @@ class Ranks:
     def size(self): return dist.get_world_size() if self.on else 1
     @property
     def rank(self): return dist.get_rank() if self.on else 0
-    @property
-    def device(self):
-        if 'cpu' in dist.get_backend_config() or not torch.cuda.is_available(): return torch.device('cpu')
-        return torch.device('cuda', torch.cuda.current_device())
 
-    def _gather(self, x:Tensor) -> Tensor: # [ranks, n]
-        parts = [torch.empty_like(x, device=self.device) for _ in range(self.size)]
-        dist.all_gather(parts, x.to(self.device))
-        return torch.stack(parts).cpu()
+    def gather(self,
+        said, # Text, numbers or lists of them
+    ) -> list: # Of every rank, in order; the same on every rank
+        "What each rank has to say"
+        if self.size==1: return [said]
+        res = [None]*self.size
+        dist.all_gather_object(res, said)
+        return res
 
     def table(self,
         values, # Numbers [n], as many on every rank
     ) -> Tensor: # Float64 [ranks, n], on the CPU, the same on every rank
         "The numbers of all ranks"
-        x = torch.as_tensor(values, dtype=torch.float64).cpu()
-        return x[None] if self.size==1 else self._gather(x)
+        own = torch.as_tensor(values, dtype=torch.float64).tolist()
+        return torch.tensor(self.gather(own), dtype=torch.float64)
 
 # %% ../nbs/15_processes.ipynb #e2baf56b
 @patch
@@ -53,28 +55,13 @@ def agree(self:Ranks,
 ): # Raises `ISTError` on every rank if one differs
     "Stop if the ranks do not agree"
     if self.size==1: return
-    text = json.dumps(dict(step=step) | said, sort_keys=True, default=str)
-    mark = int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), 'little', signed=True)
-    if len(self._gather(torch.tensor([mark])).unique())==1: return
-    raise ISTError(_disagreement(list(map(json.loads, self.texts(text)))))
+    texts = self.gather(json.dumps(dict(step=step) | said, sort_keys=True, default=str))
+    if len(set(texts))>1: raise ISTError(_disagreement(list(map(json.loads, texts))))
 
-@patch
-def texts(self:Ranks,
-    text:str, # Of this rank
-) -> list: # Of every rank
-    "What each rank has to say"
-    if self.size==1: return [text]
-    data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
-    lengths = self._gather(torch.tensor([len(data)]))[:, 0].tolist()
-    padded = torch.zeros(max(lengths), dtype=torch.uint8)
-    padded[:len(data)] = data
-    return [bytes(o[:n].tolist()).decode() for o,n in zip(self._gather(padded), lengths)]
+def _cut(s, n=120): return s if len(s)<=n else s[:n]+' ...'
 
-# %% ../nbs/15_processes.ipynb #c0883cc5
-def _disagreement(
-    said:list, # A dictionary from each rank, with its `step`
-) -> str:
-    "Which ranks differ from the others, and in what"
+def _disagreement(said):
+    "Which ranks differ from the others, and in what; `said`: a dictionary from each rank, with its `step`"
     lines,step = [],said[0]['step']
     for k in said[0]:
         by = {}
@@ -87,10 +74,8 @@ def _disagreement(
             f"{'. '.join(lines)}. Give every process the same configuration, seed and state: IST draws the same layers "
             "from them by itself.")
 
-def _cut(s, n=120): return s if len(s)<=n else s[:n]+' ...'
-
 # %% ../nbs/15_processes.ipynb #899315df
-def _launched() -> int:
+def _launched():
     "How many processes torchrun or accelerate has launched for this run"
     return int(os.environ.get('WORLD_SIZE', 1))
 
@@ -102,12 +87,8 @@ def _warn_if_apart():
                   "use_cpu=True.")
 
 # %% ../nbs/15_processes.ipynb #5c3c085c
-def _weight(
-    model, # For what its loss is a mean of
-    batch, # With `labels`, or not
-    rows:int, # How many rows are in it
-) -> float: # Predicted tokens where the labels are tokens, else rows
-    "What the loss of `batch` is the mean of"
+def _weight(model, batch, rows):
+    "What the loss of `batch` is the mean of: predicted tokens where the labels are tokens, else rows"
     labels = batch.get('labels') if hasattr(batch, 'get') else None
     if not isinstance(labels, Tensor) or labels.is_floating_point(): return rows
     base = model.get_base_model() if hasattr(model, 'get_base_model') else model
@@ -116,16 +97,14 @@ def _weight(
     return int((labels!=-100).sum())
 
 # %% ../nbs/15_processes.ipynb #d211c385
-def _weighted(
-    table:Tensor, # Float64 [ranks, 1+n]: a weight, and the means that it is the weight of
-) -> Tensor: # Float64 [n]
-    "The means over all ranks; a rank with weight 0 says nothing"
+def _weighted(table):
+    "The means over all ranks [n], from a weight and its means on each [ranks, 1+n]; a rank with weight 0 says nothing"
     w,v = table[:, :1],table[:, 1:]
     return torch.where(w>0, w*v, 0.).sum(0)/w.sum()
 
 class _SharedProbe(Probe):
     "A `Probe` whose batch lies on several ranks; every rank gets the same answers"
-    def __init__(self, ranks:Ranks, weight:float, *args): 
+    def __init__(self, ranks, weight, *args):
         super().__init__(*args)
         self.ranks,self.weight = ranks,weight
 
@@ -136,7 +115,6 @@ class _SharedProbe(Probe):
         res = self._mean([loss, *gradient.tolist()])
         return res[0].item(),res[1:]
 
-# %% ../nbs/15_processes.ipynb #e9bb549f
 @patch
 def probe(self:Ranks,
     rows:int, # Of the batch on this rank that count
@@ -175,31 +153,24 @@ def _deepspeed():
     "The class of DeepSpeed's engine, if that library is in use"
     return getattr(sys.modules.get('deepspeed'), 'DeepSpeedEngine', None)
 
-def _wrappers() -> tuple:
-    "The classes that wrap a model from outside"
-    known = DistributedDataParallel,DataParallel,OptimizedModule,FullyShardedDataParallel,_deepspeed()
-    return tuple(o for o in known if o)
+def _below(cls): return [cls, *(k for o in cls.__subclasses__() for k in _below(o))]
 
-def unwrap(
-    model, # Perhaps wrapped for DDP, DataParallel or DeepSpeed
-): # The module inside, which the wrapper shares; of FSDP1 the outermost
-    "What to run a probe through"
-    outer = tuple(o for o in (DistributedDataParallel, DataParallel, _deepspeed()) if o)
-    while isinstance(model, outer): model = model.module
-    # FSDP1 works from its outermost module only
-    fsdp1 = [o for o in _around(model) if isinstance(o, FullyShardedDataParallel)]
-    return max([model, *fsdp1], key=lambda o: len(list(o.modules())))
-
-def _around(
-    model:nn.Module, # A model
-) -> list: # Modules
+def _around(model):
     "The living wrappers that `model` is inside of; none without a process group"
     if not Ranks().on: return []
-    kinds = {k for o in _wrappers() for k in _below(o)}
+    known = DistributedDataParallel,DataParallel,OptimizedModule,FullyShardedDataParallel,_deepspeed()
+    kinds = {k for o in known if o for k in _below(o)}
     return [o for o in gc.get_referrers(*kinds)     # an object refers to its class
             if type(o) in kinds and o is not model and any(m is model for m in o.modules())]
 
-def _below(cls): return [cls, *(k for o in cls.__subclasses__() for k in _below(o))]
+def unwrap(
+    model, # Perhaps wrapped for DDP, DataParallel or DeepSpeed
+): # The module inside, which the wrapper shares; of FSDP1 the outermost, from which alone it works
+    "What to run a probe through"
+    outer = tuple(o for o in (DistributedDataParallel, DataParallel, _deepspeed()) if o)
+    while isinstance(model, outer): model = model.module
+    fsdp1 = [o for o in _around(model) if isinstance(o, FullyShardedDataParallel)]
+    return max([model, *fsdp1], key=lambda o: len(list(o.modules())))
 
 # %% ../nbs/15_processes.ipynb #28429db9
 @dataclass
@@ -211,10 +182,8 @@ class _Engine:
     @property
     def sharded(self): return self.name.startswith('FSDP')
 
-def _engine_of(
-    model:nn.Module, # A model, not the wrapper
-) -> _Engine:
-    "The engine that drives `model`"
+def _engine_of(model):
+    "The engine that drives `model`, which is not the wrapper"
     outside = _around(model)
     compiled = any(isinstance(o, OptimizedModule) or o._compiled_call_impl for o in [*outside, model])
     pick = lambda cls, where: next((o for o in where if cls and isinstance(o, cls)), None)
@@ -225,40 +194,16 @@ def _engine_of(
     return _Engine('one process', None, compiled)
 
 # %% ../nbs/15_processes.ipynb #c3cbe2f8
-def _reshard(
-    model:nn.Module, # Any model
-):
+def _reshard(model):
     "Put whole parameters of FSDP2 back into shards"
     for m in model.modules():
         if isinstance(m, FSDPModule): m.reshard()
 
-# %% ../nbs/15_processes.ipynb #4cd36db3
-@dataclass
-class _Case:
-    "What a limit looks at"
-    model:nn.Module # Without its wrapper
-    layers:Layers # From `find_layers`
-    config:ISTConfig # The settings
-    scorer:object # From the registry, or None where nothing is scored
-    sparse:bool # Whether steps leave layers out
-    reentrant:bool # Whether reentrant checkpointing is on
-    engine:_Engine|None=None # What drives the model
-    @property
-    def observes(self): return bool(getattr(self.scorer, 'observes', None))
-
-@dataclass
-class _Limit:
-    "Something that an engine does not allow"
-    engine:str # The beginning of its name
-    what:str # The setting
-    why:str # What would happen
-    do:str # The setting to change
-    broken:object # `broken(case)` -> whether this is one
-
 # %% ../nbs/15_processes.ipynb #bc1510c6
-def _in_buckets(
-    ddp:DistributedDataParallel, # A wrapper
-) -> set: # Of ids of parameters
+# the beginning of an engine's name, a setting, what would happen, the setting to change, and whether a case is this one
+_Limit = namedtuple('_Limit', 'engine what why do broken')
+
+def _in_buckets(ddp):
     "The parameters whose gradients DDP averages: those that required one when it was made"
     return {id(p) for b in ddp.reducer._get_zeros_like_grad_buckets() for p in b.parameters()}
 
@@ -276,12 +221,11 @@ limits = [
     _Limit('DDP', 'layers that were frozen when it wrapped the model',
            'their gradients would never be averaged, without a word',
            'Wrap the model while every adapter is trainable: before the first step, or outside of one',
-           lambda c: not {id(p) for o in c.layers for p in o.params} <= _in_buckets(c.engine.wrapper)),
-]
+           lambda c: not {id(p) for o in c.layers for p in o.params} <= _in_buckets(c.engine.wrapper))]
 
 # %% ../nbs/15_processes.ipynb #4a721f8d
-def _applies(fast, *names): # `fast=True` means what is safe
-    return not isinstance(fast, bool) and bool(set(names) & set(fast.replace(' ', '').split(',')))
+def _applies(fast, name): # `fast=True` means what is safe
+    return not isinstance(fast, bool) and name in fast.replace(' ', '').split(',')
 
 def _flat(c): # whether a unit of FSDP1 is one parameter
     units = (o for o in c.engine.wrapper.modules() if isinstance(o, FullyShardedDataParallel))
@@ -301,29 +245,23 @@ limits += [
            'it measures a block by running it alone, outside of the hooks that gather its shards',
            'Leave activation_budget out, and use activation checkpointing',
            lambda c: c.config.activation_budget is not None),
-    _Limit('FSDP', "fast='fp8' or 'loss'",
-           'these replace modules and functions whose parameters FSDP has sharded already',
-           "Use the optimisations 'fold' and, with FSDP2, 'compile'", lambda c: _applies(c.config.fast, 'fp8', 'loss')),
+    _Limit('FSDP', "fast='fp8'", 'it replaces modules whose parameters FSDP has sharded already',
+           "Use the optimisations 'fold' and, with FSDP2, 'compile'", lambda c: _applies(c.config.fast, 'fp8')),
     _Limit('FSDP1', "fast='compile'", 'its hooks do not compile block by block',
            "Use fast='fold', or FSDP2 (fsdp_version=2)", lambda c: _applies(c.config.fast, 'compile')),
     _Limit('FSDP', "optimizer_state='offload'", 'moving shards of the state between devices is not tested',
            "Use optimizer_state='keep' with FSDP's own offloading (CPUOffloadPolicy; Trainer: "
-           "fsdp_config={'cpu_offload': True})", lambda c: c.config.optimizer_state=='offload'),
-]
+           "fsdp_config={'cpu_offload': True})", lambda c: c.config.optimizer_state=='offload')]
 
 # %% ../nbs/15_processes.ipynb #db068c0a
-def _harmless(
-    optimizer, # A torch optimizer, perhaps inside of DeepSpeed's
-) -> bool:
+def _harmless(optimizer):
     "Whether a step with a gradient of zero leaves a parameter as it is"
-    while hasattr(optimizer, 'optimizer'): optimizer = optimizer.optimizer
+    optimizer = _innermost(optimizer)
     if type(optimizer) is not torch.optim.SGD: return False   # others have no momentum to ask for
     return all(g['momentum']==0 and g['weight_decay']==0 for g in optimizer.param_groups)
 
-def _flattens(
-    engine, # DeepSpeed's
-) -> bool:
-    "Whether its optimizer holds flat tensors in place of the parameters"
+def _flattens(engine):
+    "Whether the optimizer of DeepSpeed's engine holds flat tensors in place of the parameters"
     return engine.zero_optimization_stage()>0 or engine.fp16_enabled() or engine.bfloat16_enabled()
 
 limits += [
@@ -340,12 +278,11 @@ limits += [
     _Limit('', 'a model that is compiled as a whole',
            'it would be compiled again for each selection of layers, until torch gives up',
            "Do not compile it (Trainer: torch_compile=False); ISTConfig(fast='compile') compiles each block by itself",
-           lambda c: c.sparse and c.engine.compiled and c.engine.wrapper is not None),
-]
+           lambda c: c.sparse and c.engine.compiled and c.engine.wrapper is not None)]
 
 # %% ../nbs/15_processes.ipynb #321c030c
 def check_engine(
-    model:nn.Module, # Without its wrapper
+    model, # Without its wrapper
     layers:Layers, # From `find_layers`
     config:ISTConfig, # The settings
     scorer=None, # From the registry, or None where nothing is scored
@@ -354,7 +291,8 @@ def check_engine(
 ): # The engine, with its `name` and `wrapper`; raises `ISTError`
     "Refuse what the engine of the model does not allow"
     _warn_if_apart()
-    case = _Case(model, layers, config, scorer, sparse, reentrant)
+    case = SimpleNamespace(model=model, layers=layers, config=config, scorer=scorer, sparse=sparse,
+                           reentrant=reentrant, observes=bool(getattr(scorer, 'observes', None)))
     limit = _look(case)
     if limit: gc.collect(); limit = _look(case)   # perhaps nobody holds that wrapper any more
     if limit: raise ISTError(f"{case.engine.name} with {limit.what} is refused: {limit.why}. {limit.do}.")

@@ -14,22 +14,17 @@ from .config import ISTError
 _words = reprlib.Repr()
 _words.maxlist,_words.maxdict,_words.maxstring,_words.maxother = 64,8,80,80
 
-def _short(
-    v, # Anything
-) -> str:
+def _short(v):
     "`v` in at most a few hundred characters"
     try: return _words.repr(v)
     except ValueError: return f'an {type(v).__name__} too large to write'
 
-def _bad_state(
-    field:str, # Name of the field
-    value, # What it holds
-    words:str, # What is allowed
-) -> ISTError:
-    "The error for a field that is not allowed"
+def _bad_state(field, value, words):
+    "The error for a field that is not allowed; `words`: what is"
     return ISTError(f"IST state: {field}={_short(value)} is not allowed. It must be {words}. The file is damaged, or "
                     "belongs to something else: resume from another checkpoint.")
 
+# %% ../nbs/09_state.ipynb #83b6e46b
 def _is_number(v, most=2**53):
     if isinstance(v, bool) or not isinstance(v, (int, float)): return False
     return abs(v)<=most if isinstance(v, int) else True
@@ -37,12 +32,8 @@ def _is_count(v, most=2**53): return isinstance(v, int) and not isinstance(v, bo
 def _is_finite(v, most=torch.finfo(torch.float32).max): return _is_number(v) and abs(v)<=most
 def _all(v, n, ok): return isinstance(v, list) and len(v)==n and all(map(ok, v))
 
-# %% ../nbs/09_state.ipynb #83b6e46b
-def _is_plain(
-    v, # Anything
-    most:int=100_000, # Most values in it
-) -> bool:
-    "Whether `v` holds only what JSON can hold, with text keys and bounded size"
+def _is_plain(v, most=100_000):
+    "Whether `v` holds only what JSON can hold, with text keys, and at most `most` values"
     todo = [v]
     while todo and most:
         o,most = todo.pop(),most-1
@@ -62,12 +53,10 @@ def _is_record(h, n, t):
 
 def _is_pending(step, n):
     "Whether `step` is a list of pairs: positions of layers, and a number for each"
-    for pair in step if isinstance(step, list) else [None]:
-        if not isinstance(pair, (list, tuple)) or len(pair)!=2 or not isinstance(pair[0], list): return False
-        owners,values = pair
-        if not _all(owners, len(owners), lambda i: _is_count(i, n-1)): return False
-        if not _all(values, len(owners), _is_number): return False
-    return True
+    if not isinstance(step, list): return False
+    pair = lambda o: isinstance(o, (list, tuple)) and len(o)==2 and isinstance(o[0], list)
+    position = lambda i: _is_count(i, n-1)
+    return all(pair(o) and _all(o[0], len(o[0]), position) and _all(o[1], len(o[0]), _is_number) for o in step)
 
 def _is_tracker(w, n):
     if not (isinstance(w, dict) and set(w)=={'mean', 'var', 'count', 'missed', 'pending'}): return False
@@ -122,7 +111,7 @@ _history_limit = 512   # records; each holds about 2N numbers
 
 def downsample(
     history:list, # Of records
-    limit:int|None=None, # Most of them to keep; `_history_limit` if not given
+    limit:int|None=None, # Most of them to keep; 512 if not given
 ) -> list: # The same, or a shorter one
     "Drop every second record of the older half until there are at most `limit`"
     while len(history)>(limit or _history_limit):

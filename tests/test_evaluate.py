@@ -1,4 +1,5 @@
-"Answers by pattern and by likelihood: hand-worked cases for each of the fifteen tasks, the real files, references of other libraries"
+"""Answers by pattern and by likelihood: hand-worked cases for each of the fifteen tasks, the real files, references of
+other libraries"""
 import json,math,subprocess,sys,pytest,torch
 from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -16,45 +17,83 @@ def ask(q, marks, texts, head='Please choose the correct answer to the question:
     return f"{head} {q}\n\n{named}\n\n{form}{'/'.join(marks)}"
 def marks(o, n): return [f'{o}{i}' for i in range(1, n+1)]
 
-# what is asked in the form of each set, the gold answer, and its choices read back; HellaSwag's file is not here, its form is
+# what is asked in the form of each set, the gold answer, and its choices read back; HellaSwag's file is not here, its
+# form is
 rows = {
-    'boolq': ('Please answer the following question with true or false, question: is the sky up?\n\nAnswer format: true/false', 'true', dict(true='true', false='false')),
-    'piqa': ('Please choose the correct solution to the question: dresser\n\nSolution1: replace drawer with bobby pin \n\nSolution2: finish, woodgrain with  bobby pin \n\nAnswer format: solution1/solution2',
-             'solution2', dict(solution1='replace drawer with bobby pin', solution2='finish, woodgrain with  bobby pin')),
-    'social_i_qa': (ask('How is she?', marks('answer', 3), ['sad', 'like a person: glad', 'Answer1']), 'answer3', dict(answer1='sad', answer2='like a person: glad', answer3='Answer1')),
-    'hellaswag': (ask('Baking: A man opens the oven. He', marks('ending', 4), ['sings.', 'takes [title] out', 'is 2: late', 'x'], 'Please choose the correct ending to complete the given sentence:'),
+    'boolq': ('Please answer the following question with true or false, question: is the sky up?\n\nAnswer format: '
+              'true/false', 'true', dict(true='true', false='false')),
+    'piqa': ('Please choose the correct solution to the question: dresser\n\nSolution1: replace drawer with bobby pin '
+             '\n\nSolution2: finish, woodgrain with  bobby pin \n\nAnswer format: solution1/solution2',
+             'solution2', dict(solution1='replace drawer with bobby pin',
+                               solution2='finish, woodgrain with  bobby pin')),
+    'social_i_qa': (ask('How is she?', marks('answer', 3), ['sad', 'like a person: glad', 'Answer1']), 'answer3',
+                    dict(answer1='sad', answer2='like a person: glad', answer3='Answer1')),
+    'hellaswag': (ask('Baking: A man opens the oven. He', marks('ending', 4),
+                      ['sings.', 'takes [title] out', 'is 2: late', 'x'], 'Please choose the correct ending to '
+                      'complete the given sentence:'),
                   'ending2', dict(ending1='sings.', ending2='takes [title] out', ending3='is 2: late', ending4='x')),
-    'winogrande': ('Please choose the correct answer to fill in the blank to complete the given sentence: Sarah was better than Maria so _ won.\n\nOption1: Sarah Option2: Maria Answer format: option1/option2',
+    'winogrande': ('Please choose the correct answer to fill in the blank to complete the given sentence: Sarah was '
+                   'better than Maria so _ won.\n\nOption1: Sarah Option2: Maria Answer format: option1/option2',
                    'option1', dict(option1='Sarah', option2='Maria')),
-    'ARC-Easy': (ask('Which Answer1: is it?', marks('answer', 3), ['a', 'b', 'c']), 'answer2', dict(answer1='a', answer2='b', answer3='c')),
+    'ARC-Easy': (ask('Which Answer1: is it?', marks('answer', 3), ['a', 'b', 'c']), 'answer2',
+                 dict(answer1='a', answer2='b', answer3='c')),
     'ARC-Challenge': (ask('What?', marks('answer', 5), 'abcde'), 'answer5', dict(zip(marks('answer', 5), 'abcde'))),
-    'openbookqa': (ask('The sun is responsible for', marks('answer', 4), ['puppies', 'age', 'wilting', 'plants']), 'answer4', dict(zip(marks('answer', 4), ['puppies', 'age', 'wilting', 'plants']))),
-    'AQuA': ('Find P(A) if (A) is even. Answer Choices: (A) 0.5 (B) 10% (C) 2 (D) 1,000 (E) none of (these)', 'D', dict(A='0.5', B='10%', C='2', D='1,000', E='none of (these)')),
-    'MultiArith': ('Sam bought 13 and 17. How many?', '30.0', {}), 'gsm8k': ('How much is it in dollars?', '1234.5', {}), 'AddSub': ('7 crayons less 3?', '4', {}),
-    'SingleEq': ('0.2 and 0.4 of a loaf?', '0.6', {}), 'SVAMP': ('How many crackers?', '8.0', {}), 'mawps': ('1.1666666666666667 from 3?', '1.8333333333333335', {})}
+    'openbookqa': (ask('The sun is responsible for', marks('answer', 4), ['puppies', 'age', 'wilting', 'plants']),
+                   'answer4', dict(zip(marks('answer', 4), ['puppies', 'age', 'wilting', 'plants']))),
+    'AQuA': ('Find P(A) if (A) is even. Answer Choices: (A) 0.5 (B) 10% (C) 2 (D) 1,000 (E) none of (these)', 'D',
+             dict(A='0.5', B='10%', C='2', D='1,000', E='none of (these)')),
+    'MultiArith': ('Sam bought 13 and 17. How many?', '30.0', {}),
+    'gsm8k': ('How much is it in dollars?', '1234.5', {}), 'AddSub': ('7 crayons less 3?', '4', {}),
+    'SingleEq': ('0.2 and 0.4 of a loaf?', '0.6', {}), 'SVAMP': ('How many crackers?', '8.0', {}),
+    'mawps': ('1.1666666666666667 from 3?', '1.8333333333333335', {})}
 
 # what a model might write -> the answer, by us and by the released rule; None where there is none
 said = {
-    'boolq': [('the correct answer is true', 'true', 'true'), ('the correct answer is false', 'false', 'false'), ('True', 'true', None), ('FALSE.', 'false', None), ('untrue', None, 'true'),
-              ('It is not false, the answer is true', 'true', 'false'), ('', None, None), ('yes', None, None), ('the answer is: "False"', 'false', None), ('true/false', 'true', 'true')],
-    'piqa': [('the correct answer is solution2', 'solution2', 'solution2'), ('Solution1', 'solution1', None), ('solution3', None, None), ('solution12', None, 'solution1'),
-             ('SOLUTION2 is better than solution1', 'solution2', 'solution1'), ('solution1 or solution2', 'solution1', 'solution1'), ('', None, None)],
-    'social_i_qa': [('the correct answer is answer1', 'answer1', 'answer1'), ('Answer 1', None, None), ('answer4', None, 'answer4'), ('the correct answer is Answer3.', 'answer3', None),
+    'boolq': [('the correct answer is true', 'true', 'true'), ('the correct answer is false', 'false', 'false'),
+              ('True', 'true', None), ('FALSE.', 'false', None), ('untrue', None, 'true'),
+              ('It is not false, the answer is true', 'true', 'false'), ('', None, None), ('yes', None, None),
+              ('the answer is: "False"', 'false', None), ('true/false', 'true', 'true')],
+    'piqa': [('the correct answer is solution2', 'solution2', 'solution2'), ('Solution1', 'solution1', None),
+             ('solution3', None, None), ('solution12', None, 'solution1'),
+             ('SOLUTION2 is better than solution1', 'solution2', 'solution1'),
+             ('solution1 or solution2', 'solution1', 'solution1'), ('', None, None)],
+    'social_i_qa': [('the correct answer is answer1', 'answer1', 'answer1'), ('Answer 1', None, None),
+                    ('answer4', None, 'answer4'), ('the correct answer is Answer3.', 'answer3', None),
                     ('answer1 is wrong, the correct answer is answer2', 'answer2', 'answer1')],
-    'hellaswag': [('the correct answer is ending4', 'ending4', 'ending4'), ('Ending2: takes it out', 'ending2', None), ('ending5', None, None), ('pending1', None, 'ending1'), ('', None, None)],
-    'winogrande': [('the correct answer is option2', 'option2', 'option2'), ('Option1: Sarah', 'option1', None), ('Sarah', None, None), ('the answer is option1, the answer is option2', 'option2', 'option1'), ('option1\n\n### Instruction:\noption2', 'option1', 'option1')],
-    'ARC-Easy': [('the correct answer is answer1', 'answer1', 'answer1'), ('the correct answer is answer4', None, 'answer4'), ('ANSWER3', 'answer3', None), ('**answer2**', 'answer2', 'answer2'), ('', None, None)],
-    'ARC-Challenge': [('the correct answer is answer5', 'answer5', 'answer5'), ('answer: answer4', 'answer4', 'answer4'), ('answer6', None, None), ('5', None, None), ('answer12', None, 'answer1')],
-    'openbookqa': [('the correct answer is answer4', 'answer4', 'answer4'), ('the correct answer is\nanswer3', 'answer3', 'answer3'), ('_answer2_', None, 'answer2'), ('wilting', None, None)],
-    'AQuA': [('The answer is (D).', 'D', 'D'), ('The answer is D', 'D', 'D'), ('Answer: B', 'B', 'A'), ('A train runs, hence C', 'C', 'A'), ('(b)', 'B', None), ('The answer is a train', None, None), ('B', 'B', 'B'), ('C) 2', 'C', 'C'),
-             ('First (A), no: the answer is option (E)', 'E', 'A'), ('Because x = 4', None, 'B'), ('', None, None), ('the answer is A.', 'A', 'A'), ("A's share", None, 'A')],
-    'MultiArith': [('\nA: 13 + 17 = 30. The answer is 30.', 30, 30), ('30 - 15 = 15', 15, 15), ('20-5=15 and no more', 15, 15), ('none', None, None), ('', None, None), ('The answer is 30.\n\n### Instruction:\nTom has 7', 30, 7)],
-    'gsm8k': [('It costs $1,234.5', 1234.5, 1234.5), ('$12.', 12, 12), ('1,234,567', 1234567, 1234567), ('1, 2, 3', 3, 3), ('1,2', 2, 12), ('The answer is $1,234.50 in all.', 1234.5, 1234.5), ('The answer is 30 - 15 = 15.', 15, 15),
+    'hellaswag': [('the correct answer is ending4', 'ending4', 'ending4'), ('Ending2: takes it out', 'ending2', None),
+                  ('ending5', None, None), ('pending1', None, 'ending1'), ('', None, None)],
+    'winogrande': [('the correct answer is option2', 'option2', 'option2'), ('Option1: Sarah', 'option1', None),
+                   ('Sarah', None, None), ('the answer is option1, the answer is option2', 'option2', 'option1'),
+                   ('option1\n\n### Instruction:\noption2', 'option1', 'option1')],
+    'ARC-Easy': [('the correct answer is answer1', 'answer1', 'answer1'),
+                 ('the correct answer is answer4', None, 'answer4'), ('ANSWER3', 'answer3', None),
+                 ('**answer2**', 'answer2', 'answer2'), ('', None, None)],
+    'ARC-Challenge': [('the correct answer is answer5', 'answer5', 'answer5'),
+                      ('answer: answer4', 'answer4', 'answer4'), ('answer6', None, None), ('5', None, None),
+                      ('answer12', None, 'answer1')],
+    'openbookqa': [('the correct answer is answer4', 'answer4', 'answer4'),
+                   ('the correct answer is\nanswer3', 'answer3', 'answer3'), ('_answer2_', None, 'answer2'),
+                   ('wilting', None, None)],
+    'AQuA': [('The answer is (D).', 'D', 'D'), ('The answer is D', 'D', 'D'), ('Answer: B', 'B', 'A'),
+             ('A train runs, hence C', 'C', 'A'), ('(b)', 'B', None), ('The answer is a train', None, None),
+             ('B', 'B', 'B'), ('C) 2', 'C', 'C'),
+             ('First (A), no: the answer is option (E)', 'E', 'A'), ('Because x = 4', None, 'B'), ('', None, None),
+             ('the answer is A.', 'A', 'A'), ("A's share", None, 'A')],
+    'MultiArith': [('\nA: 13 + 17 = 30. The answer is 30.', 30, 30), ('30 - 15 = 15', 15, 15),
+                   ('20-5=15 and no more', 15, 15), ('none', None, None), ('', None, None),
+                   ('The answer is 30.\n\n### Instruction:\nTom has 7', 30, 7)],
+    'gsm8k': [('It costs $1,234.5', 1234.5, 1234.5), ('$12.', 12, 12), ('1,234,567', 1234567, 1234567),
+              ('1, 2, 3', 3, 3), ('1,2', 2, 12), ('The answer is $1,234.50 in all.', 1234.5, 1234.5),
+              ('The answer is 30 - 15 = 15.', 15, 15),
               ('#### 72', 72, 72), ('50%', 50, 50), ('The answer is unknown', None, None)],
-    'AddSub': [('The answer is 4.', 4, 4), ('4 crayons', 4, 4), ('.5', .5, 5), ('0.6666666666666666', 2/3, 2/3), ('-.25', -.25, 25), ('2.50.', 2.5, 2.5)],
-    'SingleEq': [('The answer is 3/4', .75, 4), ('9 hours; the answer is 0.6 of a loaf.', .6, .6), ('x=5', 5, 5), ('1/2/3', 3, 3), ('5/0', math.nan, 0)],
-    'SVAMP': [('The answer is -$293.', -293, 293), ('-8', -8, -8), ('−8', -8, 8), ('(-8)', -8, -8), ('10-8', 8, -8), ('The answer is 13 crackers and 15 cakes.', 15, 15), ('- 8', -8, 8)],
-    'mawps': [('-15', -15, -15), ('1.8333', 1.8333, 1.8333), ('The answer is 12.0', 12, 12), ('It is 3.0.', 3, 3), ('answer is: 43 (forty-three)', 43, 43)]}
+    'AddSub': [('The answer is 4.', 4, 4), ('4 crayons', 4, 4), ('.5', .5, 5), ('0.6666666666666666', 2/3, 2/3),
+               ('-.25', -.25, 25), ('2.50.', 2.5, 2.5)],
+    'SingleEq': [('The answer is 3/4', .75, 4), ('9 hours; the answer is 0.6 of a loaf.', .6, .6), ('x=5', 5, 5),
+                 ('1/2/3', 3, 3), ('5/0', math.nan, 0)],
+    'SVAMP': [('The answer is -$293.', -293, 293), ('-8', -8, -8), ('−8', -8, 8), ('(-8)', -8, -8), ('10-8', 8, -8),
+              ('The answer is 13 crackers and 15 cakes.', 15, 15), ('- 8', -8, 8)],
+    'mawps': [('-15', -15, -15), ('1.8333', 1.8333, 1.8333), ('The answer is 12.0', 12, 12), ('It is 3.0.', 3, 3),
+              ('answer is: 43 (forty-three)', 43, 43)]}
 
 def test_all_tasks_are_here():
     assert set(rows)==set(said)==set(tasks) and len(tasks)==15 and all(len(o)>=4 for o in said.values())
@@ -70,11 +109,16 @@ def test_row(name):
 def test_extract(name, text, ours, released):
     t,names = tasks[name],list(rows[name][2])
     for got,want in ((t.extract(text, names), ours), (t.extract(text, names, released=True), released)):
-        assert got==want or t.kind=='number' and want is not None and (got==pytest.approx(want, nan_ok=True)), (got, want)
+        assert got==want or t.kind=='number' and want is not None and (got==pytest.approx(want,
+                                                                                          nan_ok=True)), (got, want)
 
 def test_tolerance():
     t = tasks['mawps']
-    assert t.same(1.833, 1.8333333) and not t.same(1.83, 1.8333333) and not t.same(math.nan, 1.) and not t.same(None, 1.) and not tasks['boolq'].same(None, None)
+    assert t.same(1.833, 1.8333333)
+    assert not t.same(1.83, 1.8333333)
+    assert not t.same(math.nan, 1.)
+    assert not t.same(None, 1.)
+    assert not tasks['boolq'].same(None, None)
 
 def test_broken_rows():
     for text in ('x\n\nAnswer1: a\n\nAnswer format: answer1/answer2', 'x Answer Choices: (A) 1 (A) 2'):
@@ -84,7 +128,8 @@ def test_broken_rows():
 
 @pytest.mark.parametrize('name', tasks)
 def test_real_file(name, real_data):
-    "Every row: its gold answer and its choices are read; a text that gives the answer is scored as right; the reference output's own answer is found"
+    """Every row: its gold answer and its choices are read; a text that gives the answer is scored as right; the
+    reference output's own answer is found"""
     t = tasks[name]
     if name=='hellaswag': pytest.skip('HellaSwag is too large for the folder')
     rows = read_task(t, real_data)
@@ -94,7 +139,8 @@ def test_real_file(name, real_data):
         names = list(choices)
         assert bool(choices)==(t.kind!='number') and all(choices.values())
         if choices: assert gold in choices and all(o in row['instruction'] for o in choices.values() if o!=names[0])
-        for text in ([answers_of(t, row)[gold], answers_of(t, row)[gold].upper()] if choices else [f'The answer is {row["answer"]}.', f'So ${float(row["answer"]):,.6f} it is']):
+        for text in ([answers_of(t, row)[gold], answers_of(t, row)[gold].upper()] if choices
+                     else [f'The answer is {row["answer"]}.', f'So ${float(row["answer"]):,.6f} it is']):
             assert t.same(t.extract(text, names), gold), (text, gold)
         out = row['output']
         if t.group=='commonsense': assert t.extract(out, names)==t.extract(out, names, True)==gold
@@ -115,10 +161,13 @@ def test_choices_are_the_whole_tail(real_data):
 # --- the two ways
 
 @pytest.fixture(scope='module')
-def pico(): return AutoModelForCausalLM.from_pretrained(assets/'pico', dtype=torch.float32).eval(),AutoTokenizer.from_pretrained(assets/'pico')
+def pico():
+    model = AutoModelForCausalLM.from_pretrained(assets/'pico', dtype=torch.float32)
+    return model.eval(),AutoTokenizer.from_pretrained(assets/'pico')
 
 texts = ['The unit of force is', 'Energy', 'When a body is at rest, no net force acts on it, and so', 'In the year']
-after = [[' the newton', ' a'], [' is'], [' it stays', ' it moves on at the same speed for ever', ' x', '. y', '\nz'], [' 1900', ' 2000 or so', ' one']]
+after = [[' the newton', ' a'], [' is'], [' it stays', ' it moves on at the same speed for ever', ' x', '. y', '\nz'],
+         [' 1900', ' 2000 or so', ' one']]
 
 def logp(model, ids, n):
     "Log-probability of the last `n` tokens, written out"
@@ -141,11 +190,13 @@ def test_likelihood_with_an_adapter(pico):
     import copy
     from peft import LoraConfig, get_peft_model
     torch.manual_seed(0)
-    model = get_peft_model(copy.deepcopy(pico[0]), LoraConfig(target_modules='all-linear', init_lora_weights=False)).eval()
+    model = get_peft_model(copy.deepcopy(pico[0]),
+                           LoraConfig(target_modules='all-linear', init_lora_weights=False)).eval()
     fast,_ = log_likelihoods(model, pico[1], texts, after)
     assert max(abs(a-b) for x,y in zip(fast, log_likelihoods(*pico, texts, after)[0]) for a,b in zip(x, y))>0.1
     base,plain = model.get_base_model(),model.get_base_model().forward
-    base.forward = lambda input_ids, attention_mask, use_cache: plain(input_ids=input_ids, attention_mask=attention_mask)
+    base.forward = lambda input_ids, attention_mask, use_cache: plain(input_ids=input_ids,
+                                                                      attention_mask=attention_mask)
     whole,_ = log_likelihoods(model, pico[1], texts, after)
     for a,b in zip(fast, whole): assert a==pytest.approx(b, rel=1e-5)
 
@@ -153,12 +204,16 @@ class Ids:
     "A tokenizer whose texts are lists of ids already"
     pad_token_id,eos_token_id = 0,2
     def __call__(self, texts): return dict(input_ids=[list(o) for o in texts])
-    def batch_decode(self, ids, skip_special_tokens): return [' '.join(str(o) for o in r.tolist() if o not in (0, 2)) for r in ids]
+    def batch_decode(self, ids, skip_special_tokens):
+        return [' '.join(str(o) for o in r.tolist() if o not in (0, 2)) for r in ids]
 
-@pytest.mark.parametrize('name,kwargs', [('gpt2', {}), ('bloom', {}), ('opt', {}), ('mistral', dict(sliding_window=4)), ('deepseek_v3', {}), ('mamba', {}), ('lfm2', dict(layer_types=['conv', 'full_attention', 'conv']))],
+@pytest.mark.parametrize('name,kwargs', [('gpt2', {}), ('bloom', {}), ('opt', {}), ('mistral', dict(sliding_window=4)),
+                                         ('deepseek_v3', {}), ('mamba', {}),
+                                         ('lfm2', dict(layer_types=['conv', 'full_attention', 'conv']))],
                          ids=lambda o: o if isinstance(o, str) else '')
 def test_architectures(name, kwargs, monkeypatch):
-    "Learned, rotary and no positions, a sliding window, states in place of a cache: padded and batched is one at a time"
+    """Learned, rotary and no positions, a sliding window, states in place of a cache: padded and batched is one at a
+    time"""
     from benchmarks import models as m
     monkeypatch.setitem(m.models, name, m.lm(**kwargs) if kwargs else m.models[name])
     model = m.make(name).eval()
@@ -170,17 +225,22 @@ def test_architectures(name, kwargs, monkeypatch):
     monkeypatch.setattr(questions, '_split_answers', lambda tok, prompt, answers: (prompt, answers))
     got,_ = log_likelihoods(model, Ids(), *zip(*pairs))
     want = [[logp(model, p+o, len(o)) for o in r] for p,r in pairs]
-    assert [o for r in got for o in r]==pytest.approx([o for r in want for o in r], abs=2e-5) and max(map(max, want))-min(map(min, want))>5
+    assert [o for r in got for o in r]==pytest.approx([o for r in want for o in r], abs=2e-5)
+    assert max(map(max, want))-min(map(min, want))>5
     many = generate(model, Ids(), [p for p,_ in pairs], max_new_tokens=5)[0]
     assert many==[generate(model, Ids(), [p], max_new_tokens=5)[0][0] for p,_ in pairs]
 
 def test_likelihood_by_hand(monkeypatch):
-    "A model without layers that matter: the next token's probabilities are a table, and products of them are the answer"
+    """A model without layers that matter: the next token's probabilities are a table, and products of them are the
+    answer"""
     from scipy.linalg import hadamard
     from transformers import GPT2Config, GPT2LMHeadModel
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=4, n_positions=16, n_embd=8, n_layer=1, n_head=1, layer_norm_epsilon=0., tie_word_embeddings=False)).eval()
-    p = torch.tensor([[.1, .2, .3, .4], [.4, .3, .2, .1], [.7, .1, .1, .1], [.25, .25, .25, .25]])      # [token, next token]
-    w = torch.tensor(hadamard(8)[1:5], dtype=torch.float32)     # orthogonal, with mean 0 and variance 1: the last norm leaves them as they are
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=4, n_positions=16, n_embd=8, n_layer=1, n_head=1,
+                                       layer_norm_epsilon=0., tie_word_embeddings=False)).eval()
+    # [token, next token]
+    p = torch.tensor([[.1, .2, .3, .4], [.4, .3, .2, .1], [.7, .1, .1, .1], [.25, .25, .25, .25]])
+    # orthogonal, with mean 0 and variance 1: the last norm leaves them as they are
+    w = torch.tensor(hadamard(8)[1:5], dtype=torch.float32)
     with torch.no_grad():
         for k,v in model.named_parameters():
             if '.h.' in k or 'wpe' in k: v.zero_()
@@ -188,19 +248,22 @@ def test_likelihood_by_hand(monkeypatch):
         model.lm_head.weight.copy_(p.log().T@w/8)
     monkeypatch.setattr(questions, '_split_answers', lambda tok, prompt, answers: (prompt, answers))
     got,_ = log_likelihoods(model, Ids(), [[3, 0], [1]], [[[1, 0, 2], [2]], [[3, 3]]])
-    assert got[0]==pytest.approx([math.log(.2*.4*.3), math.log(.3)], abs=1e-5) and got[1]==pytest.approx([math.log(.1*.25)], abs=1e-5)
+    assert got[0]==pytest.approx([math.log(.2*.4*.3), math.log(.3)], abs=1e-5)
+    assert got[1]==pytest.approx([math.log(.1*.25)], abs=1e-5)
 
 def test_seam():
     "A tokenizer that joins letters across the seam: the shared part ends before it"
     class Pairs:
         eos_token_id = None
-        def __call__(self, texts): return dict(input_ids=[[tuple(o[i:i+2]) for i in range(0, len(o), 2)] for o in texts])
+        def __call__(self, texts):
+            return dict(input_ids=[[tuple(o[i:i+2]) for i in range(0, len(o), 2)] for o in texts])
     prefix,rest = split_answer(Pairs(), 'abc', ['d', 'xyz'])
     assert prefix==[('a', 'b')] and rest==[[('c', 'd')], [('c', 'x'), ('y', 'z')]]
     with pytest.raises(ISTError, match='a choice is empty'): split_answer(Pairs(), 'ab', ['', 'cd'])
 
 def test_generate(pico):
-    "Batched is one at a time, plain beam search of transformers; modes, random states and the generation settings are as before"
+    """Batched is one at a time, plain beam search of transformers; modes, random states and the generation settings are
+    as before"""
     model,tok = pico
     model.train()
     model.generation_config.temperature = 0.3
@@ -211,9 +274,12 @@ def test_generate(pico):
     model.generation_config.temperature = None
     for p,g in zip(texts, got):
         ids = tok([p], return_tensors='pt')
-        with torch.no_grad(): out = model.generate(**{k:ids[k] for k in ('input_ids', 'attention_mask')}, num_beams=4, do_sample=False, max_new_tokens=10)
+        with torch.no_grad():
+            out = model.generate(**{k:ids[k] for k in ('input_ids', 'attention_mask')}, num_beams=4, do_sample=False,
+                                 max_new_tokens=10)
         assert g==tok.decode(out[0, ids['input_ids'].shape[1]:], skip_special_tokens=True).strip()
-    assert got==generate(model, tok, texts, max_new_tokens=10, batch_size=1)[0] and got==generate(model, tok, texts[::-1], max_new_tokens=10)[0][::-1]
+    assert got==generate(model, tok, texts, max_new_tokens=10, batch_size=1)[0]
+    assert got==generate(model, tok, texts[::-1], max_new_tokens=10)[0][::-1]
 
 def test_cut_is_counted(pico):
     long = 'a force '*400
@@ -228,14 +294,18 @@ def test_interval_against_scipy():
             assert _wilson(k, n, level)==pytest.approx((ref.low, ref.high), abs=1e-12)
 
 def test_mean_interval_covers():
-    "Of 2000 simulated evaluations of three tasks, the interval holds the true mean about 95 times in 100; near 0 and 1, where a bootstrap claims too much, it does better"
+    """Of 2000 simulated evaluations of three tasks, the interval holds the true mean about 95 times in 100; near 0 and
+    1, where a bootstrap claims too much, it does better"""
     import numpy as np
     rng = np.random.default_rng(1)
     def boot(k, n): return np.quantile((rng.binomial(n, k/n, (500, 3))/n).mean(1), [.025, .975])
-    for p,n,least in (([.3, .6, .9], [200, 400, 100], .94), ([.01, .02, .01], [60, 90, 50], .91), ([.02, .03, .97], [100]*3, .94)):
+    for p,n,least in (([.3, .6, .9], [200, 400, 100], .94), ([.01, .02, .01], [60, 90, 50], .91),
+                      ([.02, .03, .97], [100]*3, .94)):
         p,n = np.array(p),np.array(n)
         draws = rng.binomial(n, p, (2000, 3))
-        ours,theirs = (np.mean([lo<=p.mean()<=hi for lo,hi in ends]) for ends in ([mean_interval(list(zip(k.tolist(), n.tolist()))) for k in draws], [boot(k, n) for k in draws]))
+        ours,theirs = (np.mean([lo<=p.mean()<=hi for lo,hi in ends])
+                       for ends in ([mean_interval(list(zip(k.tolist(), n.tolist()))) for k in draws],
+                                    [boot(k, n) for k in draws]))
         assert least<=ours<=.985 and ours>=theirs-.01, (ours, theirs)
         if p.max()<.05: assert ours>theirs+.04
 
@@ -246,7 +316,8 @@ def folder(tmp_path_factory):
     d = tmp_path_factory.mktemp('tasks')
     for k in ('boolq', 'ARC-Easy', 'SVAMP', 'AQuA'):
         (d/k).mkdir()
-        (d/k/'test.json').write_text(json.dumps([dict(instruction=f'{i}. '*i+rows[k][0], input='', output='', answer=rows[k][1]) for i in range(5)]))
+        (d/k/'test.json').write_text(json.dumps([dict(instruction=f'{i}. '*i+rows[k][0], input='', output='',
+                                                      answer=rows[k][1]) for i in range(5)]))
     return d
 
 def test_order_and_files(pico, folder, tmp_path):
@@ -255,8 +326,10 @@ def test_order_and_files(pico, folder, tmp_path):
     res = evaluate(*pico, batch_size=2, **kw)
     made = json.loads((tmp_path/'SVAMP.json').read_text())
     assert [o['index'] for o in made['rows']]==list(range(5)) and made['summary']==res['tasks']['SVAMP']
-    assert [o['output'] for o in made['rows']]==[generate(*pico, [_prompt_of(o)], 2, 4)[0][0] for o in read_task(tasks['SVAMP'], folder)]
-    assert json.loads(json.dumps(rescore(tmp_path/'SVAMP.json')))=={k:v for k,v in res['tasks']['SVAMP'].items() if k!='seconds'}
+    assert [o['output'] for o in made['rows']]==[generate(*pico, [_prompt_of(o)], 2, 4)[0][0]
+                                                 for o in read_task(tasks['SVAMP'], folder)]
+    assert json.loads(json.dumps(rescore(tmp_path/'SVAMP.json')))=={k:v for k,v in res['tasks']['SVAMP'].items()
+                                                                    if k!='seconds'}
     made['rows'][3]['output'] = 'The answer is 8.'
     (tmp_path/'changed.json').write_text(json.dumps(made))
     assert rescore(tmp_path/'changed.json')['correct']==res['tasks']['SVAMP']['correct']+1
@@ -273,50 +346,69 @@ def test_resume(pico, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(e, '_by_likelihood', score)
     with pytest.raises(KeyboardInterrupt): e.evaluate(*pico, 'boolq,AQuA,ARC-Easy', **kw)
     res = e.evaluate(*pico, 'boolq,AQuA,ARC-Easy', **kw)
-    assert made==['boolq', 'AQuA', 'ARC-Easy', 'AQuA'] or made==['boolq', 'ARC-Easy', 'AQuA', 'AQuA'] or made==['boolq', 'AQuA', 'AQuA', 'ARC-Easy']
+    assert made==['boolq', 'AQuA', 'ARC-Easy', 'AQuA'] or made==['boolq', 'ARC-Easy', 'AQuA',
+                                                                 'AQuA'] or made==['boolq', 'AQuA', 'AQuA', 'ARC-Easy']
     assert e.evaluate(*pico, 'boolq,AQuA,ARC-Easy', batch_size=1, **kw)==res and len(made)==4
-    for change,says in ((dict(answers='text'), "answers was 'name' and is 'text'"), (dict(limit=3), 'questions was 5 and is 3'), (dict(prompt=lambda o: o['instruction']), 'the questions are others')):
+    for change,says in ((dict(answers='text'), "answers was 'name' and is 'text'"),
+                        (dict(limit=3), 'questions was 5 and is 3'),
+                        (dict(prompt=lambda o: o['instruction']), 'the questions are others')):
         with pytest.raises(ISTError, match=says): e.evaluate(*pico, 'boolq', **kw | change)
     import copy
     other = copy.deepcopy(pico[0])
     with torch.no_grad(): next(other.parameters()).mul_(1.01)
-    with pytest.raises(ISTError, match="differently: the model's weights are others"): e.evaluate(other, pico[1], 'boolq', **kw)
+    with pytest.raises(ISTError, match="differently: the model's weights are others"):
+        e.evaluate(other, pico[1], 'boolq', **kw)
     assert e.evaluate(other, pico[1], 'boolq', overwrite=True, **kw)['tasks']['boolq']['n']==5
     (tmp_path/'boolq.json').write_text('{"sett')
-    with pytest.raises(ISTError, match='earlier result .* cannot be read .*--overwrite'): e.evaluate(*pico, 'boolq', **kw)
+    with pytest.raises(ISTError, match='earlier result .* cannot be read .*--overwrite'):
+        e.evaluate(*pico, 'boolq', **kw)
     whole = json.loads((tmp_path/'AQuA.json').read_text())
-    for broken,says in (('['*100_000, 'RecursionError'), ('[]', 'holds a list'), (json.dumps(whole | dict(settings='as before')), 'holds no settings'), (json.dumps(whole | dict(summary={})), 'is not complete'), (json.dumps(whole | dict(rows=[])), 'is not complete'),
-                        (json.dumps(whole | dict(rows=[dict(correct='x')]*5)), 'is not complete'), (json.dumps(whole | dict(rows=3)), 'is not complete')):
+    for broken,says in (('['*100_000, 'RecursionError'), ('[]', 'holds a list'),
+                        (json.dumps(whole | dict(settings='as before')), 'holds no settings'),
+                        (json.dumps(whole | dict(summary={})), 'is not complete'),
+                        (json.dumps(whole | dict(rows=[])), 'is not complete'),
+                        (json.dumps(whole | dict(rows=[dict(correct='x')]*5)), 'is not complete'),
+                        (json.dumps(whole | dict(rows=3)), 'is not complete')):
         (tmp_path/'AQuA.json').write_text(broken)
         with pytest.raises(ISTError, match=says): e.evaluate(*pico, 'AQuA', **kw)
 
 def test_run_is_evaluated(folder, tmp_path, capsys):
     "From ist_finetune to ist_evaluate: a run's folder is found with its base model; what it was taught, it says"
     quiet = '--disable_tqdm true --logging_strategy no --save_strategy no --seed 0'
-    (tmp_path/'d.json').write_text(json.dumps([dict(instruction=f'{i}. '*i+rows['ARC-Easy'][0], input='', output='the correct answer is answer2', answer='answer2') for i in range(5)]*8))
-    assert finetune_main(f'--data {tmp_path}/d.json --output_dir {tmp_path}/run --max_steps 12 --per_device_train_batch_size 4 --learning_rate 1e-2 --score_batch_size 4 {quiet}'.split())==0
+    (tmp_path/'d.json').write_text(json.dumps([dict(instruction=f'{i}. '*i+rows['ARC-Easy'][0], input='',
+                                                    output='the correct answer is answer2', answer='answer2')
+                                                    for i in range(5)]*8))
+    args = '--max_steps 12 --per_device_train_batch_size 4 --learning_rate 1e-2 --score_batch_size 4'
+    assert finetune_main(f'--data {tmp_path}/d.json --output_dir {tmp_path}/run {args} {quiet}'.split())==0
     assert _base_of(tmp_path/'run')=='pico'
     argv = f'--model {tmp_path}/run --tasks arc-e --data {folder} --max_new_tokens 12'.split()
     assert main(argv)==0
     out = capsys.readouterr().out
     made = json.loads((tmp_path/'run'/'eval_generate'/'ARC-Easy.json').read_text())
-    assert made['summary']['accuracy']==made['summary']['accuracy_released']==1 and made['rows'][0]['output']=='the correct answer is answer2' and '100.0%' in out
+    assert made['summary']['accuracy']==made['summary']['accuracy_released']==1
+    assert made['rows'][0]['output']=='the correct answer is answer2'
+    assert '100.0%' in out
     assert {'settings', 'versions', 'rows', 'task', 'summary'}==set(made)
     summary = json.loads((tmp_path/'run'/'eval_generate'/'summary.json').read_text())
     assert summary['config']['tasks']=='arc-e' and summary['average']==1
     assert main([*argv, '--merge', '--output_dir', str(tmp_path/'merged')])==0      # folded, it says the same
-    assert [o['output'] for o in json.loads((tmp_path/'merged'/'ARC-Easy.json').read_text())['rows']]==[o['output'] for o in made['rows']]
+    assert [o['output']
+            for o in json.loads((tmp_path/'merged'/'ARC-Easy.json').read_text())['rows']]==[o['output']
+            for o in made['rows']]
     conf = json.loads((tmp_path/'run'/'adapter_config.json').read_text())
-    (tmp_path/'run'/'adapter_config.json').write_text(json.dumps(conf | dict(base_model_name_or_path='elsewhere/pico')))      # made on another machine
+    # made on another machine
+    (tmp_path/'run'/'adapter_config.json').write_text(json.dumps(conf | dict(base_model_name_or_path='elsewhere/pico')))
     assert _base_of(tmp_path/'run')=='pico'
-    assert main(f'--model pico --adapter {tmp_path}/run --tasks arc-e --data {folder} --how likelihood --limit 2 --output_dir {tmp_path}/l'.split())==0
+    assert main(f'--model pico --adapter {tmp_path}/run --tasks arc-e --data {folder} --how likelihood --limit 2 '
+                f'--output_dir {tmp_path}/l'.split())==0
     assert main(f'--model {tmp_path}/run --adapter {tmp_path}/run --tasks arc-e --data {folder}'.split())==2
 
 mistakes = [
     ('no data', '--tasks boolq', ['--data is missing', 'boolq/test.json']),
     ('no such folder', '--data nowhere', ["'nowhere'", 'boolq/test.json']),
     ('no such task', '--data {d} --tasks bolq', ["'bolq'", "did you mean 'boolq'", 'Allowed']),
-    ('no file of a task', '--data {d} --tasks boolq,piqa', ['piqa/test.json', 'boolq, ARC-Easy, AQuA, SVAMP', 'Leave piqa out']),
+    ('no file of a task', '--data {d} --tasks boolq,piqa',
+     ['piqa/test.json', 'boolq, ARC-Easy, AQuA, SVAMP', 'Leave piqa out']),
     ('no choices', '--data {d} --tasks SVAMP --how likelihood', ['SVAMP', 'free number', '--how generate']),
     ('how', '--data {d} --how beams', ["'beams'", 'generate', 'likelihood']),
     ('answers', '--data {d} --tasks boolq --how likelihood --answers letter', ["'letter'", 'name', 'text']),
@@ -337,7 +429,9 @@ mistakes = [
 def test_mistakes(argv, parts, folder, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     bad = folder/'bad'
-    for k,s in (('boolq', json.dumps([dict(instruction='a')])), ('ARC-Easy', json.dumps([dict(instruction=rows['ARC-Easy'][0], answer='answer9')])), ('SVAMP', '[{"instruction": "a" "answer"')):
+    for k,s in (('boolq', json.dumps([dict(instruction='a')])),
+                ('ARC-Easy', json.dumps([dict(instruction=rows['ARC-Easy'][0], answer='answer9')])),
+                ('SVAMP', '[{"instruction": "a" "answer"')):
         (bad/k).mkdir(parents=True, exist_ok=True)
         (bad/k/'test.json').write_text(s)
     assert main(argv.format(d=folder).split())==2
@@ -351,10 +445,15 @@ def test_mistakes(argv, parts, folder, capsys, tmp_path, monkeypatch):
 def adapter(tmp_path_factory):
     from peft import LoraConfig, get_peft_model
     d = tmp_path_factory.mktemp('adapter')
-    get_peft_model(AutoModelForCausalLM.from_pretrained(assets/'pico'), LoraConfig(r=2, target_modules=['q_proj'], task_type='CAUSAL_LM')).save_pretrained(d)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(assets/'pico'),
+                   LoraConfig(r=2, target_modules=['q_proj'], task_type='CAUSAL_LM')).save_pretrained(d)
     return d
 
-def conf(**kw): return lambda d: (d/'adapter_config.json').write_text(json.dumps(json.loads((d/'adapter_config.json').read_text()) | kw))
+def conf(**kw):
+    def change(d):
+        path = d/'adapter_config.json'
+        path.write_text(json.dumps(json.loads(path.read_text()) | kw))
+    return change
 def put(name, body): return lambda d: (d/name).write_bytes(body if isinstance(body, bytes) else body.encode())
 def weights(change):
     def _change(d):
@@ -370,12 +469,16 @@ def as_bin(d):
 
 broken_adapters = {
     'empty':          (put('adapter_config.json', ''), ['adapter_config.json cannot be read']),
-    'nested':         (put('adapter_config.json', '['*100_000), ['adapter_config.json cannot be read', 'RecursionError']),
+    'nested':         (put('adapter_config.json', '['*100_000),
+                       ['adapter_config.json cannot be read', 'RecursionError']),
     'a list':         (put('adapter_config.json', '[]'), ['holds a list']),
-    'not utf-8':      (put('adapter_config.json', b'{"a": "\xff"}'), ['adapter_config.json cannot be read', 'UnicodeDecodeError']),
+    'not utf-8':      (put('adapter_config.json', b'{"a": "\xff"}'),
+                       ['adapter_config.json cannot be read', 'UnicodeDecodeError']),
     'no base':        (conf(base_model_name_or_path=None), ['names no base model', '--adapter']),
-    'broken pattern': (conf(target_modules='('), ["target_modules: the pattern '(' cannot be used", 'unterminated', 'list of names']),
-    'slow pattern':   (conf(target_modules='(.*)*(.*)*(.*)*x$'), ['target_modules', 'takes more than', 'simpler pattern']),
+    'broken pattern': (conf(target_modules='('), ["target_modules: the pattern '(' cannot be used", 'unterminated',
+                                                  'list of names']),
+    'slow pattern':   (conf(target_modules='(.*)*(.*)*(.*)*x$'),
+                       ['target_modules', 'takes more than', 'simpler pattern']),
     'slow ranks':     (conf(rank_pattern={'(.*)*(.*)*(.*)*x$':4}), ['rank_pattern', 'takes more than']),
     'huge rank':      (conf(r=10**9), ['r=1000000000', 'Copy or save it again']),
     'no such method': (conf(peft_type='LORE'), ['cannot be loaded', 'LORE']),
@@ -383,7 +486,8 @@ broken_adapters = {
     'text as weights': (put('adapter_model.safetensors', 'weights'), ['cannot be loaded', 'SafetensorError']),
     'pickle':         (as_bin, ['cannot be loaded']),
     'weights missing': (weights(lambda w: dict(list(w.items())[2:])), ['cannot be loaded', 'missing adapter keys']),
-    'other names':    (weights(lambda w: {k.replace('layers', 'layer'):v for k,v in w.items()}), ['cannot be loaded', 'missing adapter keys']),
+    'other names':    (weights(lambda w: {k.replace('layers', 'layer'):v for k,v in w.items()}),
+                       ['cannot be loaded', 'missing adapter keys']),
     'nested results': (put('results.json', '['*100_000), []),      # not needed: the adapter names its base
 }
 
@@ -399,7 +503,9 @@ def test_broken_adapters(change, parts, adapter, folder, tmp_path, capsys, monke
     before = sorted(d.iterdir())
     status = main(f'--model run --data {folder} --tasks boolq --how likelihood --limit 1 --output_dir out'.split())
     said = capsys.readouterr().err
-    assert (status,said.count('\n'))==((2, 1) if parts else (0, 0)) and not [o for o in parts if o not in said] and 'Traceback' not in said, said
+    assert (status,said.count('\n'))==((2, 1) if parts else (0, 0)), said
+    assert not [o for o in parts if o not in said], said
+    assert 'Traceback' not in said, said
     assert sorted(d.iterdir())==before and (parts==[])==(tmp_path/'out').exists()
 
 def ask_row(**kw): return dict(instruction=rows['ARC-Easy'][0], input='', output='', answer='answer1') | kw
@@ -415,7 +521,8 @@ broken_rows = {
     'answer surrogate': (ask_row(answer='\ud800'), ["none of the row's choices"]),
     'answer int':     (ask_row(answer=1), ["the answer 1 is none of the row's choices"]),
     '1000 choices':   (ask_row(instruction=many), ['1,000 choices', 'at most 26']),
-    'nameless choice': (ask_row(instruction='Which? answer1: a : b\n\nAnswer format: answer1//answer2'), ['without a name']),
+    'nameless choice': (ask_row(instruction='Which? answer1: a : b\n\nAnswer format: answer1//answer2'),
+                        ['without a name']),
 }
 
 @pytest.mark.parametrize('row,parts', broken_rows.values(), ids=broken_rows)
@@ -439,11 +546,14 @@ def test_names_with_regular_expressions():
 def test_where_results_cannot_go(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path/'f').write_text('a file')
-    for out,says in (('f', 'in f: it is a file'), ('f/deeper/still', 'it is a file'), ('x'*3000, 'cannot be made'), ('a/'+'x'*300, 'cannot be made')):
+    for out,says in (('f', 'in f: it is a file'), ('f/deeper/still', 'it is a file'), ('x'*3000, 'cannot be made'),
+                     ('a/'+'x'*300, 'cannot be made')):
         assert main(f'--data {folder} --tasks boolq --how likelihood --output_dir {out}'.split())==2
         said = capsys.readouterr().err
         assert says in said and said.count('\n')==1, said
-    for flags,says in ((f'--data {"x"*5000}', 'no folder'), (f'--data {folder} --dtype load', "'load'"), (f'--data {folder} --num_beams 100000', 'at most 64'), (f'--data {folder} --model ./nofolder', './nofolder: there is no such folder')):
+    for flags,says in ((f'--data {"x"*5000}', 'no folder'), (f'--data {folder} --dtype load', "'load'"),
+                       (f'--data {folder} --num_beams 100000', 'at most 64'),
+                       (f'--data {folder} --model ./nofolder', './nofolder: there is no such folder')):
         assert main(f'--tasks boolq {flags}'.split())==2
         assert says in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()]==['f']
@@ -456,12 +566,18 @@ def test_no_code_of_a_model_is_run(folder, tmp_path, capsys, monkeypatch):
     d = tmp_path/'m'
     shutil.copytree(assets/'pico', d)
     made = json.loads((d/'config.json').read_text())
-    (d/'config.json').write_text(json.dumps(made | dict(model_type='mine', auto_map=dict(AutoConfig='code.MyConfig', AutoModelForCausalLM='code.MyModel'))))
-    (d/'code.py').write_text(f"open({str(tmp_path/'ran')!r}, 'w')\nfrom transformers import LlamaConfig,LlamaForCausalLM\nclass MyConfig(LlamaConfig): pass\nclass MyModel(LlamaForCausalLM): pass\n")
+    (d/'config.json').write_text(json.dumps(made | dict(model_type='mine',
+                                                        auto_map=dict(AutoConfig='code.MyConfig',
+                                                                      AutoModelForCausalLM='code.MyModel'))))
+    (d/'code.py').write_text(f"open({str(tmp_path/'ran')!r}, 'w')\nfrom transformers import "
+                             f"LlamaConfig,LlamaForCausalLM\nclass MyConfig(LlamaConfig): pass\nclass "
+                             f"MyModel(LlamaForCausalLM): pass\n")
     argv = f'--model {d} --data {folder} --tasks boolq --how likelihood --limit 1 --output_dir {tmp_path/"o"}'.split()
     assert main(argv)==2
     said = capsys.readouterr().err
-    assert 'give --trust_remote_code if you trust it' in said and 'Do you wish' not in said and not (tmp_path/'ran').exists()
+    assert 'give --trust_remote_code if you trust it' in said
+    assert 'Do you wish' not in said
+    assert not (tmp_path/'ran').exists()
     main([*argv, '--trust_remote_code'])
     assert (tmp_path/'ran').exists()
 
@@ -485,11 +601,17 @@ def test_debug_shows_where(folder, tmp_path, monkeypatch, capsys):
     assert main(argv)==2 and 'no such thing (ZeroDivisionError)' in capsys.readouterr().err
     with pytest.raises(ZeroDivisionError): main([*argv, '--debug'])
 
-@pytest.mark.parametrize('argv,status,says', [(['--version'], 0, 'ist_evaluate 0.'), (['--modle', 'x'], 2, "did you mean '--model'"), (['--data', '/nowhere'], 2, "no folder '/nowhere'")], ids=lambda o: o[0] if isinstance(o, list) else '')
+@pytest.mark.parametrize('argv,status,says',
+                         [(['--version'], 0, 'ist_evaluate 0.'), (['--modle', 'x'], 2, "did you mean '--model'"),
+                          (['--data', '/nowhere'], 2, "no folder '/nowhere'")], ids=lambda o: o[0]
+                          if isinstance(o, list) else '')
 def test_what_needs_no_torch(argv, status, says):
     "The version, a mistyped flag and a folder that is not there are answered before anything large is imported"
-    res = subprocess.run([sys.executable, '-X', 'importtime', '-m', 'ist_nb.evaluate', *argv], capture_output=True, text=True)
-    assert res.returncode==status and says in res.stdout+res.stderr and not {'torch', 'transformers'} & {l.split('|')[-1].strip() for l in res.stderr.splitlines()}
+    res = subprocess.run([sys.executable, '-X', 'importtime', '-m', 'ist_nb.evaluate', *argv], capture_output=True,
+                         text=True)
+    assert res.returncode==status
+    assert says in res.stdout+res.stderr
+    assert not {'torch', 'transformers'} & {l.split('|')[-1].strip() for l in res.stderr.splitlines()}
 
 # --- what tells the ways of scoring apart
 
@@ -499,21 +621,38 @@ def test_likelihood_over_the_length(monkeypatch):
     row = dict(instruction=ask('Which?', marks('answer', 3), ['no', 'a much longer one', 'four'] ), answer='answer2')
     monkeypatch.setattr(questions, '_log_likelihoods', lambda *a, **k: ([[-3., -8., -4.]], [0]))
     got, = e._by_likelihood(None, None, tasks['ARC-Easy'], [row], answers='text')
-    assert (got['predicted'],got['correct'],got['predicted_norm'],got['correct_norm'])==('answer1', False, 'answer2', True)      # -3/2, -8/17, -4/4
+    # -3/2, -8/17, -4/4
+    assert (got['predicted'],got['correct'],got['predicted_norm'],
+            got['correct_norm'])==('answer1', False, 'answer2', True)
     assert got['lengths']==[2, 17, 4]
     assert (e._summarise([got])['accuracy'],e._summarise([got])['accuracy_norm'])==(0, 1)
 
-@pytest.mark.parametrize('want,text', [('B', 'The answer is (A). No: the answer is (B).'), ('C', 'Not (A) and not (B) but (C)'), ('D', 'A. B. D.'), ('b', 'answer: (a), I mean answer: (b)'), ('A', 'The answer is (A).\n\n### Instruction:\nWhich? The answer is (C).')])
+@pytest.mark.parametrize('want,text', [('B', 'The answer is (A). No: the answer is (B).'),
+                                       ('C', 'Not (A) and not (B) but (C)'), ('D', 'A. B. D.'),
+                                       ('b', 'answer: (a), I mean answer: (b)'),
+                                       ('A', 'The answer is (A).\n\n### Instruction:\nWhich? The answer is (C).')])
 def test_the_last_letter_counts(want, text): assert tasks['AQuA'].extract(text, 'ABCDE')==want.upper()
 
-@pytest.mark.parametrize('want,text', [('answer2', 'The answer is answer1. No, the answer is answer2'), ('answer1', 'answer1, not answer2'), ('answer1', 'the answer is answer1\n\nQuestion: Which?\nThe answer is answer2')])
+@pytest.mark.parametrize('want,text', [('answer2', 'The answer is answer1. No, the answer is answer2'),
+                                       ('answer1', 'answer1, not answer2'),
+                                       ('answer1', 'the answer is answer1\n\nQuestion: Which?\nThe answer is answer2')])
 def test_which_name_counts(want, text): assert tasks['boolq'].extract(text, ['answer1', 'answer2'])==want
 
-@pytest.mark.parametrize('want,text', [(24, 'The answer is 24 dollars, not 12.'), (24, 'The answer is 24 (12 eggs at 2 dollars).'), (8, 'Answer: 8\n\n### Instruction:\nWhat is 2+2? Answer: 4'), (1500, 'Answer: 1 500'),
-    (24, 'The answer is 24 because 12 eggs cost 2 each.'), (24, 'The answer is 24, since 12*2 is 24 and 1 more is 25'), (1234567, 'It costs 1\u00a0234\u00a0567 in all'), (15, 'The answer is 30 - 15 = 15.'), (7, 'The answer is the sum of 3 and 4 = 7'),
-    (15, 'The answer is, as we saw, 15'), (8, 'So 8.\n\nQ: Tom has 7 pens and 2 more.'), (5, '\n### Question: again?\nThe answer is 5'), (72, 'it is so\n#### 72'), (1.5, 'answer: 1.5 of 10'), (-1500, 'The answer is -$1,500; 3 are left'), (3, 'Answer: [3]'), (4, 'The answer is 3. No: the answer is 4.'), (12, 'The answer is 12: 3 times 4')])
+@pytest.mark.parametrize('want,text', [(24, 'The answer is 24 dollars, not 12.'),
+                                       (24, 'The answer is 24 (12 eggs at 2 dollars).'),
+                                       (8, 'Answer: 8\n\n### Instruction:\nWhat is 2+2? Answer: 4'),
+                                       (1500, 'Answer: 1 500'),
+    (24, 'The answer is 24 because 12 eggs cost 2 each.'), (24, 'The answer is 24, since 12*2 is 24 and 1 more is 25'),
+    (1234567, 'It costs 1\u00a0234\u00a0567 in all'), (15, 'The answer is 30 - 15 = 15.'),
+    (7, 'The answer is the sum of 3 and 4 = 7'),
+    (15, 'The answer is, as we saw, 15'), (8, 'So 8.\n\nQ: Tom has 7 pens and 2 more.'),
+    (5, '\n### Question: again?\nThe answer is 5'), (72, 'it is so\n#### 72'), (1.5, 'answer: 1.5 of 10'),
+    (-1500, 'The answer is -$1,500; 3 are left'), (3, 'Answer: [3]'), (4, 'The answer is 3. No: the answer is 4.'),
+    (12, 'The answer is 12: 3 times 4')])
 def test_numbers_and_what_is_said_of_them(want, text): assert tasks['SVAMP'].extract(text)==want
 
 def test_help_is_quick_and_whole():
-    out = subprocess.run([sys.executable, '-X', 'importtime', '-m', 'ist_nb.evaluate', '--help'], capture_output=True, text=True, check=True)
-    assert all(f'--{o} ' in out.stdout for o in _Arguments.__dataclass_fields__) and 'torch' not in {l.split('|')[-1].strip() for l in out.stderr.splitlines()}
+    out = subprocess.run([sys.executable, '-X', 'importtime', '-m', 'ist_nb.evaluate', '--help'], capture_output=True,
+                         text=True, check=True)
+    assert all(f'--{o} ' in out.stdout for o in _Arguments.__dataclass_fields__)
+    assert 'torch' not in {l.split('|')[-1].strip() for l in out.stderr.splitlines()}

@@ -24,7 +24,8 @@ def test_nan_probe_is_dropped_said_once_and_counted():
 
 def test_one_and_two_layers():
     for n in (1, 2):
-        ist = IST(stack(n), ISTConfig(score_interval=1, n_candidates=9), probe=[0], loss_fn=lambda m, b: torch.tensor(1.))
+        ist = IST(stack(n), ISTConfig(score_interval=1, n_candidates=9), probe=[0],
+                  loss_fn=lambda m, b: torch.tensor(1.))
         assert steps(ist, 5).times_active.sum()==5
 
 def test_every_layer_gets_its_share():
@@ -37,7 +38,8 @@ def test_every_layer_gets_its_share():
     assert ((f-pi).abs() <= 4.5*(pi*(1-pi)/n).sqrt()).all(), (f, pi)
 
 def test_callback_refuses_a_model_without_adapters():
-    with pytest.raises(ISTError, match='get_peft_model'): ISTCallback().on_init_end(None, None, None, model=nn.Linear(2, 2))
+    with pytest.raises(ISTError, match='get_peft_model'):
+        ISTCallback().on_init_end(None, None, None, model=nn.Linear(2, 2))
 
 def test_probe_is_asked_for():
     with pytest.raises(ISTError, match='probe=your training DataLoader'): IST(stack(4))
@@ -47,8 +49,11 @@ def test_bad_scorer_and_sampler_of_ones_own():
     samplers.register('twice the same', '')(lambda I, n, c, g: torch.zeros(n, dtype=torch.long))
     scorers.register('too short', '')(lambda I, p, c, g: (I[:1], {}))
     try:
-        with pytest.raises(ISTError, match='twice the same'): steps(IST(stack(8), ISTConfig(sampler='twice the same'), probe=[0], loss_fn=lambda m, b: None), 1)
-        with pytest.raises(ISTError, match='too short'): steps(IST(stack(8), ISTConfig(scorer='too short', score_interval=1), probe=[0], loss_fn=lambda m, b: torch.tensor(1.)), 2)
+        with pytest.raises(ISTError, match='twice the same'):
+            steps(IST(stack(8), ISTConfig(sampler='twice the same'), probe=[0], loss_fn=lambda m, b: None), 1)
+        with pytest.raises(ISTError, match='too short'):
+            steps(IST(stack(8), ISTConfig(scorer='too short', score_interval=1), probe=[0],
+                      loss_fn=lambda m, b: torch.tensor(1.)), 2)
     finally: samplers.entries.pop('twice the same'); scorers.entries.pop('too short')
 
 def test_lazy_names():
@@ -57,7 +62,8 @@ def test_lazy_names():
     with pytest.raises(AttributeError): ist_nb.nothing
 
 def test_recommended_freezes_from_below_for_good():
-    "A layer is trained from the first step to its last, and its adapter is bit-identical from then on, though AdamW has moments of it; the loss still falls"
+    """A layer is trained from the first step to its last, and its adapter is bit-identical from then on, though AdamW
+    has moments of it; the loss still falls"""
     torch.manual_seed(0)
     class Chain(Stack):
         def forward(self, x):

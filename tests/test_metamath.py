@@ -1,4 +1,5 @@
-"IST in PEFT's public comparison: their script is stood in for by one of the same form, since it needs a GPU and the hub"
+"""IST in PEFT's public comparison: their script is stood in for by one of the same form, since it needs a GPU and the
+hub"""
 import types
 import pytest,torch
 from peft import LoraConfig,get_peft_model
@@ -7,7 +8,8 @@ from ist_nb import ISTConfig,ISTError
 from benchmarks import metamath
 
 def script(skip=()):
-    "What `attach` relies on: the optimizer comes from a function of the module, a step begins with zero_grad, evaluation comes between steps"
+    """What `attach` relies on: the optimizer comes from a function of the module, a step begins with zero_grad,
+    evaluation comes between steps"""
     run = types.SimpleNamespace(seen=[])
     def get_optimizer_and_scheduler(model, *, lr, max_steps):
         opt = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.1)
@@ -21,14 +23,16 @@ def script(skip=()):
             model(input_ids=ids, labels=ids).loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
             if i not in skip: opt.step(); sched.step()
-            run.seen.append({int(n.split('layers.')[1].split('.')[0]) for n,p in model.named_parameters() if not torch.equal(p, before[n])})
+            run.seen.append({int(n.split('layers.')[1].split('.')[0]) for n,p in model.named_parameters()
+                             if not torch.equal(p, before[n])})
             if i%3==2: model.eval(); model(input_ids=ids); model.train()
     run.train = train
     return run
 
 def tiny():
     torch.manual_seed(0)
-    llama = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1))
+    llama = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=4,
+                                         num_attention_heads=2, num_key_value_heads=1))
     return get_peft_model(llama, LoraConfig(r=4, target_modules=['q_proj', 'v_proj'], task_type='CAUSAL_LM'))
 
 batches = torch.randint(0, 64, (12, 4, 10), generator=torch.Generator().manual_seed(0))

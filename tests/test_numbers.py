@@ -22,17 +22,21 @@ def demo(name): return read('demo')['runs'][name]
 def seven(a, b='LoRA', what='seconds'):
     v = next(o for o in read('speed_gpu')['shapes'] if o['shape']=='7b')['variants']
     return v[a][what]['median']/v[b][what]['median']
-def share(name): return next(o for o in read('speed_gpu')['shapes'] if o['shape']=='7b')['variants'][name]['share']['median']
+def share(name):
+    return next(o for o in read('speed_gpu')['shapes'] if o['shape']=='7b')['variants'][name]['share']['median']
 @cache
 def quality():
     "The helpers of the page on quality, which read its files"
     cells = json.loads((root/'nbs/results/quality.ipynb').read_text())['cells']
     ns = {}
-    code = next(''.join(c['source']) for c in cells if c['cell_type']=='code').replace("'../../benchmarks", f"'{root}/benchmarks")
+    code = next(''.join(c['source']) for c in cells
+                if c['cell_type']=='code').replace("'../../benchmarks", f"'{root}/benchmarks")
     exec(code, ns)
     return ns
-def took(method, scale='larger'): return quality()['cost'](quality()['chosen'](quality()['benches'][scale])['book', 'full'], method)
-def paired(a, b, scale='pico'): return quality()['pair'](quality()['chosen'](quality()['benches'][scale])['book', 'full'], a, b)[0]
+def took(method, scale='larger'):
+    return quality()['cost'](quality()['chosen'](quality()['benches'][scale])['book', 'full'], method)
+def paired(a, b, scale='pico'):
+    return quality()['pair'](quality()['chosen'](quality()['benches'][scale])['book', 'full'], a, b)[0]
 def faithful(i=-1):
     j = read('fidelity_judged')
     return mean(r['scorers'][i]['spearman']['0.0'] for r in j['runs']),j['table'][i]['share_of_training']
@@ -48,15 +52,21 @@ def lowest(n=8, N=32): return 1-((N+1)/(n+1)-1)/N   # mean share of the blocks a
 
 # --- the claims: page, words with a place for each number, the numbers
 claims = [
-    ('index', 'Why was layer {} trained in {} of the {} steps?', lambda: (most_important(), demo('ist')['times_active'][most_important()], demo('ist')['steps'])),
+    ('index', 'Why was layer {} trained in {} of the {} steps?',
+     lambda: (most_important(), demo('ist')['times_active'][most_important()], demo('ist')['steps'])),
     ('index', 'is {:.2f} ms a step', lambda: (read('bookkeeping')['milliseconds']['importance']['median'],)),
     ('index', 'they took {:.0%} of the time', lambda: (demo('ist')['score_seconds']/demo('ist')['seconds'],)),
-    ('index', 'held-out loss IST {:.3f}, random layers {:.3f}, all layers {:.3f} (from {:.3f})', lambda: (*(demo(o)['loss_after'] for o in ('ist', 'rst', 'dense')), demo('ist')['loss_before'])),
-    ('index', '{} of the {} methods in its registry', lambda: (sum(o['status']=='supported' for o in read('peft_methods')['rows']), len(read('peft_methods')['rows']))),
+    ('index', 'held-out loss IST {:.3f}, random layers {:.3f}, all layers {:.3f} (from {:.3f})',
+     lambda: (*(demo(o)['loss_after'] for o in ('ist', 'rst', 'dense')), demo('ist')['loss_before'])),
+    ('index', '{} of the {} methods in its registry',
+     lambda: (sum(o['status']=='supported' for o in read('peft_methods')['rows']), len(read('peft_methods')['rows']))),
     ('index', '{} architectures', lambda: (len(read('models')['rows']),)),
-    ('index', 'probability at least {:.3f}, whatever its importance; with random layers it is {:.2f}', lambda: (floor(), 8/32)),
-    ('tutorials/quickstart', 'with {} layers and {:.1f} million parameters', lambda: (16, int(re.search(r'([\d,]+) frozen', '\n'.join(demo('ist')['said']))[1].replace(',', ''))/1e6)),
-    ('tutorials/quickstart', '{} steps of four layers each make {} places, {} for each of {} layers', lambda: (24, 96, 96//16, 16)),
+    ('index', 'probability at least {:.3f}, whatever its importance; with random layers it is {:.2f}',
+     lambda: (floor(), 8/32)),
+    ('tutorials/quickstart', 'with {} layers and {:.1f} million parameters',
+     lambda: (16, int(re.search(r'([\d,]+) frozen', '\n'.join(demo('ist')['said']))[1].replace(',', ''))/1e6)),
+    ('tutorials/quickstart', '{} steps of four layers each make {} places, {} for each of {} layers',
+     lambda: (24, 96, 96//16, 16)),
     ('reference/paper', 'the 95% interval is {:.0%} to {:.0%}', lambda: interval(75, 100)),
     ('reference/faq', 'go through {:.0%} of the blocks', lambda: (lowest(),)),
     ('results/quality', 'a correlation of {:.2f} at {:.1%} of the time', faithful),
@@ -64,24 +74,29 @@ claims = [
     ('results/quality', "where RST takes {:.2f}", lambda: (took('RST'),)),
     ('results/quality', 'for {:.1f} times the seconds', lambda: (alone('steady'),)),
     ('results/quality', "in {:.2f} of its seconds", lambda: (seven('LoRA, compile+ahead'),)),
-    ('results/log', 'its held-out loss is {:.3f} lower than that of random layers', lambda: (-paired('shrink to top', 'RST'),)),
+    ('results/log', 'its held-out loss is {:.3f} lower than that of random layers',
+     lambda: (-paired('shrink to top', 'RST'),)),
     ('results/speed', "takes {:.0%} of the time of a plain LoRA step", lambda: (seven('ours, fold+compile+ahead'),)),
     ('results/speed', 'LoRA with the same optimisations takes {:.0%}', lambda: (seven('LoRA, compile+ahead'),)),
-    ('results/speed', 'takes {:.1%} of the time; scores from the training\'s own gradients take {:.1%}', lambda: (share('released IST'), share('ours, fold'))),
+    ('results/speed', 'takes {:.1%} of the time; scores from the training\'s own gradients take {:.1%}',
+     lambda: (share('released IST'), share('ours, fold'))),
 ]
 # numbers in words: page, the words, a number and the ends between which the words are true of it
 words = [
     ('index', 'in about a minute', lambda: demo('ist')['seconds'], 40, 80),
-    ('tutorials/quickstart', 'in about a minute', lambda: next(o['seconds'] for o in read('newcomer')['stages'] if o['command']=='ist_finetune'), 40, 80),
+    ('tutorials/quickstart', 'in about a minute',
+     lambda: next(o['seconds'] for o in read('newcomer')['stages'] if o['command']=='ist_finetune'), 40, 80),
     ('index', "a third of LoRA's seconds on one H100", lambda: seven('ours, fold+compile+ahead'), .3, .37),
     ('index', "in seven tenths of LoRA's seconds", lambda: took('shrink to top'), .65, .75),
     ('results/quality', "It takes seven tenths of LoRA's seconds", lambda: took('shrink to top'), .65, .75),
-    ('results/quality', 'in four fifths of the time', lambda: took('LoRA, 0.6 of the steps', 'pico')/took('shrink to top', 'pico'), .75, .85),
+    ('results/quality', 'in four fifths of the time',
+     lambda: took('LoRA, 0.6 of the steps', 'pico')/took('shrink to top', 'pico'), .75, .85),
     ('results/quality', 'takes a quarter of the memory', lambda: alone('peak'), .2, .3),
 ]
 # numbers that are no measurements: settings, goals, what a page counts out itself
-given = '''CC BY 4.0|Apache licence 2.0|95% interval|LoRA that makes 0.6 of its steps|until 0.8 is reached|measured to 3%|factor 0.25|dropout 0.05|torch 2.12
-    |a model of 3.7 million parameters|3,270 of BoolQ|-0.1 ± 0.02|is 0.1 lower'''.replace('\n', '').split('|')
+given = '''CC BY 4.0|Apache licence 2.0|95% interval|LoRA that makes 0.6 of its steps|until 0.8 is reached
+measured to 3%|factor 0.25|dropout 0.05|torch 2.12|a model of 3.7 million parameters|3,270 of BoolQ|-0.1 ± 0.02
+is 0.1 lower'''.replace('\n', '|').split('|')
 
 @pytest.mark.parametrize('page,said,found', claims, ids=[f'{o[0]}: {o[1][:40]}' for o in claims])
 def test_claim(page, said, found):
@@ -93,7 +108,8 @@ def test_words(page, said, found, low, high):
     assert said in text(page), f'{page} does not say {said!r}'
     assert low<=found()<=high, f'{said!r} of {page} is said of {found():.3g}'
 
-number = re.compile(r'(?<![\w.,^])[+-]?\d[\d,]*(?:\.\d+)?(?: ?%|x\b| (?:ms|s|GiB|MiB|seconds|minutes)\b)|(?<![\w.,])\d[\d,]*\.\d+(?![\w.]*\d)')
+number = re.compile(r'(?<![\w.,^])[+-]?\d[\d,]*(?:\.\d+)?(?: ?%|x\b| '
+                    r'(?:ms|s|GiB|MiB|seconds|minutes)\b)|(?<![\w.,])\d[\d,]*\.\d+(?![\w.]*\d)')
 
 @pytest.mark.parametrize('page', checked)
 def test_no_number_without_a_source(page):

@@ -12,7 +12,8 @@ def test_method(name):
     if name not in rows: return   # a method that is newer than the table
     want = rows[name]
     assert r['status']==want['status'], 'run python -m benchmarks peft_methods'
-    for k in ('reason', 'form', 'shared', 'outside', 'loads'): assert r.get(k)==want.get(k), f'{k}: run python -m benchmarks peft_methods'
+    for k in ('reason', 'form', 'shared', 'outside', 'loads'):
+        assert r.get(k)==want.get(k), f'{k}: run python -m benchmarks peft_methods'
     assert (r.get('merges') is None)==(want.get('merges') is None), 'merges: run python -m benchmarks peft_methods'
 
 def test_table_is_complete():

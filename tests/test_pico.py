@@ -8,7 +8,8 @@ assets = root/'ist_nb/assets'
 sys.path.insert(0, str(root/'tools'))
 from make_physics import held_out,read_book
 
-def rows(name): return [json.loads(l) for l in (assets/'physics'/f'{name}.jsonl').read_text(encoding='utf-8').split('\n') if l]
+def rows(name):
+    return [json.loads(l) for l in (assets/'physics'/f'{name}.jsonl').read_text(encoding='utf-8').split('\n') if l]
 
 @pytest.fixture(scope='module')
 def tok(): return AutoTokenizer.from_pretrained(assets/'pico')
@@ -22,7 +23,8 @@ def test_size(model):
     assert model.dtype==torch.float32
     assert not [p for p in (assets/'pico').iterdir() if p.suffix in ('.bin','.pt','.pkl','.pth')]
 
-@pytest.mark.parametrize('s', ['The cat sat.', ' two  spaces\n\n\tand a tab', 'Ünïcödé ’ — Ω = 5 µm', '漢字 и кириллица 🔎', '\x00\x7f'])
+@pytest.mark.parametrize('s', ['The cat sat.', ' two  spaces\n\n\tand a tab', 'Ünïcödé ’ — Ω = 5 µm',
+                               '漢字 и кириллица 🔎', '\x00\x7f'])
 def test_round_trip(tok, s): assert tok.decode(tok(s)['input_ids'])==s
 
 def test_special(tok):
@@ -36,7 +38,8 @@ def test_loss(tok, model):
     "Over the windows of 512 tokens that the script makes"
     ids = torch.tensor([i for r in rows('test') for i in [tok.bos_token_id]+tok(r['text'], verbose=False)['input_ids']])
     x = ids.unfold(0, 513, 512)
-    loss = sum(torch.nn.functional.cross_entropy(model(b[:,:-1]).logits.flatten(0,1), b[:,1:].flatten(), reduction='sum').item() for b in x.split(8))
+    loss = sum(torch.nn.functional.cross_entropy(model(b[:,:-1]).logits.flatten(0,1), b[:,1:].flatten(),
+                                                 reduction='sum').item() for b in x.split(8))
     said = json.loads((root/'benchmarks/results/pico.json').read_text())['physics_test']
     assert len(ids)==said['tokens']
     assert loss/x[:,1:].numel()==pytest.approx(said['nats_per_token'], abs=0.02)
@@ -49,7 +52,8 @@ def test_generate(tok, model):
     known = {w for n in ('train','test') for r in rows(n) for w in words(r['text'])}
     with torch.random.fork_rng():
         torch.manual_seed(42)
-        out = model.generate(torch.full((4,1), tok.bos_token_id), attention_mask=torch.ones(4, 1), max_new_tokens=64, do_sample=True, temperature=0.7)
+        out = model.generate(torch.full((4,1), tok.bos_token_id), attention_mask=torch.ones(4, 1), max_new_tokens=64,
+                             do_sample=True, temperature=0.7)
     ws = [w for s in tok.batch_decode(out, skip_special_tokens=True) for w in words(s)]
     assert len(ws) > 80
     assert sum(w in known for w in ws)/len(ws) > 0.6

@@ -17,15 +17,20 @@ def closed():
     yield
     plt.close('all')
 
-# --- how colours look: linear light, colour blindness (Machado, Oliveira and Fernandes 2009, severity 1), CIE Lab and CIEDE2000
-blind = dict(protanopia=[[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
-             deuteranopia=[[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
-             tritanopia=[[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]], none=np.eye(3))
+# --- how colours look: linear light, colour blindness (Machado, Oliveira and Fernandes 2009, severity 1), CIE Lab and
+# CIEDE2000
+blind = dict(protanopia=[[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216],
+                         [-0.003882, -0.048116, 1.051998]],
+             deuteranopia=[[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413],
+                           [-0.011820, 0.042940, 0.968881]],
+             tritanopia=[[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602],
+                         [0.004733, 0.691367, 0.303900]], none=np.eye(3))
 
 def light(rgb): rgb = np.asarray(rgb); return np.where(rgb<=0.04045, rgb/12.92, ((rgb+0.055)/1.055)**2.4)
 def luminance(c): return light(matplotlib.colors.to_rgb(c))@[0.2126729, 0.7151522, 0.0721750]
 def lab(l):
-    xyz = np.clip(l, 0, 1)@np.array([[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]).T/[0.95047, 1, 1.08883]
+    xyz = np.clip(l, 0, 1)@np.array([[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750],
+                                     [0.0193339, 0.1191920, 0.9503041]]).T/[0.95047, 1, 1.08883]
     f = np.where(xyz>216/24389, np.cbrt(xyz), (24389/27*xyz+16)/116)
     return np.stack([116*f[..., 1]-16, 500*(f[..., 0]-f[..., 1]), 200*(f[..., 1]-f[..., 2])], -1)
 
@@ -37,15 +42,18 @@ def ciede2000(x, y):
     d = h2-h1; d = 0 if C1*C2==0 else d-360 if d>180 else d+360 if d<-180 else d
     H = h1+h2 if C1*C2==0 else (h1+h2)/2 if abs(h1-h2)<=180 else (h1+h2+360)/2 if h1+h2<360 else (h1+h2-360)/2
     dL,dC,dH,L,C = L2-L1,C2-C1,2*np.sqrt(C1*C2)*np.sin(np.radians(d/2)),(L1+L2)/2,(C1+C2)/2
-    T = 1-0.17*np.cos(np.radians(H-30))+0.24*np.cos(np.radians(2*H))+0.32*np.cos(np.radians(3*H+6))-0.20*np.cos(np.radians(4*H-63))
+    cos = lambda degrees: np.cos(np.radians(degrees))
+    T = 1-0.17*cos(H-30)+0.24*cos(2*H)+0.32*cos(3*H+6)-0.20*cos(4*H-63)
     SL,SC,SH = 1+0.015*(L-50)**2/np.sqrt(20+(L-50)**2),1+0.045*C,1+0.015*C*T
     R = -2*np.sqrt(C**7/(C**7+25**7))*np.sin(np.radians(60*np.exp(-((H-275)/25)**2)))
     return float(np.sqrt((dL/SL)**2+(dC/SC)**2+(dH/SH)**2+R*dC/SC*dH/SH))
 
 def test_the_ruler():
     "Pairs from the table of Sharma, Wu and Dalal (2005)"
-    for x,y,want in (((50, 2.6772, -79.7751), (50, 0, -82.7485), 2.0425), ((50, -1.3802, -84.2814), (50, 0, -82.7485), 1.0000), ((50, 2.5, 0), (73, 25, -18), 27.1492),
-                     ((60.2574, -34.0099, 36.2677), (60.4626, -34.1751, 39.4387), 1.2644), ((2.0776, 0.0795, -1.1350), (0.9033, -0.0636, -0.5514), 0.9082)):
+    for x,y,want in (((50, 2.6772, -79.7751), (50, 0, -82.7485), 2.0425),
+                     ((50, -1.3802, -84.2814), (50, 0, -82.7485), 1.0000), ((50, 2.5, 0), (73, 25, -18), 27.1492),
+                     ((60.2574, -34.0099, 36.2677), (60.4626, -34.1751, 39.4387), 1.2644),
+                     ((2.0776, 0.0795, -1.1350), (0.9033, -0.0636, -0.5514), 0.9082)):
         assert ciede2000(x, y)==pytest.approx(want, abs=1e-4)
 
 @pytest.mark.parametrize('sight', blind)
@@ -57,7 +65,8 @@ def test_palette_is_far_apart_for(sight):
 def test_palette_in_grey():
     L = np.sort([lab(np.full(3, luminance(c)))[0] for c in P.palette.values()])
     assert np.diff(L).min()>=15
-    assert all(1.05/(luminance(P.palette[k])+0.05)>=3 for k in ('blue', 'red', 'teal', 'black'))   # WCAG's contrast for graphics, on white
+    # WCAG's contrast for graphics, on white
+    assert all(1.05/(luminance(P.palette[k])+0.05)>=3 for k in ('blue', 'red', 'teal', 'black'))
 
 def test_heat_map_in_grey():
     "Lightness goes one way, for every kind of sight"
@@ -69,17 +78,20 @@ def test_heat_map_in_grey():
 # --- files
 curves = {}
 for r in runs['curves']: curves.setdefault(r['method'], []).append((r['seconds'], r['losses']))
-pictures = dict(importance=lambda **kw: P.plot_importance(state, 'a run', **kw), times=lambda **kw: P.plot_times_active(state, **kw),
+pictures = dict(importance=lambda **kw: P.plot_importance(state, 'a run', **kw),
+                times=lambda **kw: P.plot_times_active(state, **kw),
     losses=lambda **kw: P.plot_losses(curves, **kw))
 
 @pytest.mark.parametrize('name', pictures)
 def test_vector_files(name, tmp_path):
     "Text is text, there is no date, and a picture made again is the same bytes"
     fig = pictures[name]()
-    a,b = P.save_picture(fig, tmp_path/'a.svg').read_text(),P.save_picture(pictures[name](), tmp_path/'b.svg').read_text()
+    a = P.save_picture(fig, tmp_path/'a.svg').read_text()
+    b = P.save_picture(pictures[name](), tmp_path/'b.svg').read_text()
     assert a==b and len(a)<160_000
     words = ' '.join(re.sub(r'<[^>]+>', '', o) for o in re.findall(r'<text.*?</text>', a, re.S)).split()
-    assert set(fig.get_suptitle().split('\n')[0].split()[:3])<=set(words) and not re.search(r'<dc:date>|20\d\d-\d\d-\d\d', a)
+    assert set(fig.get_suptitle().split('\n')[0].split()[:3])<=set(words)
+    assert not re.search(r'<dc:date>|20\d\d-\d\d-\d\d', a)
     assert '<title>' in a or '<dc:title>' in a
 
 def test_pdf_and_png_are_the_same_bytes(tmp_path):
@@ -91,12 +103,15 @@ def test_pdf_and_png_are_the_same_bytes(tmp_path):
 @pytest.mark.parametrize('width', [3.4, 7.])
 @pytest.mark.parametrize('name', pictures)
 def test_nothing_is_cut_off(name, width):
-    "Every word lies within the picture, in a column of a paper as across a page; titles name axes with units where there are any"
+    """Every word lies within the picture, in a column of a paper as across a page; titles name axes with units where
+    there are any"""
     fig = pictures[name](width=width)
     fig.canvas.draw()
     box = fig.bbox
     axes = [axis for ax in fig.axes for axis in (ax.xaxis, ax.yaxis)]
-    not_drawn = {l for axis in axes for o in axis.get_major_ticks() for l in (o.label1, o.label2) if not np.prod(np.array(axis.get_view_interval())-o.get_loc())<=0}   # beyond the limits
+    # beyond the limits
+    not_drawn = {l for axis in axes for o in axis.get_major_ticks() for l in (o.label1, o.label2)
+                 if not np.prod(np.array(axis.get_view_interval())-o.get_loc())<=0}
     for t in fig.findobj(matplotlib.text.Text):
         if not t.get_text().strip() or not t.get_visible() or t in not_drawn: continue
         e = t.get_window_extent()
@@ -118,15 +133,19 @@ def test_style_puts_back_its_own_settings_only():
 def test_two_pictures_in_a_real_kernel(tmp_path):
     "In Jupyter without %matplotlib: ours is shown, and so is the user's own after it"
     from jupyter_client.manager import start_new_kernel
-    env = {k:v for k,v in os.environ.items() if k!='MPLBACKEND'} | dict(PYTHONPATH=os.pathsep.join([str(root), os.environ.get('PYTHONPATH', '')]), IPYTHONDIR=str(tmp_path))
+    env = {k:v for k,v in os.environ.items() if k!='MPLBACKEND'} | dict(IPYTHONDIR=str(tmp_path))
+    env['PYTHONPATH'] = os.pathsep.join([str(root), os.environ.get('PYTHONPATH', '')])
     manager,client = start_new_kernel(env=env)
     def shown(code):
         got = []
-        reply = client.execute_interactive(code, timeout=60, output_hook=lambda m: got.append(m['content'].get('data', {})) if m['msg_type']=='display_data' else None)
+        reply = client.execute_interactive(code, timeout=60,
+                                           output_hook=lambda m: got.append(m['content'].get('data', {}))
+                                           if m['msg_type']=='display_data' else None)
         assert reply['content']['status']=='ok', reply['content']
         return sum('image/png' in o for o in got)
     try:
-        assert shown(f"from ist_nb.plot import plot_times_active\nplot_times_active(dict(layers=[0, 1], times_active=[3, 4], t=7));")==1
+        assert shown(f"from ist_nb.plot import plot_times_active\nplot_times_active(dict(layers=[0, 1], "
+                     f"times_active=[3, 4], t=7));")==1
         assert shown('import matplotlib.pyplot as plt\nplt.plot([1, 2]);')==1
         assert shown('plt.plot([2, 1]);')==1
     finally:
@@ -153,24 +172,32 @@ def test_a_picture_fails_no_run(tmp_path):
     def broken():
         plt.figure()
         raise RuntimeError('no such font')
-    with pytest.warns(UserWarning, match=r'a\.png could not be drawn \(RuntimeError: no such font\)'): assert P._try_picture(broken, tmp_path/'a.png') is None
-    with pytest.warns(UserWarning, match='could not be drawn'): assert P._try_picture(pictures['times'], tmp_path/'nowhere'/'a.png') is None
+    with pytest.warns(UserWarning, match=r'a\.png could not be drawn \(RuntimeError: no such font\)'):
+        assert P._try_picture(broken, tmp_path/'a.png') is None
+    with pytest.warns(UserWarning, match='could not be drawn'):
+        assert P._try_picture(pictures['times'], tmp_path/'nowhere'/'a.png') is None
     assert P._try_picture(lambda: P.plot_times_active(state, '漢'), tmp_path/'a.png').read_bytes()[:4]==b'\x89PNG'
     assert not plt.get_fignums()
 
 # --- what the titles say
 def made(importance, times=None, t=100, **kw):
     N = len(importance)
-    return dict(layers=list(range(N)), importance=importance, times_active=times or [t//4]*N, t=t, history=[dict(step=10, importance=importance, times_active=[2]*N)]) | kw
+    return dict(layers=list(range(N)), importance=importance, times_active=times or [t//4]*N, t=t,
+                history=[dict(step=10, importance=importance, times_active=[2]*N)]) | kw
 
 def test_titles_follow_the_numbers():
-    assert P.plot_importance(made([-2., 0., 0., 3., 3.1])).get_suptitle()=='Layers 3 and 4 matter most, layer 0 least'
-    assert P.plot_times_active(made([0.]*4, [100, 900, 500, 500], 2000)).get_suptitle().replace('\n', ' ')=='Layer 1 more often, layer 0 less often than by chance'
-    assert P.plot_times_active(made([0.]*4, [500, 510, 490, 500], 2000)).get_suptitle().replace('\n', ' ')=='Every layer was trained about as often as by chance'
+    def title(fig): return fig.get_suptitle().replace('\n', ' ')
+    def times(*counts): return title(P.plot_times_active(made([0.]*4, list(counts), 2000)))
+    assert title(P.plot_importance(made([-2., 0., 0., 3., 3.1])))=='Layers 3 and 4 matter most, layer 0 least'
+    assert times(100, 900, 500, 500)=='Layer 1 more often, layer 0 less often than by chance'
+    assert times(500, 510, 490, 500)=='Every layer was trained about as often as by chance'
     frozen = made([0.]*4, [1, 4, 9, 20], 20, config=dict(sampler='top'), history=[])
-    assert P.plot_times_active(frozen).get_suptitle().replace('\n', ' ')=='Layer 3 in 20 of 20 steps, layer 0 in 1: lower layers are frozen'
-    alone = P.plot_importance(frozen, 'a run')                    # nothing was scored: no empty half, and no word of chance
-    assert len(alone.axes)==1 and alone.axes[0].get_title('left')=='a run' and 'chance' not in alone.axes[0].get_legend_handles_labels()[1][0]
+    assert title(P.plot_times_active(frozen))=='Layer 3 in 20 of 20 steps, layer 0 in 1: lower layers are frozen'
+    # nothing was scored: no empty half, and no word of chance
+    alone = P.plot_importance(frozen, 'a run')
+    assert len(alone.axes)==1
+    assert alone.axes[0].get_title('left')=='a run'
+    assert 'chance' not in alone.axes[0].get_legend_handles_labels()[1][0]
     assert 'importance' not in P.layer_table(frozen) and P.layer_table(frozen).splitlines()[-1].split()[:2]==['3', '20']
 
 def test_uniform_sampling_stays_within_the_band():
@@ -184,12 +211,15 @@ def test_uniform_sampling_stays_within_the_band():
     assert 0.93*300<=inside<300
 
 def test_stacks_with_budgets_of_their_own():
-    s = made([0.]*4, [50, 50, 100, 100], 100) | dict(layers=['encoder.0', 'encoder.1', 'decoder.0', 'decoder.1'], config=dict(n_active=dict(encoder=0.5, decoder=1.0)))
+    s = made([0.]*4, [50, 50, 100, 100], 100) | dict(layers=['encoder.0', 'encoder.1', 'decoder.0', 'decoder.1'],
+                                                     config=dict(n_active=dict(encoder=0.5, decoder=1.0)))
     assert P._by_chance(s)[:, 0].tolist()==[50, 50, 100, 100] and P._by_chance(s)[2].tolist()==[100, 100, 100]
     assert P._by_chance(s | dict(config=dict(n_active=0.5)))[:, 0].tolist()==[75]*4
 
 # --- odd states
-@pytest.mark.parametrize('s', [made([0.]*3) | dict(history=[]), made([1.]), made([0.]*80), made([0.5]*2) | dict(t=0, times_active=[0, 0], history=[])], ids=['nothing scored', 'one layer', 'many layers', 'no step'])
+@pytest.mark.parametrize('s', [made([0.]*3) | dict(history=[]), made([1.]), made([0.]*80),
+                               made([0.5]*2) | dict(t=0, times_active=[0, 0], history=[])],
+                               ids=['nothing scored', 'one layer', 'many layers', 'no step'])
 def test_states_at_the_edge(s):
     for f in (P.plot_importance, P.plot_times_active): f(s).canvas.draw()
     for f in (P.layer_table, P._live_line): assert f(s)

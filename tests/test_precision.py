@@ -15,9 +15,12 @@ lora = LoraConfig(r=4, target_modules='all-linear', task_type='CAUSAL_LM')
 
 def quantised(bits):
     pytest.importorskip('bitsandbytes', reason='bitsandbytes is not installed')
-    q = BitsAndBytesConfig(load_in_8bit=True) if bits==8 else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_compute_dtype=torch.float32)
+    q = BitsAndBytesConfig(load_in_8bit=True) if bits==8 else BitsAndBytesConfig(load_in_4bit=True,
+                                                                                 bnb_4bit_quant_type='nf4',
+                                                                                 bnb_4bit_compute_dtype=torch.float32)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(str(assets/'pico'), quantization_config=q, dtype=torch.float32, device_map={'':'cpu'})
+    model = AutoModelForCausalLM.from_pretrained(str(assets/'pico'), quantization_config=q, dtype=torch.float32,
+                                                 device_map={'':'cpu'})
     return get_peft_model(prepare_model_for_kbit_training(model, use_gradient_checkpointing=False), lora)
 
 def half(dtype, **kwargs):
@@ -26,14 +29,17 @@ def half(dtype, **kwargs):
 
 def trained(model, folder, resume=None, config=None, **kwargs):
     cb = ISTCallback(config or ISTConfig(score_interval=3, score_batch_size=8))
-    args = TrainingArguments(folder, max_steps=8, per_device_train_batch_size=4, learning_rate=5e-3, report_to='none', use_cpu=True, logging_steps=1, disable_tqdm=True, save_strategy='steps', save_steps=4, **kwargs)
+    args = TrainingArguments(folder, max_steps=8, per_device_train_batch_size=4, learning_rate=5e-3, report_to='none',
+                             use_cpu=True, logging_steps=1, disable_tqdm=True, save_strategy='steps', save_steps=4,
+                             **kwargs)
     t = Trainer(model, args, train_dataset=data, callbacks=[cb])
     t.pop_callback(PrinterCallback)
     t.train(resume_from_checkpoint=resume and str(resume))
     return cb.ist,[h['loss'] for h in t.state.log_history if 'loss' in h]
 
 def adapters(model): return [p.detach().clone() for n,p in model.named_parameters() if 'lora' in n]
-def base(model): return {k:v.clone() for k,v in model.state_dict().items() if 'lora' not in k and isinstance(v, torch.Tensor)}
+def base(model):
+    return {k:v.clone() for k,v in model.state_dict().items() if 'lora' not in k and isinstance(v, torch.Tensor)}
 def same(a, b): return len(a)==len(b) and all(torch.equal(x, y) for x,y in zip(a, b))
 
 @pytest.mark.parametrize('bits', [4, pytest.param(8, marks=pytest.mark.slow)])
@@ -42,7 +48,8 @@ def test_quantised(bits, tmp_path):
     before = base(model)
     ist,losses = trained(model, tmp_path/'whole')
     assert losses[-1]<losses[0] and ist.importance.abs().max()>0 and len(ist.history)==2
-    assert {type(t.get_base_layer()).__name__ for t in ist.layers[0].tuners}=={'Linear4bit' if bits==4 else 'Linear8bitLt'}
+    assert {type(t.get_base_layer()).__name__ for t in ist.layers[0].tuners}=={'Linear4bit' if bits==4
+                                                                               else 'Linear8bitLt'}
     after = base(model)
     assert all(torch.equal(before[k], after[k]) for k in before), 'training or probing changed the quantised weights'
     again = quantised(bits)
@@ -51,7 +58,9 @@ def test_quantised(bits, tmp_path):
     # all layers active is the run without IST, though the probes run
     full,dense = quantised(bits),quantised(bits)
     _,a = trained(full, tmp_path/'full', config=ISTConfig(n_active=1., score_interval=3, score_batch_size=8))
-    t = Trainer(dense, TrainingArguments(tmp_path/'dense', max_steps=8, per_device_train_batch_size=4, learning_rate=5e-3, report_to='none', use_cpu=True, logging_steps=1, disable_tqdm=True, save_strategy='no'), train_dataset=data)
+    t = Trainer(dense, TrainingArguments(tmp_path/'dense', max_steps=8, per_device_train_batch_size=4,
+                                         learning_rate=5e-3, report_to='none', use_cpu=True, logging_steps=1,
+                                         disable_tqdm=True, save_strategy='no'), train_dataset=data)
     t.pop_callback(PrinterCallback); t.train()
     assert a==[h['loss'] for h in t.state.log_history if 'loss' in h] and same(adapters(full), adapters(dense))
 

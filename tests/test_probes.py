@@ -15,10 +15,14 @@ from ist_nb.suppression import suppress
 
 from benchmarks import peft_methods as pm
 
-def loss_of(model, b): return torch.nn.functional.cross_entropy(model(**{k:v for k,v in b.items() if k!='labels'}).logits[:, :-1].flatten(0, 1), b['labels'][:, 1:].flatten())
+def loss_of(model, b):
+    return torch.nn.functional.cross_entropy(model(**{k:v for k,v in b.items()
+                                                      if k!='labels'}).logits[:, :-1].flatten(0, 1),
+                                                      b['labels'][:, 1:].flatten())
 
 def trained(name, folder, steps=3):
-    "A tiny Llama with the method or variant `name`, after a few steps that move its adapters from where they respond with nothing"
+    """A tiny Llama with the method or variant `name`, after a few steps that move its adapters from where they respond
+    with nothing"""
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         model,b = get_peft_model(pm.tiny(), pm.config_for(name, folder)),pm.batch(name)
@@ -39,11 +43,14 @@ def test_gates_are_the_slope_of_suppression(name, at, tmp_path):
     for i in range(len(probe.layers)):
         ends = []
         for d in (h, -h):
-            with torch.no_grad(), suppress(probe.layers, [j for j in range(len(probe.layers)) if j!=i], at), suppress(probe.layers, [i], at+d): ends.append(loss_of(model, b).item())
+            with torch.no_grad(), suppress(probe.layers, [j for j in range(len(probe.layers)) if j!=i],
+                                           at), suppress(probe.layers, [i], at+d):
+                ends.append(loss_of(model, b).item())
         slope.append((ends[0]-ends[1])/(2*h))
     slope = torch.tensor(slope, dtype=torch.float64)
     assert slope.norm()>1e-5 and (got-slope).norm()<2e-3*slope.norm(), (got, slope)
-    with torch.no_grad(), suppress(probe.layers, range(len(probe.layers)), at): assert abs(loss-loss_of(model, b).item())<1e-6
+    with torch.no_grad(), suppress(probe.layers, range(len(probe.layers)), at):
+        assert abs(loss-loss_of(model, b).item())<1e-6
 
 def test_gates_leave_no_trace(tmp_path):
     model,b = trained('DoRA', tmp_path)
@@ -58,7 +65,8 @@ def test_gates_leave_no_trace(tmp_path):
 
 def test_gates_of_a_loss_without_gradient(tmp_path):
     model,b = trained('LORA', tmp_path)
-    with pytest.raises(ISTError, match='has no gradient'): Probe(model, find_layers(model), b, lambda m, b: loss_of(m, b).detach(), 0.25).gates()
+    with pytest.raises(ISTError, match='has no gradient'):
+        Probe(model, find_layers(model), b, lambda m, b: loss_of(m, b).detach(), 0.25).gates()
 
 def test_gate_drops_what_is_not_finite():
     class Bad:
@@ -68,7 +76,8 @@ def test_gate_drops_what_is_not_finite():
     assert record['dropped'] and torch.equal(I, torch.ones(4))
 
 # -- tracked gradients
-exact = ['LORA', 'rsLoRA', 'PiSSA', 'lora_bias', 'ADALORA', 'IA3', 'BOTTLENECK', 'VERA', 'LOHA', 'LOKR', 'HIRA', 'GRALORA', 'MISS', 'RANDLORA', 'DELORA', 'FOURIERFT', 'WAVEFT', 'C3A', 'SHIRA', 'BEFT']
+exact = ['LORA', 'rsLoRA', 'PiSSA', 'lora_bias', 'ADALORA', 'IA3', 'BOTTLENECK', 'VERA', 'LOHA', 'LOKR', 'HIRA',
+         'GRALORA', 'MISS', 'RANDLORA', 'DELORA', 'FOURIERFT', 'WAVEFT', 'C3A', 'SHIRA', 'BEFT']
 
 @pytest.mark.parametrize('name', exact)
 def test_tracked_gradients_are_the_gate(name, tmp_path):
@@ -92,7 +101,9 @@ def test_every_name_in_the_table_is_tested(tmp_path):
             model = get_peft_model(pm.tiny(), pm.config_for(name, tmp_path))
         for o in find_layers(model)[0].tuners:
             ids = {id(p) for p,_ in _linear_params(o)}
-            met |= {k for k in _linear_in for a in o.active_adapters if a in (getattr(o, k, None) or ()) for p in ([getattr(o, k)[a]] if isinstance(getattr(o, k)[a], torch.nn.Parameter) else getattr(o, k)[a].parameters()) if id(p) in ids}
+            met |= {k for k in _linear_in for a in o.active_adapters if a in (getattr(o, k, None) or ())
+                    for p in ([getattr(o, k)[a]] if isinstance(getattr(o, k)[a], torch.nn.Parameter)
+                              else getattr(o, k)[a].parameters()) if id(p) in ids}
     assert set(_linear_in)-met<={'lokr_w1_a'}, set(_linear_in)-met
 
 @pytest.mark.parametrize('name', ['DoRA', 'OFT', 'MiCA', 'LN_TUNING', 'BOFT'])
@@ -102,7 +113,8 @@ def test_fisher_refuses_what_it_cannot_see(name, tmp_path):
 
 def lora(seed=0, dropout=0.1):
     torch.manual_seed(seed)
-    return get_peft_model(pm.tiny(), LoraConfig(r=2, target_modules=pm.linear, lora_dropout=dropout, task_type='CAUSAL_LM'))
+    return get_peft_model(pm.tiny(), LoraConfig(r=2, target_modules=pm.linear, lora_dropout=dropout,
+                                                task_type='CAUSAL_LM'))
 def params(model): return [p for p in model.parameters() if p.requires_grad]
 cfg = dict(scorer='fisher', score_interval=3, n_active=2)
 
@@ -120,7 +132,8 @@ def test_needs_no_probe_and_watches_only_in_a_step():
         loss_of(model, b).backward(); opt.step(); raise KeyError       # a step that fails does not count
     assert len(hooks._global_optimizer_pre_hooks)==n and len(ist.tracker.pending)==1
     ist.begin_step(); gone = weakref.ref(ist.tracker); del ist; gc.collect()
-    assert gone() is None and len(hooks._global_optimizer_pre_hooks)==n   # a step that was never ended leaves nothing behind
+    # a step that was never ended leaves nothing behind
+    assert gone() is None and len(hooks._global_optimizer_pre_hooks)==n
 
 def test_frozen_layers_are_not_scored_and_another_models_optimizer_is_not_seen():
     model,other,b = lora(),lora(1),pm.batch('')
@@ -141,14 +154,19 @@ def test_several_optimizers_make_one_observation():
         model = lora(dropout=0.)
         for n,p in model.named_parameters():
             if 'lora_B' in n: torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(len(n)))
-        groups = [params(model)] if parts==1 else [[p for n,p in model.named_parameters() if p.requires_grad and test(n)] for test in (lambda n: 'lora_A' in n, lambda n: 'lora_B' in n and 'q_proj' in n, lambda n: 'lora_B' in n and 'q_proj' not in n)]
+        groups = [params(model)] if parts==1 else [[p for n,p in model.named_parameters() if p.requires_grad
+                                                    and test(n)] for test in (lambda n: 'lora_A' in n,
+                                                    lambda n: 'lora_B' in n and 'q_proj' in n, lambda n: 'lora_B' in n
+                                                    and 'q_proj' not in n)]
         ist,opts = IST(model, ISTConfig(**cfg)),[torch.optim.SGD(o, lr=0.1) for o in groups]
         with ist.step():
             loss_of(model, b).backward()
             for o in opts: o.step()
         assert ist.tracker.collect()
         seen.append((ist.tracker.mean, ist.tracker.count))
-    assert torch.allclose(seen[0][0], seen[1][0], rtol=1e-6, atol=1e-9) and torch.equal(seen[0][1], seen[1][1]) and seen[0][1].sum()==2
+    assert torch.allclose(seen[0][0], seen[1][0], rtol=1e-6, atol=1e-9)
+    assert torch.equal(seen[0][1], seen[1][1])
+    assert seen[0][1].sum()==2
 
 def test_an_optimizer_that_does_not_tell_is_found_out():
     model,b = lora(),pm.batch('')
@@ -180,7 +198,9 @@ def test_scaled_gradients_are_unscaled():
         model,b = lora(dropout=0.),pm.batch('')
         for n,p in model.named_parameters():
             if 'lora_B' in n: torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(len(n)))
-        ist,opt,scaler = IST(model, ISTConfig(**cfg)),torch.optim.SGD(params(model), lr=0., fused=True),torch.amp.GradScaler('cpu', init_scale=1024., enabled=scaled)
+        ist,opt,scaler = IST(model, ISTConfig(**cfg)),torch.optim.SGD(params(model), lr=0.,
+                                                                      fused=True),torch.amp.GradScaler('cpu',
+                                                                      init_scale=1024., enabled=scaled)
         with ist.step():
             scaler.scale(loss_of(model, b)).backward()
             scaler.step(opt)
@@ -192,7 +212,8 @@ def z(x): return (x-x.mean())/x.std()
 
 @pytest.mark.parametrize('scorer', ['fisher'])
 def test_importance_from_recorded_gradients(scorer):
-    "60 steps, so that layers are seen more than the 20 times after which old steps fade; the mean, the variance and the importance by their definitions, in numpy"
+    """60 steps, so that layers are seen more than the 20 times after which old steps fade; the mean, the variance and
+    the importance by their definitions, in numpy"""
     model,b = lora(dropout=0.),pm.batch('')
     with torch.no_grad():
         for k,(n,p) in enumerate(model.named_parameters()):
@@ -203,7 +224,8 @@ def test_importance_from_recorded_gradients(scorer):
         if t%10 or not t: return
         told,target,mean,var = np.array([len(o)>0 for o in seen]),np.zeros(4),np.zeros(4),np.full(4, np.nan)
         for i,scores in enumerate(seen):
-            w = np.ones(len(scores))                                        # of each step: 1/n for the first 20, then all others fade by 0.95
+            # of each step: 1/n for the first 20, then all others fade by 0.95
+            w = np.ones(len(scores))
             for k in range(len(scores)): w[:k] *= 1-max(1/(k+1), 0.05); w[k] = max(1/(k+1), 0.05)
             if len(scores): mean[i] = w@scores
             m = min(len(scores), 20)
@@ -217,15 +239,19 @@ def test_importance_from_recorded_gradients(scorer):
         with ist.step():
             check(t)
             loss_of(model, {k:v.roll(t, 0)[:2] for k,v in b.items()}).backward()
-            for i in ist.active.tolist(): seen[i].append(-sum((p.grad*p).sum().item() for n,p in model.named_parameters() if f'layers.{i}.' in n and 'lora_B' in n))
+            for i in ist.active.tolist():
+                seen[i].append(-sum((p.grad*p).sum().item() for n,p in model.named_parameters() if f'layers.{i}.' in n
+                                    and 'lora_B' in n))
             opt.step(); opt.zero_grad()
     assert len(ist.history)==6 and min(map(len, seen))>30 and np.abs(want).max()>0.3
 
 @pytest.mark.parametrize('config', [dict(), dict(use_dora=True), dict(use_rslora=True, rank_pattern={'v_proj':1})])
 def test_paper_is_the_released_rule(config):
-    "Scaling times 0.25 in the layers of each candidate, whatever the variant; e to the minus loss, less the mean; -10 p (1-p)"
+    """Scaling times 0.25 in the layers of each candidate, whatever the variant; e to the minus loss, less the mean; -10
+    p (1-p)"""
     torch.manual_seed(0)
-    model = get_peft_model(pm.tiny(), LoraConfig(r=2, target_modules=pm.linear, task_type='CAUSAL_LM', init_lora_weights=False, **config))
+    model = get_peft_model(pm.tiny(), LoraConfig(r=2, target_modules=pm.linear, task_type='CAUSAL_LM',
+                                                 init_lora_weights=False, **config))
     b,opt = pm.batch(''),torch.optim.SGD(params(model), lr=0.5)
     ist = IST(model, ISTConfig.paper(score_interval=1, n_candidates=3), probe=[b])
     importance = np.zeros(4)
@@ -235,23 +261,29 @@ def test_paper_is_the_released_rule(config):
                 record,losses = ist.history[-1],[]
                 for S in record['suppressed']:
                     assert len(S)==2
-                    own = [(m.scaling, dict(m.scaling)) for i in S for m in model.base_model.model.model.layers[i].modules() if hasattr(m, 'lora_A')]
+                    own = [(m.scaling, dict(m.scaling)) for i in S
+                           for m in model.base_model.model.model.layers[i].modules() if hasattr(m, 'lora_A')]
                     for held,_ in own: held['default'] *= 0.25
                     with torch.no_grad(): losses.append(model(**b).loss.item())
                     for held,was in own: held.update(was)
-                assert np.allclose(losses, record['losses'], rtol=0, atol=1e-7) and len({round(o, 7) for o in losses})==3
+                assert np.allclose(losses, record['losses'], rtol=0, atol=1e-7)
+                assert len({round(o, 7) for o in losses})==3
                 r,p = np.exp(-np.array(losses)),1/(1+np.exp(importance))
                 for k,S in enumerate(record['suppressed']): importance[S] -= (10*(r-r.mean())[k]*p*(1-p))[S]
                 assert np.allclose(ist.importance, importance, atol=1e-6)
             model(**b).loss.backward(); opt.step(); opt.zero_grad()
     assert len(ist.history)==3 and np.abs(importance).min()>0
-    if 'use_dora' in config:                                                # where the definition is another: the numbers above tell the two apart
+    # where the definition is another: the numbers above tell the two apart
+    if 'use_dora' in config:
         with torch.no_grad():
-            a,d = [Probe(model, ist.layers, b, lambda m, o: m(**o).loss, 0.25, form).loss([0, 1]) for form in ('scaling', 'response')]
+            a,d = [Probe(model, ist.layers, b, lambda m, o: m(**o).loss, 0.25, form).loss([0, 1])
+                   for form in ('scaling', 'response')]
         assert abs(a-d)>1e-5
 
 # -- stop and resume
-def rows(n=32): ids = torch.randint(0, 64, (n, 8), generator=torch.Generator().manual_seed(5)); return [dict(input_ids=o, labels=o) for o in ids]
+def rows(n=32):
+    ids = torch.randint(0, 64, (n, 8), generator=torch.Generator().manual_seed(5))
+    return [dict(input_ids=o, labels=o) for o in ids]
 
 def loop(model, ist, opt, batches):
     "Two micro-batches a step, clipped"
@@ -265,12 +297,18 @@ def loop(model, ist, opt, batches):
 def test_resumed_loop_is_bit_exact(scorer):
     data = list(DataLoader(rows(64), batch_size=4))*2
     pairs = list(zip(data[::2], data[1::2]))                # 16 steps
-    make = lambda: (m := lora(dropout=0.), IST(m, ISTConfig(**cfg|dict(scorer=scorer)), probe=DataLoader(rows(), batch_size=4) if 'gate' in scorer else None), torch.optim.AdamW(params(m), lr=0.02))
+    make = lambda: (m := lora(dropout=0.), IST(m, ISTConfig(**cfg|dict(scorer=scorer)),
+                                               probe=DataLoader(rows(), batch_size=4) if 'gate' in scorer else None),
+                                               torch.optim.AdamW(params(m), lr=0.02))
     model,ist,opt = make(); loop(model, ist, opt, pairs)
     a,i,o = make(); loop(a, i, o, pairs[:8])                # stops between two scores, with steps in hand
     saved = json.loads(json.dumps(i.state_dict()))
     if scorer!='gate': assert len(saved['tracker']['pending'])==2
-    b,j,p = make(); b.load_state_dict(a.state_dict()); p.load_state_dict(o.state_dict()); j.load_state_dict(saved); loop(b, j, p, pairs[8:])
+    b,j,p = make()
+    b.load_state_dict(a.state_dict())
+    p.load_state_dict(o.state_dict())
+    j.load_state_dict(saved)
+    loop(b, j, p, pairs[8:])
     assert len(ist.history)==5 and ist.importance.any()
     assert json.dumps(j.state_dict())==json.dumps(ist.state_dict())
     assert all(torch.equal(x, y) for x,y in zip(model.state_dict().values(), b.state_dict().values()))
@@ -281,7 +319,9 @@ def test_resumed_trainer_is_bit_exact(scorer, tmp_path):
     ds = Dataset.from_list([dict(input_ids=o['input_ids'].tolist(), labels=o['labels'].tolist()) for o in rows(64)])
     def run(folder, resume=None):
         cb = ISTCallback(ISTConfig(**cfg|dict(scorer=scorer)))
-        args = TrainingArguments(str(folder), max_steps=8, save_steps=5, per_device_train_batch_size=4, gradient_accumulation_steps=2, learning_rate=0.02, max_grad_norm=0.1, report_to=[], disable_tqdm=True, use_cpu=True, logging_strategy='no')
+        args = TrainingArguments(str(folder), max_steps=8, save_steps=5, per_device_train_batch_size=4,
+                                 gradient_accumulation_steps=2, learning_rate=0.02, max_grad_norm=0.1, report_to=[],
+                                 disable_tqdm=True, use_cpu=True, logging_strategy='no')
         t = Trainer(lora(), args, train_dataset=ds, callbacks=[cb])
         t.train(resume_from_checkpoint=resume)
         return t.model,cb.ist
@@ -296,11 +336,14 @@ def test_resumed_trainer_is_bit_exact(scorer, tmp_path):
 def test_registry_says_what_they_are():
     assert {'gate', 'fisher', 'gate+fisher'} <= set(scorers.names())
     assert 'gate' in scorers.about['gate'] and 'no probe' in scorers.about['fisher']
-    assert scorers['gate'].gradients and scorers['fisher'].observes=='backward' and not hasattr(scorers['suppression'], 'observes')
+    assert scorers['gate'].gradients
+    assert scorers['fisher'].observes=='backward'
+    assert not hasattr(scorers['suppression'], 'observes')
 
 # -- several processes
 def in_a_process(rank, port):
-    "One run in one process against the halves of its batches in two, replicated and sharded: the same importance, bit for bit the same in both"
+    """One run in one process against the halves of its batches in two, replicated and sharded: the same importance, bit
+    for bit the same in both"""
     import os,torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
     os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
@@ -319,7 +362,8 @@ def in_a_process(rank, port):
         for o in model.base_model.model.model.layers: fully_shard(o)
         return fully_shard(model)
     want = {o:run(lambda m: m, ids, o) for o in (cfg['scorer'], 'gate+fisher')}
-    for wrap,scorer in product((lambda m: torch.nn.parallel.DistributedDataParallel(m, find_unused_parameters=True), sharded), want):
+    for wrap,scorer in product((lambda m: torch.nn.parallel.DistributedDataParallel(m, find_unused_parameters=True),
+                                sharded), want):
         got,want_ = run(wrap, ids[4*rank:][:4], scorer),want[scorer]
         assert torch.allclose(got, want_, atol=1e-5), (scorer, got, want_)
         both = [torch.zeros_like(got) for _ in range(2)]

@@ -1,4 +1,5 @@
-"A run that is killed at any moment goes on as if it had not been, bit for bit; and a state of another version, or of an enemy, does no harm"
+"""A run that is killed at any moment goes on as if it had not been, bit for bit; and a state of another version, or of
+an enemy, does no harm"""
 import ast,json,os,shutil,sys,warnings,pytest
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,7 +8,7 @@ from benchmarks import fuzz as fz
 from benchmarks import kill_points as kp
 from ist_nb import ISTCallback,ISTConfig,ISTError
 from ist_nb.ist import IST
-from ist_nb.runs import RunGuard,checkpoints,last_checkpoint,why_incomplete
+from ist_nb.runs import RunGuard,last_checkpoint,_checkpoints,_why_incomplete
 
 
 @pytest.fixture(scope='module')
@@ -26,8 +27,10 @@ def check(results):
 
 def test_kill_points(ctx, tmp_path, want):
     "In a step, and inside two of the files of a checkpoint"
-    res = check(kp.kill_points(ctx, kp.train, [(8, 'on_optimizer_step'), (7, 'state_half'), (12, 'optimizer')], tmp_path, want))
-    assert all(r['died'] for r in res) and [r['left'][-1] for r in res]==['checkpoint-5', 'checkpoint-10', 'checkpoint-15']
+    res = check(kp.kill_points(ctx, kp.train, [(8, 'on_optimizer_step'), (7, 'state_half'), (12, 'optimizer')],
+                               tmp_path, want))
+    assert all(r['died'] for r in res)
+    assert [r['left'][-1] for r in res]==['checkpoint-5', 'checkpoint-10', 'checkpoint-15']
 
 def test_kill_points_accelerate(ctx, tmp_path):
     res = check(kp.kill_points(ctx, kp.accelerate_loop, kp.accelerate_points(3), tmp_path))
@@ -67,7 +70,8 @@ def test_history_is_bounded(monkeypatch):
         for _ in range(n):
             with ist.step(): pass
         return ist
-    fresh = lambda: IST(kp.tiny_model(), ISTConfig(score_interval=1), probe=[dict(x=torch.ones(2, 1))], loss_fn=lambda model, batch: torch.tensor(1.))
+    fresh = lambda: IST(kp.tiny_model(), ISTConfig(score_interval=1), probe=[dict(x=torch.ones(2, 1))],
+                        loss_fn=lambda model, batch: torch.tensor(1.))
     n = 4*history_limit
     whole,half = run(fresh(), n).state_dict(),run(fresh(), n-30).state_dict()
     again = fresh(); again.load_state_dict(json.loads(json.dumps(half)))
@@ -80,7 +84,9 @@ def test_history_is_bounded(monkeypatch):
 def trainer(folder, *callbacks, **kwargs):
     from datasets import Dataset
     from transformers import Trainer,TrainingArguments
-    args = TrainingArguments(str(folder), **(dict(max_steps=6, per_device_train_batch_size=8, report_to='none', save_steps=3, use_cpu=True, disable_tqdm=True) | kwargs))
+    args = TrainingArguments(str(folder),
+                             **(dict(max_steps=6, per_device_train_batch_size=8, report_to='none', save_steps=3,
+                                     use_cpu=True, disable_tqdm=True) | kwargs))
     return Trainer(kp.tiny_model(), args, train_dataset=Dataset.from_list(kp.rows()), callbacks=list(callbacks))
 
 def edit(checkpoint, f):
@@ -92,16 +98,21 @@ def edit(checkpoint, f):
 def test_resume_is_never_a_silent_restart(tmp_path):
     trainer(tmp_path, ISTCallback(ISTConfig(score_interval=2))).train()
     c = tmp_path/'checkpoint-3'
-    def again(**kwargs): t = trainer(tmp_path/'new', ISTCallback(ISTConfig(score_interval=2)), save_strategy='no', **kwargs); t.train(resume_from_checkpoint=str(c)); return t
+    def again(**kwargs):
+        t = trainer(tmp_path/'new', ISTCallback(ISTConfig(score_interval=2)), save_strategy='no', **kwargs)
+        t.train(resume_from_checkpoint=str(c))
+        return t
     again()
-    edit(c, lambda s: s['stateful_callbacks']['ISTCallback']['attributes']['saved'].update(t=2, times_active=[1, 1, 0, 0]))
+    edit(c, lambda s: s['stateful_callbacks']['ISTCallback']['attributes']['saved'].update(t=2, times_active=[1, 1, 0,
+                                                                                                              0]))
     with pytest.raises(ISTError, match='of step 3, but the state of IST in it is of step 2'): again()
     edit(c, lambda s: s['stateful_callbacks']['ISTCallback']['attributes'].update(saved=None))
     with pytest.raises(ISTError, match='written without ISTCallback'): again()
     cb = ISTCallback(ISTConfig())
     cb.ist = IST(kp.tiny_model(), cb.config, probe=[dict(x=torch.ones(1))], loss_fn=lambda model, batch: None)
     for wrong in ([], 'x', {}, {'attributes':7}, {'attributes':{'saved':[1]}}, {'attributes':{'saved':{'version':1}}}):
-        with pytest.raises(ISTError): cb._restore(SimpleNamespace(global_step=3, stateful_callbacks=dict(ISTCallback=wrong)), None)
+        with pytest.raises(ISTError):
+            cb._restore(SimpleNamespace(global_step=3, stateful_callbacks=dict(ISTCallback=wrong)), None)
 
 @pytest.mark.parametrize('schedule', ['constant', 'linear'])
 def test_a_finished_run_stays_finished(tmp_path, schedule):
@@ -120,7 +131,7 @@ def test_a_finished_run_stays_finished(tmp_path, schedule):
 
 def test_resume_without_the_optimizer_is_said(tmp_path):
     trainer(tmp_path, ISTCallback(ISTConfig(score_interval=2)), RunGuard(), save_only_model=True).train()
-    assert 'no optimizer state' in why_incomplete(tmp_path/'checkpoint-3')
+    assert 'no optimizer state' in _why_incomplete(tmp_path/'checkpoint-3')
     t = trainer(tmp_path/'new', ISTCallback(ISTConfig(score_interval=2)), save_strategy='no')
     with warnings.catch_warnings(record=True) as w:
         warnings.simplefilter('always')
@@ -131,8 +142,11 @@ def test_finetune_passes_over_a_torn_checkpoint(tmp_path, monkeypatch, capsys):
     "--resume and --auto_resume end where the uninterrupted run ends; a run that is done stays as it is"
     from ist_nb.finetune import main
     monkeypatch.chdir(tmp_path)
-    Path('d.jsonl').write_text(''.join(json.dumps(dict(prompt=f'What is {i}? ', completion=f'It is number {i}.'))+'\n' for i in range(40)))
-    line = '--data d.jsonl --max_steps 6 --save_steps 2 --save_strategy steps --per_device_train_batch_size 2 --max_length 32 --lora_r 2 --disable_tqdm true --logging_strategy no --score_interval 2 --score_batch_size 4'.split()
+    Path('d.jsonl').write_text(''.join(json.dumps(dict(prompt=f'What is {i}? ', completion=f'It is number {i}.'))+'\n'
+                                       for i in range(40)))
+    line = ('--data d.jsonl --max_steps 6 --save_steps 2 --save_strategy steps --per_device_train_batch_size 2 '
+            '--max_length 32 --lora_r 2 --disable_tqdm true --logging_strategy no --score_interval 2 '
+            '--score_batch_size 4').split()
     def run(*args): return main([*line, *args])
     assert run('--output_dir', 'a', '--auto_resume')==0
     done = {p:p.read_bytes() for p in Path('a').rglob('*') if p.is_file()}
@@ -143,12 +157,14 @@ def test_finetune_passes_over_a_torn_checkpoint(tmp_path, monkeypatch, capsys):
     with warnings.catch_warnings(record=True) as w:
         warnings.simplefilter('always')
         assert run('--output_dir', 'b', '--auto_resume')==0
-    assert any('checkpoint-6 is skipped' in str(o.message) for o in w) and 'Resuming from b/checkpoint-4' in capsys.readouterr().out
+    assert any('checkpoint-6 is skipped' in str(o.message) for o in w)
+    assert 'Resuming from b/checkpoint-4' in capsys.readouterr().out
     assert (Path('a')/'adapter_model.safetensors').read_bytes()==(Path('b')/'adapter_model.safetensors').read_bytes()
     assert json.loads((Path('a')/'ist_state.json').read_text())==json.loads((Path('b')/'ist_state.json').read_text())
     (Path('b')/'results.json').unlink()
-    for p in checkpoints('b'): (p/'trainer_state.json').unlink()
-    assert run('--output_dir', 'b', '--resume')==2 and 'no intact checkpoint in b (checkpoint-6, checkpoint-4 cannot' in capsys.readouterr().err
+    for p in _checkpoints('b'): (p/'trainer_state.json').unlink()
+    assert run('--output_dir', 'b', '--resume')==2
+    assert 'no intact checkpoint in b (checkpoint-6, checkpoint-4 cannot' in capsys.readouterr().err
     assert run('--output_dir', 'a', '--resume', '--overwrite')==2 and 'Give one of them' in capsys.readouterr().err
 
 # nothing executes
@@ -158,12 +174,17 @@ def test_no_code_in_files():
     banned = {'pickle', 'cPickle', 'dill', 'cloudpickle', 'joblib', 'marshal', 'shelve', 'runpy', 'imp'}
     for path in root.glob('*.py'):
         for node in ast.walk(ast.parse(path.read_text())):
-            names = {o.name.split('.')[0] for o in node.names} if isinstance(node, ast.Import) else {(node.module or '').split('.')[0]} if isinstance(node, ast.ImportFrom) and not node.level else set()
+            names = set()
+            if isinstance(node, ast.Import): names = {o.name.split('.')[0] for o in node.names}
+            if isinstance(node, ast.ImportFrom) and not node.level: names = {(node.module or '').split('.')[0]}
             assert not names&banned, (path.name, names)
             if not isinstance(node, ast.Call): continue
             f = ast.unparse(node.func)
-            if f=='torch.load': assert any(k.arg=='weights_only' and ast.unparse(k.value)=='True' for k in node.keywords), (path.name, node.lineno)
-            assert f not in ('eval', 'exec', 'compile', '__import__', 'np.load', 'numpy.load', 'yaml.load', 'yaml.unsafe_load', 'yaml.full_load', 'os.system'), (path.name, node.lineno, f)
+            if f=='torch.load':
+                assert any(k.arg=='weights_only' and ast.unparse(k.value)=='True'
+                           for k in node.keywords), (path.name, node.lineno)
+            assert f not in ('eval', 'exec', 'compile', '__import__', 'np.load', 'numpy.load', 'yaml.load',
+                             'yaml.unsafe_load', 'yaml.full_load', 'os.system'), (path.name, node.lineno, f)
             for k in node.keywords:
                 if k.arg=='trust_remote_code': assert ast.unparse(k.value)!='True', (path.name, node.lineno)
                 assert k.arg!='shell', (path.name, node.lineno)
@@ -171,7 +192,8 @@ def test_no_code_in_files():
 def watched(folder, point, out):
     "A run that goes on, and what was unpickled by name in it"
     found = []
-    sys.addaudithook(lambda event, args: found.append('.'.join(map(str, args[:2]))) if event=='pickle.find_class' else None)
+    sys.addaudithook(lambda event, args: found.append('.'.join(map(str, args[:2]))) if event=='pickle.find_class'
+                     else None)
     kp.train(folder, point, str(out)+'.run')
     Path(out).write_text(json.dumps(found))
 
@@ -200,7 +222,8 @@ def test_hostile_checkpoint(tmp_path, monkeypatch):
         t = trainer(tmp_path/'new', ISTCallback(ISTConfig(score_interval=2)), save_strategy='no')
         if name=='training_args.bin': t.train(resume_from_checkpoint=str(tmp_path/'c'))   # nobody reads it
         else:
-            with pytest.raises(Exception, match='[Ww]eights.only|Unpickl|unpickl'): t.train(resume_from_checkpoint=str(tmp_path/'c'))
+            with pytest.raises(Exception, match='[Ww]eights.only|Unpickl|unpickl'):
+                t.train(resume_from_checkpoint=str(tmp_path/'c'))
         shutil.rmtree(tmp_path/'c')
     assert not (tmp_path/'went off').exists()
     torch.load(_bomb(tmp_path), weights_only=False)

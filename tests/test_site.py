@@ -8,7 +8,9 @@ root = Path(__file__).parent.parent
 docs = root/'_docs'
 
 made = {'__pycache__', '.ipynb_checkpoints', 'images'}   # notebooks draw their pictures anew at each run
-def newest(*folders): return max(p.stat().st_mtime for f in folders for p in (root/f).rglob('*') if p.is_file() and not made & set(p.parts))
+def newest(*folders):
+    return max(p.stat().st_mtime for f in folders for p in (root/f).rglob('*') if p.is_file()
+               and not made & set(p.parts))
 
 @pytest.fixture(scope='session')
 def site():
@@ -16,18 +18,21 @@ def site():
     done = docs/'build.json'
     with FileLock(root/'.site.lock'):     # one worker builds
         if not done.exists() or done.stat().st_mtime<newest('nbs', 'tools', 'ist_nb'):
-            subprocess.run([sys.executable, 'tools/build_docs.py', '--check'], cwd=root, check=True, stdout=subprocess.DEVNULL)
+            subprocess.run([sys.executable, 'tools/build_docs.py', '--check'], cwd=root, check=True,
+                           stdout=subprocess.DEVNULL)
     return docs
 
-needs_browser = pytest.mark.skipif(not check_site.chromium(), reason='no Chromium or Chrome on the path: apt-get install chromium, or set CHROMIUM')
+needs_browser = pytest.mark.skipif(not check_site.chromium(), reason='no Chromium or Chrome on the path: apt-get '
+                                   'install chromium, or set CHROMIUM')
 
 @needs_browser
-@pytest.mark.parametrize('part', [0, *(pytest.param(o, marks=pytest.mark.slow) for o in (1, 2, 3))])
+@pytest.mark.parametrize('part', [0, *(pytest.param(o, marks=pytest.mark.slow) for o in range(1, 8))])
 def test_pages(site, part):
-    "A quarter of the pages each, and of the terms of the search"
-    pages = sorted(check_site.pages_of(site), key=lambda o: (site/o).stat().st_size)[part::4]
-    small = {o for o in pages if (site/o).stat().st_size<60_000}     # axe-core takes its time; tools/check_site.py lets it see every page
-    found,answers = check_site.check(site, pages, list(check_site.terms)[part::4], full=small.__contains__)
+    "An eighth of the pages each, and of the terms of the search"
+    pages = sorted(check_site.pages_of(site), key=lambda o: (site/o).stat().st_size)[part::8]
+    # axe-core takes its time; tools/check_site.py lets it see every page
+    small = {o for o in pages if (site/o).stat().st_size<60_000}
+    found,answers = check_site.check(site, pages, list(check_site.terms)[part::8], full=small.__contains__)
     assert len(found)==len(pages)>=5 and small
     assert sum(r['pictures'] for r in found.values())>0 and all(r['pairs']>10 for r in found.values())
     problems = list(check_site.report(found, answers))
@@ -38,9 +43,11 @@ def test_the_check_sees(tmp_path):
     "Each fault that is looked for, planted in a page, is found"
     assets = tmp_path/'a.css'
     assets.write_text('')
-    (tmp_path/'bad.html').write_text('''<!doctype html><html><head><title>x</title><meta name="viewport" content="width=device-width"></head><body data-md-color-scheme="default">
+    (tmp_path/'bad.html').write_text('''<!doctype html><html><head><title>x</title>
+        <meta name="viewport" content="width=device-width"></head><body data-md-color-scheme="default">
         <form data-md-component="palette"><label onclick="document.body.dataset.mdColorScheme='slate'">x</label></form>
-        <article><p style="color:#999;background:#fff">pale words of $\\\\alpha$ and \\\\(\\\\frac12\\\\)</p><img src="none.png"><div style="width:900px">wide</div></article>
+        <article><p style="color:#999;background:#fff">pale words of $\\\\alpha$ and \\\\(\\\\frac12\\\\)</p>
+        <img src="none.png"><div style="width:900px">wide</div></article>
         <script>console.error('oh'); fetch('http://127.0.0.1:9/elsewhere').catch(e => 0)</script></body></html>''')
     found,_ = check_site.check(tmp_path, ['bad.html'], [])
     r = found['bad.html']
@@ -71,7 +78,9 @@ def test_navigation(site):
     while order[-1] not in seen:
         seen.add(order[-1])
         m = re.search(r'<link rel="?next"? href="?([^"> ]+)', (site/order[-1]).read_text())
-        if m: order.append((Path(order[-1]).parent/m[1]).as_posix() if not m[1].startswith('..') else m[1].removeprefix('../'))
+        if m:
+            order.append((Path(order[-1]).parent/m[1]).as_posix() if not m[1].startswith('..')
+                         else m[1].removeprefix('../'))
     assert set(order)==set(check_site.pages_of(site))
     modules = [o.removesuffix('.html') for o in order if '/' not in o]
     numbered = [p.stem.partition('_')[2] for p in sorted((root/'nbs').glob('[0-9]*.ipynb'))]
@@ -86,7 +95,8 @@ def test_names_inside_links():
 def test_alt_text():
     "A cell's own words come first, then the last sentence above it, without its marks"
     assert build_docs.alt_text({'fig-alt':'Bars of $x$'}, 'Some text.')=='Bars of x'
-    assert build_docs.alt_text({}, 'First.\n\nHere it is. What the [floor](a.html) does to `x`:')=='What the floor does to x'
+    above = 'First.\n\nHere it is. What the [floor](a.html) does to `x`:'
+    assert build_docs.alt_text({}, above)=='What the floor does to x'
     assert build_docs.alt_text({}, '')==''
 
 def test_outputs():
@@ -94,7 +104,8 @@ def test_outputs():
     out = lambda text: build_docs.out2md(dict(output_type='stream', text=text), 'a', None, '0', False)
     assert '.wrap' in out('a     b\n'+'x'*120) and '.wrap' not in out('short\n'+'x'*100)
     assert '.wrap' not in out('--model      '+'x'*120)        # rows of columns would fall apart
-    md = build_docs.out2md(dict(output_type='display_data', data={'text/markdown':'### f\n\n*Call self as a function.*'}), 'a', None, '0', False)
+    md = build_docs.out2md(dict(output_type='display_data',
+                                data={'text/markdown':'### f\n\n*Call self as a function.*'}), 'a', None, '0', False)
     assert 'Call self' not in md and '### f' in md
 
 def test_registered_names_have_a_line(site):
@@ -107,7 +118,10 @@ def test_registered_names_have_a_line(site):
 def test_the_build_says_what_it_built(tmp_path, monkeypatch):
     "How many pages, where from here, and how to look at them"
     monkeypatch.chdir(tmp_path)
-    for o in ('index.html', 'results/speed.html', '404.html'): (tmp_path/'_docs'/o).parent.mkdir(parents=True, exist_ok=True); (tmp_path/'_docs'/o).touch()
-    assert build_docs.built(tmp_path/'_docs', 41.6)=='2 pages in _docs (42 s). To look at them: python -m http.server -d _docs, then http://localhost:8000'
-    assert build_docs.write_readme(tmp_path/'README.md', 'a').endswith('anew') and (tmp_path/'README.md').read_text()=='a'
+    for o in ('index.html', 'results/speed.html', '404.html'):
+        (tmp_path/'_docs'/o).parent.mkdir(parents=True, exist_ok=True); (tmp_path/'_docs'/o).touch()
+    said = '2 pages in _docs (42 s). To look at them: python -m http.server -d _docs, then http://localhost:8000'
+    assert build_docs.built(tmp_path/'_docs', 41.6)==said
+    assert build_docs.write_readme(tmp_path/'README.md', 'a').endswith('anew')
+    assert (tmp_path/'README.md').read_text()=='a'
     assert build_docs.write_readme(tmp_path/'README.md', 'a').endswith('up to date')

@@ -27,7 +27,8 @@ def test_lemma2(wn):
     assert inclusion_bound(kappa, n, N)<=pi.min()+1e-8
 
 @given(draws(N=10))
-def test_two_ways_to_the_exact_probabilities(wn): assert (inclusion_by_clocks(*wn)-inclusion_probabilities(*wn)).abs().max()<1e-8
+def test_two_ways_to_the_exact_probabilities(wn):
+    assert (inclusion_by_clocks(*wn)-inclusion_probabilities(*wn)).abs().max()<1e-8
 
 @given(st.integers(1, 64), st.data())
 def test_lemma2_is_sharp(N, data):
@@ -70,13 +71,18 @@ def test_corollary1_follows_from_theorem1(delta, L, N, sigma2, T, data):
     n,pi_min = data.draw(st.integers(1, N)),data.draw(st.floats(0.001, 1))
     gamma = step_size(delta, L, n, sigma2, T)
     assert 0<gamma<=1/L
-    assert theorem1_bound(delta, L, gamma, T, n*sigma2)/pi_min <= corollary1_bound(delta, L, n, sigma2, T, pi_min)*(1+1e-9)
-    assert math.isclose(rst_bound(delta, L, n, N, sigma2, n*T*N), rst_bound(delta, L, N, N, sigma2, n*n*T), rel_tol=1e-9)   # equal layer updates
-    assert math.isclose(adaptive_bound(delta, L, gamma, T, sigma2, 1., 1.), theorem1_bound(delta, L, gamma, T, sigma2), rel_tol=1e-12)
+    assert theorem1_bound(delta, L, gamma, T,
+                          n*sigma2)/pi_min <= corollary1_bound(delta, L, n, sigma2, T, pi_min)*(1+1e-9)
+    # equal layer updates
+    assert math.isclose(rst_bound(delta, L, n, N, sigma2, n*T*N), rst_bound(delta, L, N, N, sigma2, n*n*T),
+                        rel_tol=1e-9)
+    assert math.isclose(adaptive_bound(delta, L, gamma, T, sigma2, 1., 1.), theorem1_bound(delta, L, gamma, T, sigma2),
+                        rel_tol=1e-12)
 
 @given(draws(), st.data())
 def test_proposition5(wn, data):
-    "No selection has a larger guaranteed decrease than the layers of largest gain, and the difference to chance is `selection_gain`"
+    """No selection has a larger guaranteed decrease than the layers of largest gain, and the difference to chance is
+    `selection_gain`"""
     w,n = wn
     a = torch.tensor(data.draw(st.lists(st.floats(-10, 10), min_size=len(w), max_size=len(w))), dtype=torch.float64)
     pi = inclusion_by_clocks(w, n)
@@ -87,7 +93,8 @@ def test_where_they_do_not_hold():
     import pytest
     with pytest.raises(ValueError, match='outside of'): theorem1_bound(1., 2., 1., 10, 1.)
     with pytest.raises(ValueError, match='outside of'): adaptive_bound(1., 1., 1., 10, 1., 0.5, 2.)
-    with pytest.raises(ValueError, match='No bound is known'): update_bound(SimpleNamespace(scorer='mine', n_candidates=3, score_lr=1.))
+    with pytest.raises(ValueError, match='No bound is known'):
+        update_bound(SimpleNamespace(scorer='mine', n_candidates=3, score_lr=1.))
 
 def test_default_guarantee():
     "N = 32, a quarter active, the default floor: the number on the page and in the README"
