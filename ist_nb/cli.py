@@ -24,10 +24,9 @@ def during(
         if not hasattr(e, 'during'): e.during = what
         raise
 
-_full,_closed = 'the disk is full','the folder may not be written to'
+_full = 'the disk is full'
 _disk = {errno.ENOSPC:_full, errno.EDQUOT:'the disk quota is used up', errno.EROFS:'the disk is read-only',
-         errno.EFBIG:'a file is larger than this system allows', errno.EACCES:_closed, errno.EPERM:_closed,
-         errno.EIO:'the disk has failed'}
+         errno.EFBIG:'a file is larger than this system allows'}
 
 def _storage_trouble(e):
     "What is wrong with the disk, in words; empty if `e` is not about the disk"

@@ -13,7 +13,7 @@ from statistics import NormalDist
 from fastcore.docments import docments
 from .cli import _quiet, plain_errors
 from .config import ISTError, _suggest
-from .model import _check_here, _check_patterns, _load
+from .model import _check_here, _check_patterns, load_model
 from .questions import (_answer_forms, _by_likelihood, _by_writing, _judge, _prompt_of, _task_file,
                         find_tasks, read_task, tasks)
 
@@ -197,7 +197,7 @@ def _load_adapted(args):
         if adapter: raise ISTError(f"--model {model} is an adapter, and --adapter {adapter} another. Give one.")
         model,adapter = _base_of(Path(model)),model
     if adapter: _check_here('--adapter', adapter)
-    res = _load(model, args.trust_remote_code, **(dict(dtype=args.dtype) if args.dtype else {}))
+    res = load_model(model, args.trust_remote_code, **(dict(dtype=args.dtype) if args.dtype else {}))
     if adapter: res = _put_on(*res, adapter, args)
     return res[0].to('cuda' if torch.cuda.is_available() else 'cpu'),res[1]
 

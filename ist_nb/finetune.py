@@ -138,16 +138,14 @@ def _ist_config(args, given, seed):
 
 # %% ../nbs/22_finetune.ipynb #5629997f
 _count = 'a whole number of at least 1',lambda v: v>=1
-_share = 'a number in [0, 1)',lambda v: 0<=v<1
-_positive = 'a number above 0',lambda v: v>0 and math.isfinite(v)
-_not_negative = 'a number of at least 0',lambda v: v>=0 and math.isfinite(v)
 _few = 4*(os.cpu_count() or 1)
 _training_allowed = dict(
-    learning_rate=_not_negative, num_train_epochs=_positive, per_device_train_batch_size=_count,
-    per_device_eval_batch_size=_count, gradient_accumulation_steps=_count, weight_decay=_not_negative,
-    adam_beta1=_share, adam_beta2=_share, adam_epsilon=_not_negative,
+    learning_rate=('a number of at least 0', lambda v: v>=0 and math.isfinite(v)),
+    num_train_epochs=('a number above 0', lambda v: v>0 and math.isfinite(v)),
+    per_device_train_batch_size=_count, per_device_eval_batch_size=_count, gradient_accumulation_steps=_count,
     max_length=('a whole number of at least 2', lambda v: v is None or v>=2),
     max_steps=('a whole number of at least 1, or -1 for whole epochs', lambda v: v>=1 or v==-1),
+    model_init_kwargs=('a dictionary, such as \'{"dtype": "bfloat16"}\'', lambda v: isinstance(v or {}, dict)),
     resume_from_checkpoint=('--resume instead: it finds the last intact checkpoint', lambda v: v is None),
     dataloader_num_workers=('a whole number from 0 to four for each processor', lambda v: 0<=v<=_few),
     dataset_num_proc=('a whole number from 1 to four for each processor', lambda v: v is None or 1<=v<=_few))
@@ -193,13 +191,6 @@ _examples = '''Fine-tune a language model with Importance-aware Sparse Tuning (I
   ist_finetune --output_dir FOLDER --resume           continue from the last intact checkpoint
   ist_finetune --output_dir FOLDER --auto_resume      start, or resume: the same command for every restart
 '''
-_training = dict(output_dir='Where everything goes; a new folder under runs/ by default', learning_rate='Of AdamW',
-                 num_train_epochs='Passes over the data', max_steps='Optimizer steps, instead of passes',
-                 per_device_train_batch_size='Rows in a batch', gradient_accumulation_steps='Batches in a step',
-                 max_length='Longest row, in tokens', seed='Of everything random',
-                 eval_strategy='Evaluate during training: no, steps or epoch', save_steps='Steps between checkpoints',
-                 bf16='Mixed precision; by default where the GPU can',
-                 report_to='tensorboard, wandb, mlflow, ...; none by default')
 _help = '''{examples}
 What to train, on what, and how
 {ours}
@@ -207,7 +198,7 @@ What to train, on what, and how
 Importance-aware Sparse Tuning (fields of ISTConfig)
 {ist}
 
-Training (every argument of transformers' TrainingArguments and TRL's SFTConfig is accepted; these are the most used)
+Training: every argument of transformers' TrainingArguments and TRL's SFTConfig. Our defaults:
 {training}
 
   --help_all prints every argument; --config FILE reads any of them from YAML.
@@ -216,11 +207,11 @@ Training (every argument of transformers' TrainingArguments and TRL's SFTConfig 
 # %% ../nbs/22_finetune.ipynb #f028e661
 def _help_page():
     from textwrap import fill
-    def row(name, about, default=None):
+    def row(name, about, default):
         about += '' if default in (None, False) else f' (default {default})'
         return fill(f'  --{name:28} {about}', 110, subsequent_indent=' '*33, break_on_hyphens=False)
     def of(cls): return '\n'.join(row(f.name, docments(cls)[f.name], f.default) for f in fields(cls) if f.name!='seed')
-    training = '\n'.join(row(k, v, _recipe.get(k)) for k,v in _training.items())
+    training = fill(' '.join(f'--{k} {v}' for k,v in _recipe.items()), 110, initial_indent='  ', subsequent_indent='  ')
     return _help.format(examples=_examples, ours=of(_Arguments), ist=of(ISTConfig), training=training)
 
 # %% ../nbs/22_finetune.ipynb #f364e7cb
@@ -244,7 +235,7 @@ def make_trainer(
     from trl import SFTTrainer
     from ist_nb.callback import ISTCallback
     from ist_nb.runs import RunGuard
-    model,tokenizer = load_model(args, sft)
+    model,tokenizer = load_model(args.model, bool(sft.trust_remote_code), **(sft.model_init_kwargs or {}))
     if data.kind=='messages': _check_template(tokenizer, sft, args.model, data.train)
     if data.kind=='text': sft.packing,sft.packing_strategy = True,'wrapped'   # long texts become several rows
     config = _adapter_config(args)

@@ -227,11 +227,11 @@ def _set_probe(self:IST, probe):
         self.tracker = GradientTracker(self.layers, self.ranks.spread)
         self.parts.insert(0, self.tracker)
     if observes=='backward': return
-    _layer_count(self.config.n_suppressed, len(self.layers), 'n_suppressed')
+    _layer_count(c.n_suppressed, len(self.layers), 'n_suppressed')
     if probe is None:
         raise ISTError(f"sampler={c.sampler!r} needs importance, and importance needs data to probe with. "
                        "Give probe=your training DataLoader, or use ISTConfig.rst(), which draws layers uniformly.")
-    batches = ProbeBatches(probe, self.config.score_batch_size, c.seed)
+    batches = ProbeBatches(probe, c.score_batch_size, c.seed)
     with quietly(self.model): first,_ = batches.part(0, self.ranks.rank, self.ranks.size)
     if self.loss_fn is model_loss: _check_batch(self.model, first)
     if getattr(self.scorer, 'suppresses', True):

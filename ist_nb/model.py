@@ -20,41 +20,35 @@ def _check_here(flag, name):
         raise ISTError(f"{flag} {name[:200]}: there is no such folder. Give a folder with config.json, weights and "
                        "tokenizer, a hub id, or 'pico'.")
 
-def _load(name, trust=False, **kwargs):
-    "A causal language model, all of whose weights are there, and its tokenizer; `kwargs` are for `from_pretrained`"
+def load_model(
+    name:str, # A hub id, a folder, or 'pico'
+    trust:bool=False, # Whether Python code that comes with the model may run
+    **kwargs, # For `from_pretrained`
+): # The model and its tokenizer; raises `ISTError`
+    "Load a causal language model, all of whose weights are there"
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     _check_here('--model', name)
-    path = str(assets/'pico') if name=='pico' else name
+    path,shown = str(assets/'pico') if name=='pico' else name,name[:200]
     kwargs = dict(dtype='auto' if torch.cuda.is_available() else 'float32', trust_remote_code=trust) | kwargs
     try:
         model,info = AutoModelForCausalLM.from_pretrained(path, **kwargs, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
     except Exception as e:
         if 'trust_remote_code' in str(e):
-            raise ISTError(f"The model {name[:200]!r} comes with Python code of its own, which is not run. "
+            raise ISTError(f"The model {shown!r} comes with Python code of its own, which is not run. "
                            "Read it, and give --trust_remote_code if you trust it.") from e
-        raise ISTError(f"The model {name[:200]!r} cannot be loaded{_suggest(name[:200], ['pico'])} Give 'pico', a "
-                       "folder with config.json, weights and tokenizer, or a hub id of a causal language model that "
-                       f"this machine can reach. ({type(e).__name__}: {' '.join(str(e).split())[:300]})") from e
-    if not (lost := sorted(info['missing_keys'])): return model,tokenizer
-    raise ISTError(f"{len(lost)} weights of the model {name!r} are missing ({', '.join(lost[:3])}), and would be "
-                   "random numbers. Copy or save the model again.")
-
-def load_model(
-    args, # The first group of what `parse` returns, for `model`
-    sft, # An `SFTConfig`, for `model_init_kwargs` and `trust_remote_code`
-): # The model and its tokenizer; raises `ISTError`
-    "Load the causal language model that a command line names"
-    kwargs = sft.model_init_kwargs or {}
-    if not isinstance(kwargs, dict):
-        raise ISTError(f"--model_init_kwargs {kwargs!r} is not a dictionary. Write it as in "
-                       "'{\"dtype\": \"bfloat16\"}'.")
-    model,tokenizer = _load(args.model, bool(sft.trust_remote_code), **kwargs)
-    n = model.get_input_embeddings().num_embeddings
-    if len(tokenizer)<=n: return model,tokenizer
-    raise ISTError(f"The tokenizer of {args.model!r} has {len(tokenizer)} tokens, and the model only {n}. Give a "
-                   "model and the tokenizer that it was trained with.")
+        raise ISTError(f"The model {shown!r} cannot be loaded{_suggest(shown, ['pico'])} Give 'pico', a folder with "
+                       "config.json, weights and tokenizer, or a hub id of a causal language model that this machine "
+                       f"can reach. ({type(e).__name__}: {' '.join(str(e).split())[:300]})") from e
+    n,lost = model.get_input_embeddings().num_embeddings,sorted(info['missing_keys'])
+    if lost:
+        raise ISTError(f"{len(lost)} weights of the model {shown!r} are missing ({', '.join(lost[:3])}), and would be "
+                       "random numbers. Copy or save the model again.")
+    if len(tokenizer)>n:
+        raise ISTError(f"The tokenizer of {shown!r} has {len(tokenizer)} tokens, and the model only {n}. Give a model "
+                       "and the tokenizer that it was trained with.")
+    return model,tokenizer
 
 # %% ../nbs/19_model.ipynb #21aeaf13
 _most_r = 2**16

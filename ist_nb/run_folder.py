@@ -199,17 +199,7 @@ model = PeftModel.from_pretrained(base, 'FOLDER')     # this folder
 tokenizer = AutoTokenizer.from_pretrained('FOLDER')
 ```
 
-## Cite the method
-
-```bibtex
-@inproceedings{{yao2024layerwise,
-  title={{Layer-wise Importance Matters: Less Memory for Better Performance in Parameter-efficient Fine-tuning
-         of Large Language Models}},
-  author={{Yao and Gao and Li and Zhao and Wang and Wang and Zhu}},
-  booktitle={{Findings of the Association for Computational Linguistics: EMNLP 2024}}, pages={{1977--1992}},
-  year={{2024}}, eprint={{2410.11772}}, archivePrefix={{arXiv}}
-}}
-```
+The method is described in [Layer-wise Importance Matters](https://arxiv.org/abs/2410.11772) by Yao et al. (2024).
 """
 
 # %% ../nbs/20_run_folder.ipynb #7379a498
@@ -218,18 +208,18 @@ def model_card(
     name:str, # Of the run
 ) -> str: # Markdown, with what the hub reads on top
     "The model card of a run"
-    import yaml
+    from huggingface_hub import ModelCardData
     args,sft,ist = (res['config'][o] for o in ('finetune', 'training', 'ist'))
     model,peft,pico = args['model'],args['peft'],args['model']=='pico'
-    head = dict(library_name='peft', pipeline_tag='text-generation', tags=['ist_nb', peft])
-    if ist: head['tags'].append('importance-aware-sparse-tuning')
-    if not pico and not os.path.exists(model): head['base_model'] = model
+    tags = ['ist_nb', peft, *(['importance-aware-sparse-tuning'] if ist else [])]
+    head = ModelCardData(library_name='peft', pipeline_tag='text-generation', tags=tags,
+                         base_model=None if pico or os.path.exists(model) else model)
     names = 'learning_rate per_device_train_batch_size gradient_accumulation_steps max_length seed'
     shown = {k:sft[k] for k in names.split()}
     if peft in ('lora', 'dora'): shown |= {k:args[k] for k in ('lora_r', 'lora_alpha', 'lora_dropout')}
     if ist: shown |= {k:ist[k] for k in 'n_active sampler scorer score_interval schedule explore'.split()}
     return _card.format(**res | dict(
-        head=yaml.safe_dump(head, sort_keys=False).strip(), name=name, how=_methods[args['method']], model=model,
+        head=head.to_yaml(), name=name, how=_methods[args['method']], model=model,
         adapter=dict(lora='LoRA', dora='DoRA').get(peft, peft), version=res['versions']['ist_nb'],
         settings='\n'.join(f'| `{k}` | {v} |' for k,v in shown.items()), trained=_trained(res),
         load_pico='\nfrom ist_nb.finetune import assets' if pico else '',

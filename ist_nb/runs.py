@@ -246,27 +246,26 @@ class AccelerateCheckpoint:
         if self.old.exists() and not self.folder.exists(): self.old.replace(self.folder)
         for o in (self.part, self.old): shutil.rmtree(o, ignore_errors=True)
 
+    def _finish(self):
+        _write_json(self.part/'ist_state.json', self.ist.state_dict())
+        if self.folder.exists(): self.folder.replace(self.old)
+        self.part.replace(self.folder)
+        shutil.rmtree(self.old, ignore_errors=True)
+
     def save(self):
         "Put everything into the folder, or leave it as it is"
-        def finish():
-            _write_json(self.part/'ist_state.json', self.ist.state_dict())
-            if self.folder.exists(): self.folder.replace(self.old)
-            self.part.replace(self.folder)
-            shutil.rmtree(self.old, ignore_errors=True)
         self._on_main(self._recover)
         self.accelerator.save_state(self.part)
-        self._on_main(finish)
+        self._on_main(self._finish)
 
     def load(self) -> bool: # False if there is no checkpoint yet; raises `ISTError` if IST's part is missing or damaged
         "Continue from what was saved last"
         self._on_main(self._recover)
         if not self.folder.exists(): return False
-        path = self.folder/'ist_state.json'
-        if not path.exists():
-            raise ISTError(f"{self.folder} was saved without IST: it has no ist_state.json. Save with "
-                           "AccelerateCheckpoint, or start a new run from its adapter.")
-        state = _read_json(path)
-        if state is None: raise ISTError(f"{path} is damaged. Resume from another checkpoint.")
+        state = _read_json(self.folder/'ist_state.json')
+        if state is None:
+            raise ISTError(f"{self.folder}/ist_state.json, which holds the importance, is missing or damaged. Resume "
+                           "from another checkpoint, or start a new run from the adapter in this one.")
         self.accelerator.load_state(self.folder)
         self.ist.load_state_dict(state)
         return True

@@ -387,7 +387,7 @@ def test_model_card(done):
     # pico is not on the hub
     assert card.data.library_name=='peft' and 'ist_nb' in card.data.tags and card.data.base_model is None
     for o in (f"{res['loss_before']:.4f} before, {res['loss_after']:.4f} after", res['data'], 'Importance-aware Sparse '
-              'Tuning', 'yao2024layerwise', f"in {max(res['times_active'])} of 4 steps"):
+              'Tuning', '2410.11772', f"in {max(res['times_active'])} of 4 steps"):
         assert o in card.text
     assert 'None' not in card.text.replace('| None |', '') and str(done) not in card.text
     code = card.text.split('```python')[1].split('```')[0].replace('FOLDER', str(done/'out'))
