@@ -227,11 +227,11 @@ def _set_probe(self:IST, probe):
         self.tracker = GradientTracker(self.layers, self.ranks.spread)
         self.parts.insert(0, self.tracker)
     if observes=='backward': return
-    _layer_count(self.config.n_suppressed, len(self.layers), 'n_suppressed')
+    _layer_count(c.n_suppressed, len(self.layers), 'n_suppressed')
     if probe is None:
         raise ISTError(f"sampler={c.sampler!r} needs importance, and importance needs data to probe with. "
                        "Give probe=your training DataLoader, or use ISTConfig.rst(), which draws layers uniformly.")
-    batches = ProbeBatches(probe, self.config.score_batch_size, c.seed)
+    batches = ProbeBatches(probe, c.score_batch_size, c.seed)
     with quietly(self.model): first,_ = batches.part(0, self.ranks.rank, self.ranks.size)
     if self.loss_fn is model_loss: _check_batch(self.model, first)
     if getattr(self.scorer, 'suppresses', True):
@@ -257,10 +257,9 @@ def load_state_dict(self:IST,
     now = {k:getattr(self.config, k, None) for k in state['config']}
     changed = ', '.join(f'{k} was {_short(v)}, now {now[k]!r}' for k,v in state['config'].items() if now[k]!=v)
     if changed: warnings.warn(f'IST resumes with other settings: {changed}')
-    if self.tracker:
-        same_scorer = state['config'].get('scorer')==self.config.scorer
-        if 'tracker' in state: self.tracker.load_state_dict(state['tracker'])
-        elif state['t'] and same_scorer: raise _bad_state('tracker', None, 'what `GradientTracker.state_dict` returns')
+    if self.tracker and 'tracker' in state: self.tracker.load_state_dict(state['tracker'])
+    elif self.tracker and state['t'] and state['config'].get('scorer')==self.config.scorer:
+        raise _bad_state('tracker', None, 'what `GradientTracker.state_dict` returns')
     if self.prober: self.prober.max_rows = state['probe_rows']
     self.t,self.n_dropped,self.history = state['t'],state['n_dropped'],downsample(list(state['history']))
     self.importance = torch.tensor(state['importance'], dtype=torch.float32)   # [N]

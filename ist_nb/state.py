@@ -51,6 +51,9 @@ def _is_record(h, n, t):
     counts = _all(h.get('times_active'), n, lambda o: _is_count(o, t))
     return counts and _all(h.get('importance'), n, _is_finite) and _is_plain(h)
 
+def _is_history(v, n, t):
+    return isinstance(v, list) and len(v)<=_history_limit and all(_is_record(h, n, t) for h in v)
+
 def _is_pending(step, n):
     "Whether `step` is a list of pairs: positions of layers, and a number for each"
     if not isinstance(step, list): return False
@@ -66,6 +69,7 @@ def _is_tracker(w, n):
 
 # %% ../nbs/09_state.ipynb #395f926a
 _state_version = 1
+_history_limit = 512   # records; each holds about 2N numbers
 
 def state_fields(
     n:int, # Number of layers
@@ -78,8 +82,8 @@ def state_fields(
         times_active=(f'{n} counts of at most t={t}', lambda v: _all(v, n, lambda o: _is_count(o, t))),
         n_dropped=('a count', _is_count),
         probe_rows=('a count of at least 1, or None', lambda v: v is None or _is_count(v) and v>0),
-        history=(f'a list of records with step, importance and times_active, for {n} layers and at most {t} steps',
-                 lambda v: isinstance(v, list) and all(_is_record(h, n, t) for h in v)),
+        history=(f'at most {_history_limit} records with step, importance and times_active, for {n} layers and at most '
+                 f'{t} steps', lambda v: _is_history(v, n, t)),
         config=('a dictionary of settings', lambda v: isinstance(v, dict) and _is_plain(v, 1000)),
         tracker=(f'what `GradientTracker.state_dict` returns, for {n} layers', lambda v: _is_tracker(v, n)))
 
@@ -107,14 +111,13 @@ def checked_state(
     return state
 
 # %% ../nbs/09_state.ipynb #3657249c
-_history_limit = 512   # records; each holds about 2N numbers
-
 def downsample(
-    history:list, # Of records
+    history:list, # Of records, which are dictionaries with a `step`
     limit:int|None=None, # Most of them to keep; 512 if not given
 ) -> list: # The same, or a shorter one
-    "Drop every second record of the older half until there are at most `limit`"
+    "Drop records of the older half, where they are closest together, until there are at most `limit`"
     while len(history)>(limit or _history_limit):
-        half = len(history)//2
-        history = history[:half:2]+history[half:]
+        gap = lambda i: history[i+1]['step']-history[i-1]['step']
+        i = min(range(1, len(history)//2), key=gap)     # never the first
+        history = history[:i]+history[i+1:]
     return history
