@@ -64,10 +64,10 @@ class Watched:
         w = self.ist.tracker
         if not w: yield; return
         with self.timed(): w.begin(active)
-        see = type(w).see
+        see = type(w)._see
         def timed_see(optimizer):
             with self.timed(): see(w, optimizer)
-        w.see = timed_see
+        w._see = timed_see
         yield
         with self.timed(): w.end()
 

@@ -7,7 +7,7 @@ __all__ = ['held_out_loss', 'rescore', 'evaluate', 'main']
 
 # %% ../nbs/24_evaluate.ipynb #c3597f5d
 import hashlib,json,math,os,sys,time
-from dataclasses import asdict, dataclass, fields
+from inspect import signature
 from pathlib import Path
 from statistics import NormalDist
 from fastcore.docments import docments
@@ -112,13 +112,13 @@ def _done(path, settings, overwrite):
 # %% ../nbs/24_evaluate.ipynb #ecda95ff
 _ways,_most_beams = ('generate', 'likelihood'),64
 
-def _chosen(names, data, how, **numbers):
+def _chosen(names, data, how, num_beams, **counts):
     "The tasks that can be scored `how`, all of whose files are there; raises `ISTError`"
     if how not in _ways: raise ISTError(f"how={how!r} is not allowed. Give 'generate' or 'likelihood'.")
-    for k,v in numbers.items():
+    for k,v in (counts | dict(num_beams=num_beams)).items():
         if v is not None and v<1: raise ISTError(f"{k}={v} is not allowed. Give at least 1.")
-    if (beams := numbers['num_beams'])>_most_beams:
-        raise ISTError(f"num_beams={beams} is not allowed: each copies the batch. Give at most {_most_beams}.")
+    if num_beams>_most_beams:
+        raise ISTError(f"num_beams={num_beams} is not allowed: each copies the batch. Give at most {_most_beams}.")
     chosen = find_tasks(names)
     if how=='likelihood' and (free := [t.name for t in chosen if t.kind=='number']):
         raise ISTError(f"{', '.join(free)}: the answer is a free number, so there are no choices to compare. "
@@ -144,8 +144,7 @@ def evaluate(
 ) -> dict: # `tasks`: name -> summary, `average` and its `interval`; raises `ISTError`
     "Accuracy of `model` on each of the tasks"
     from ist_nb.runs import _write_json
-    chosen = _chosen(names, data, how, batch_size=batch_size, num_beams=num_beams, limit=limit,
-                     max_new_tokens=max_new_tokens)
+    chosen = _chosen(names, data, how, num_beams, batch_size=batch_size, limit=limit, max_new_tokens=max_new_tokens)
     rows,mark,res = {t.name:read_task(t, data, limit) for t in chosen},_fingerprint(model),{}
     for t in chosen:
         score,way = _by_likelihood,dict(answers=answers)
@@ -191,7 +190,7 @@ def _check_adapter(folder, names):
 
 # %% ../nbs/24_evaluate.ipynb #6006e4ab
 def _load_adapted(args):
-    "The model with its adapter, and its tokenizer, as `_Arguments` name them"
+    "The model with its adapter, and its tokenizer, as the command line names them"
     import torch
     model,adapter = args.model,args.adapter
     if os.path.isfile(os.path.join(model, 'adapter_config.json')):
@@ -224,25 +223,17 @@ def _put_on(model, tokenizer, adapter, args):
 # %% ../nbs/24_evaluate.ipynb #af878a10
 _dtypes = ('float32', 'bfloat16', 'float16', 'auto')
 
-@dataclass
-class _Arguments:
-    "What to evaluate, on what, and how"
-    model:str = 'pico' # The folder of a run of ist_finetune, a folder with a model, an id of the hub, or 'pico'
-    adapter:str = None # A PEFT adapter to put on the model: a folder or an id of the hub
-    tasks:str = 'commonsense' # Names with commas between them, or commonsense, math, all
-    data:str = None # The folder with the tasks: NAME/test.json, or commonsense/NAME/test.json
-    how:str = 'generate' # 'generate': by what the model writes; 'likelihood': by the likeliest choice
-    answers:str = 'name' # For likelihood: 'name' (the correct answer is answer1) or 'text' (the choice's own words)
-    batch_size:int = 16 # Rows at a time; changes the speed, not the result
-    limit:int = None # The first so many rows of each task
-    num_beams:int = 4 # Beams, for generate
-    max_new_tokens:int = None # For generate; by default 32 for commonsense, 256 for arithmetic
-    output_dir:str = None # Where each task's file goes; by default eval_HOW in the run's folder, else under runs/
-    dtype:str = None # 'float32', 'bfloat16', 'float16' or 'auto', as saved; by default auto on a GPU, float32 on a CPU
-    merge:bool = False # Fold the adapter into the weights first: faster, and rounded a little differently
-    overwrite:bool = False # Replace files that were made differently
-    trust_remote_code:bool = False # Run Python code that comes with the model: only if you have read it
-    debug:bool = False # Show where an error comes from
+_own = dict(     # arguments of the command alone: type, default, help
+    model=(str, 'pico', "The folder of a run of ist_finetune, a folder with a model, an id of the hub, or 'pico'"),
+    adapter=(str, None, 'A PEFT adapter to put on the model: a folder or an id of the hub'),
+    tasks=(str, 'commonsense', 'Names with commas between them, or commonsense, math, all'),
+    data=(str, None, 'The folder with the tasks: NAME/test.json, or commonsense/NAME/test.json'),
+    output_dir=(str, None, "Where each task's file goes; by default eval_HOW in the run's folder, else under runs/"),
+    dtype=(str, None, "'float32', 'bfloat16', 'float16' or 'auto', as saved; by default auto on a GPU, else float32"),
+    merge=(bool, False, 'Fold the adapter into the weights first: faster, and rounded a little differently'),
+    trust_remote_code=(bool, False, 'Run Python code that comes with the model: only if you have read it'),
+    debug=(bool, False, 'Show where an error comes from'))
+_shared = 'how answers batch_size limit num_beams max_new_tokens overwrite'.split()     # with `evaluate`
 
 _about = '''Accuracy of a model or an adapter on the tasks of the LLM-Adapters collection.
 
@@ -258,21 +249,22 @@ def _parser():
         def error(self, message): raise ISTError(f'{message[0].upper()}{message[1:]}. See `ist_evaluate --help`.')
     p = Parser('ist_evaluate', 'ist_evaluate --data FOLDER [--NAME VALUE ...]', _about, add_help=False,
                allow_abbrev=False, formatter_class=RawDescriptionHelpFormatter)
-    about,allowed = docments(_Arguments),dict(how=_ways, answers=_answer_forms, dtype=_dtypes)
-    for f in fields(_Arguments):
-        kind = dict(type=f.type, choices=allowed.get(f.name), metavar='')
-        if f.type is bool: kind = dict(action='store_true')
-        default = '' if f.default in (None, False) else f' (default {f.default})'
-        p.add_argument(f'--{f.name}', default=f.default, help=f'{about[f.name]}{default}', **kind)
+    about,given = docments(evaluate),signature(evaluate).parameters
+    every = _own | {o:(given[o].annotation, given[o].default, about[o]) for o in _shared}
+    allowed = dict(how=_ways, answers=_answer_forms, dtype=_dtypes)
+    for name,(kind, default, said) in every.items():
+        how = dict(action='store_true') if kind is bool else dict(type=kind, choices=allowed.get(name), metavar='')
+        said += '' if default in (None, False) else f' (default {default})'
+        p.add_argument(f'--{name}', default=default, help=said, **how)
     return p
 
 def _parse(argv):
-    "The command line, without the program's name, as `_Arguments`; raises `ISTError`"
-    found,rest = _parser().parse_known_args(argv)
+    "The command line, without the program's name, as a namespace; raises `ISTError`"
+    args,rest = _parser().parse_known_args(argv)
     if rest:
-        near = _suggest(rest[0], [f'--{f.name}' for f in fields(_Arguments)])
+        near = _suggest(rest[0], [f'--{o}' for o in vars(args)])
         raise ISTError(f"{rest[0]!r} is not an argument of ist_evaluate{near} See `ist_evaluate --help`.")
-    if found.data: return _Arguments(**vars(found))
+    if args.data: return args
     raise ISTError("--data is missing. Give the folder with the tasks (the `dataset` folder of LLM-Adapters: "
                    "boolq/test.json and so on).")
 
@@ -315,18 +307,15 @@ def main(
         return print(f'ist_evaluate {__version__}') or 0
     args = _parse(argv)
     folder = _folder_for(args)
-    kwargs = {k:getattr(args, k) for k in ('how', 'limit', 'batch_size', 'num_beams', 'max_new_tokens')}
-    numbers = {k:v for k,v in kwargs.items() if k!='how'}
-    _chosen(args.tasks, args.data, args.how, **numbers)      # before the model is loaded, which may take minutes
+    _chosen(args.tasks, args.data, args.how, args.num_beams, batch_size=args.batch_size, limit=args.limit,
+            max_new_tokens=args.max_new_tokens)      # before the model is loaded, which may take minutes
     with _quiet():
         from ist_nb.runs import _write_json
-        res = evaluate(*_load_adapted(args), args.tasks, args.data, output_dir=folder, answers=args.answers,
-                       progress=True, overwrite=args.overwrite, **kwargs)
-        _write_json(folder/'summary.json', res | dict(config=asdict(args), versions=_versions()))
+        res = evaluate(*_load_adapted(args), args.tasks, args.data, output_dir=folder, progress=True,
+                       **{o:getattr(args, o) for o in _shared})
+        _write_json(folder/'summary.json', res | dict(config=vars(args), versions=_versions()))
     print(f'{_table(res)}\nSaved in {folder}')
     return 0
 
 # %% ../nbs/24_evaluate.ipynb #14252755
-if __name__=='__main__' and 'get_ipython' not in globals():
-    from ist_nb.evaluate import main   # `python -m` runs a second copy of this module, whose classes have no source
-    sys.exit(main())
+if __name__=='__main__' and 'get_ipython' not in globals(): sys.exit(main())

@@ -305,7 +305,8 @@ def train(
     with during('making the optimizer'): trainer.create_optimizer()
     folder.begin(trainer.optimizer)
     with during(f'training, resumed from {checkpoint},' if checkpoint else 'training'):
-        if not (checkpoint and _take_finished(trainer, checkpoint)): trainer.train(resume_from_checkpoint=checkpoint)
+        if checkpoint: _resume(trainer, checkpoint)
+        else: trainer.train()
     if signum := _guard(trainer).stopped_by: raise _Stopped(int(signum))
     with during('saving the adapter'): trainer.save_model()   # on every process: a sharded model needs all of them
     return dict(loss_before=before, loss_after=_held_out(trainer))
@@ -326,21 +327,15 @@ def _guard(trainer):
     from ist_nb.runs import RunGuard
     return _callback(trainer, RunGuard)
 
-def _take_finished(trainer, checkpoint):
-    "Whether `checkpoint` is of the last step; then load what was trained"
+def _resume(trainer, checkpoint):
+    "Train from a checkpoint on; if it is of the last step, only load it"
     from transformers import TrainerState
     from ist_nb.callback import ISTCallback
-    from ist_nb.ist import IST
     state = TrainerState.load_from_json(str(Path(checkpoint)/'trainer_state.json'))
-    if state.global_step<state.max_steps: return False
+    if state.global_step<state.max_steps or _callback(trainer, ISTCallback):
+        return trainer.train(resume_from_checkpoint=checkpoint)
     trainer._load_from_checkpoint(checkpoint)
-    trainer.state,saved = state,state.stateful_callbacks
-    if 'RunGuard' in saved: _guard(trainer).before = saved['RunGuard']['attributes']['before']
-    if cb := _callback(trainer, ISTCallback):
-        cb.ist = IST(trainer.model, cb.config, probe=trainer.get_train_dataloader(), stack=cb.stack,
-                     optimizer=trainer.optimizer, n_steps=state.max_steps)
-        cb.ist.load_state_dict(saved['ISTCallback']['attributes']['saved'])
-    return True
+    trainer.state,_guard(trainer).before = state,state.stateful_callbacks['RunGuard']['attributes']['before']
 
 # %% ../nbs/22_finetune.ipynb #30b92f8c
 def report(

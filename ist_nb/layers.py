@@ -59,9 +59,7 @@ class Layer:
 def _is_trainable(p): return p.requires_grad or hasattr(p, 'frozen_by_ist')   # whether `p` is trained outside a step
 
 @patch
-def freeze(self:Layer,
-    made:dict|None=None, # Copies of shared parameters that other layers use already, see the end of the page
-):
+def freeze(self:Layer, made=None): # `made`: stand-ins that other layers already have, see the end of the page
     "Take the layer out of this step: no gradients, and nothing for the optimizer to see"
     for p in self.params:
         if not p.requires_grad: continue

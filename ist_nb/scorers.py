@@ -213,18 +213,14 @@ class GradientTracker:
         self.count = torch.zeros(N, dtype=torch.long)                 # [N] how many went in
         self.pending,self.now,self.missed,self.hook = [],[],0,None
 
-    def begin(self,
-        active:list, # Positions of the layers of this step
-    ):
-        "A step begins: watch the optimizers"
+    def begin(self, active):
+        "A step begins that trains the layers at the positions `active`: watch the optimizers"
         self.end(False)
         self.active,me = active,weakref.ref(self)
-        self.hook = register_optimizer_step_pre_hook(lambda optimizer, *_: me() and me().see(optimizer))
+        self.hook = register_optimizer_step_pre_hook(lambda optimizer, *_: me() and me()._see(optimizer))
 
-    def see(self,
-        optimizer, # About to make its step
-    ):
-        "Take the products of what `optimizer` holds of the active layers"
+    def _see(self, optimizer):
+        "Take the products of what `optimizer`, which is about to step, holds of the active layers"
         held = {p for group in optimizer.param_groups for p in group['params']}
         seen = [(i, p, z) for i in self.active for p,z in self.linear[i] if p in held and p.grad is not None]
         if not seen: return
@@ -233,10 +229,8 @@ class GradientTracker:
 
 # %% ../nbs/03_scorers.ipynb #2887b4c3
 @patch
-def end(self:GradientTracker,
-    count:bool=True, # Whether the step took place
-): # Raises `ISTError` if no optimizer has been seen for long
-    "The step is over"
+def end(self:GradientTracker, count=True): # Raises `ISTError` if no optimizer has been seen for long
+    "The step is over; `count` says whether it took place"
     if self.hook: self.hook.remove()
     now,self.now,self.hook = self.now,[],None
     if not count: return
@@ -274,10 +268,8 @@ def state_dict(self:GradientTracker) -> dict: # Plain numbers and lists
                 pending=pending)
 
 @patch
-def load_state_dict(self:GradientTracker,
-    state:dict, # From `GradientTracker.state_dict`
-):
-    "Continue where `state` was saved"
+def load_state_dict(self:GradientTracker, state):
+    "Continue where `state`, from `GradientTracker.state_dict`, was taken"
     self.mean,self.var = torch.tensor([state['mean'], state['var']], dtype=torch.float64)
     self.count,self.missed,self.now = torch.tensor(state['count']),state['missed'],[]
     self.pending = [[(o, torch.tensor(v, dtype=torch.float64)) for o,v in step] for step in state['pending']]

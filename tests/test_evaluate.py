@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ist_nb.config import ISTError
 import ist_nb.questions as questions
 from ist_nb.evaluate import *
-from ist_nb.evaluate import _Arguments, _base_of, _wilson, _mean_interval as mean_interval
+from ist_nb.evaluate import _parse, _base_of, _wilson, _mean_interval as mean_interval
 from ist_nb.questions import *
 from ist_nb.questions import (_prompt_of, _answers_of as answers_of, _choices_of as choices_of, _generate as generate,
     _log_likelihoods as log_likelihoods, _released as extract_released, _split_answers as split_answer)
@@ -596,7 +596,7 @@ def test_debug_shows_where(folder, tmp_path, monkeypatch, capsys):
     "What nobody foresaw is a sentence too, and --debug raises it"
     import ist_nb.evaluate as e
     def fail(*a, **k): raise ZeroDivisionError('no such thing')
-    monkeypatch.setattr(e, 'evaluate', fail)
+    monkeypatch.setattr(e, '_load_adapted', fail)
     argv = f'--data {folder} --tasks boolq --output_dir {tmp_path}/o'.split()
     assert main(argv)==2 and 'no such thing (ZeroDivisionError)' in capsys.readouterr().err
     with pytest.raises(ZeroDivisionError): main([*argv, '--debug'])
@@ -654,5 +654,5 @@ def test_numbers_and_what_is_said_of_them(want, text): assert tasks['SVAMP'].ext
 def test_help_is_quick_and_whole():
     out = subprocess.run([sys.executable, '-X', 'importtime', '-m', 'ist_nb.evaluate', '--help'], capture_output=True,
                          text=True, check=True)
-    assert all(f'--{o} ' in out.stdout for o in _Arguments.__dataclass_fields__)
+    assert all(f'--{o} ' in out.stdout for o in vars(_parse(['--data', 'd'])))
     assert 'torch' not in {l.split('|')[-1].strip() for l in out.stderr.splitlines()}

@@ -294,6 +294,15 @@ def test_finished_stays_finished(done, tmp_path, how, lost):
     assert res['loss_after']==json.loads((done/'out'/'results.json').read_text())['loss_after']
     if not lost: assert tree(tmp_path/'out')==before
 
+def test_a_dense_run_that_died_at_its_end(here):
+    "Without IST nothing else keeps the Trainer from one step too many"
+    line = f'--data good.jsonl --method dense {saving}'
+    first,want = run(line, here/'out'),weights(here/'out')
+    for o in ('results.json', 'adapter_model.safetensors'): (here/'out'/o).unlink()
+    again = run(f'{line} --resume', here/'out')
+    assert weights(here/'out')==want and (again['steps'], again['loss_after'])==(4, first['loss_after'])
+    assert again['seconds']>0
+
 @pytest.mark.parametrize('name', ['adapter_model.safetensors', 'optimizer.pt', 'scheduler.pt', 'rng_state.pth',
                                   'trainer_state.json'])
 def test_damaged_checkpoint_is_passed_over(done, tmp_path, name):
