@@ -28,10 +28,12 @@ class ISTCallback(TrainerCallback, ExportableState):
         stack:str|list|None=None, # Which stacks of blocks, where the model has several (see `find_layers`)
         log:bool=True, # Whether importance, depth and so on are added to what the Trainer reports
         live:bool|None=None, # Whether the run is shown while it trains; None: only in a notebook
+        parts:list|None=None, # What else accompanies the steps, such as `Keep` (see `IST.add`)
     ):
         self.config = ISTConfig.from_dict(config) if isinstance(config, dict) else config or ISTConfig()
         self.log,self.live,self.show,self.seen = log,live,None,[0, 0, 0.]
         self.probe,self.loss_fn,self.stack,self.ist,self.lost = probe,loss_fn,stack,None,[]
+        self.parts = parts or []
         _wrap_trainer()
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
@@ -46,6 +48,7 @@ class ISTCallback(TrainerCallback, ExportableState):
         self.ist = IST(model, self.config, probe=probe, loss_fn=self.loss_fn, stack=self.stack, optimizer=optimizer,
                        n_steps=state.max_steps)
         _check_run(args, self.config, state, self.ist.ranks.size)
+        for o in self.parts: self.ist.add(o)
         flat = self.ist.engine.name.startswith('DeepSpeed')   # its optimizer holds flat tensors
         if not flat: _check_optimizer(optimizer, self.ist.layers)
         if self.config.fast: _run_ahead(args, train_dataloader)
@@ -146,7 +149,7 @@ def _run_ahead(args, dataloader):
 @patch
 def state(self:ISTCallback) -> dict: # What the Trainer writes into `trainer_state.json`
     "The settings and the state of IST"
-    own = dict(probe=self.probe is not None, loss_fn=self.loss_fn is not model_loss)
+    own = dict(probe=self.probe is not None, loss_fn=self.loss_fn is not model_loss, parts=bool(self.parts))
     saved,lost = self.ist.state_dict() if self.ist else None, [k for k,v in own.items() if v]
     return dict(args=dict(config=asdict(self.config), stack=self.stack, log=self.log, live=self.live),
                 attributes=dict(saved=saved, lost=lost))
@@ -189,6 +192,7 @@ def ist_report(self:ISTCallback) -> dict: # Names and numbers
     self.seen = [0, 0, 0.]
     res = {'ist/active_fraction':active/steps, 'ist/depth':depth/steps}
     res |= {f'ist/times_active/{k}':v for k,v in zip(names, ist.times_active.tolist())}
+    for o in ist.parts: res |= getattr(o, 'report', dict)()
     if not ist.needs_scores: return res
     res |= {f'ist/importance/{k}':v for k,v in zip(names, ist.importance.tolist())}
     return res | {'ist/score_seconds':ist.score_seconds}

@@ -86,6 +86,7 @@ def begin_step(self:IST):
     try:
         self._tell('begin', self.active.tolist())
         self.layers.switch(self.active.tolist())
+        self._tell('frozen', self.active.tolist())
     except BaseException: self.end_step(False); raise
 
 @patch
@@ -124,6 +125,14 @@ def step(self:IST):
 def _explain(self:IST, error):
     "An `ISTError` that says why a step has raised `error`; None if no part knows"
     return next((told for o in self.parts if hasattr(o, 'explain') and (told := o.explain(error))), None)
+
+@patch
+def add(self:IST,
+    part, # An object with some of the methods `ready`, `begin`, `frozen`, `end`, `explain` and `close`
+): # Raises `ISTError`
+    "Let one more part accompany the steps; its method `join(ist)`, if it has one, is called first"
+    if hasattr(part, 'join'): part.join(self)
+    self.parts.append(part)
 
 @patch
 def close(self:IST):

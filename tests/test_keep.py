@@ -1,0 +1,188 @@
+"What a model forgets: the measure, the part that holds it, and the gates that turn an adapter back"
+import pytest,torch
+from peft import AdaptionPromptConfig,IA3Config,LoHaConfig,LoraConfig,PeftModel,VeraConfig,get_peft_model
+from transformers import LlamaConfig,LlamaForCausalLM
+from ist_nb import IST,ISTConfig,ISTError
+from ist_nb.keep import Keep,_gated,_gate_gradient,_set_gates,divergence,fade,own_text
+from ist_nb.layers import find_layers
+from ist_nb.model import load_model
+from ist_nb.suppression import suppress
+
+lora = dict(r=4, target_modules='all-linear', task_type='CAUSAL_LM')
+
+def llama():
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=4,
+                                        num_attention_heads=2, num_key_value_heads=2))
+
+def tuned(config=None, noise=0.3):
+    "A model whose adapters do something"
+    model = get_peft_model(llama(), config or LoraConfig(**lora))
+    g = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad: p.add_(noise*torch.randn(p.shape, generator=g))
+    return model.eval()
+
+def some_text(rows=6, length=12, seed=2):
+    ids = torch.randint(0, 64, (rows, length), generator=torch.Generator().manual_seed(seed))
+    labels = ids.clone()
+    labels[:, :3] = -100
+    return dict(input_ids=ids, labels=labels)
+
+def by_hand(model, text):
+    "The formula, token by token"
+    q = model(input_ids=text['input_ids']).logits[:, :-1].log_softmax(-1)
+    with torch.no_grad(), model.disable_adapter():
+        p = model(input_ids=text['input_ids']).logits[:, :-1].log_softmax(-1)
+    return ((p.exp()*(p-q)).sum(-1))[text['labels'][:, 1:]!=-100].mean()
+
+def test_divergence_is_the_formula_and_0_without_effect():
+    model,text = tuned(),some_text()
+    with torch.no_grad(): want = by_hand(model, text).item()
+    assert want>0.01 and divergence(model, text)==pytest.approx(want, rel=1e-5)
+    assert divergence(get_peft_model(llama(), LoraConfig(**lora)), text)==0
+
+def test_padding_is_not_read():
+    model,text = tuned(),some_text()
+    mask = torch.ones_like(text['input_ids'])
+    longer = {k:torch.cat([v, torch.full((6, 5), fill)], 1)
+              for (k,v),fill in zip((text | dict(attention_mask=mask)).items(), (7, -100, 0))}
+    assert divergence(model, longer)==pytest.approx(divergence(model, text), rel=1e-5)
+
+def test_own_text_is_the_base_models_and_moves_no_random_number():
+    base,tokenizer = load_model('pico')
+    text = own_text(base, tokenizer, rows=5, length=40, seed=3)
+    assert text['input_ids'].shape==text['labels'].shape==(5, 40)
+    began = (text['labels']==-100).sum(1)
+    assert began[:3].tolist()==[1]*3 and (began[3:]>1).all()        # an empty page, and a chat
+    written = text['labels']!=-100
+    assert (text['labels'][written]==text['input_ids'][written]).all()
+    model = get_peft_model(base, LoraConfig(**lora))
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad: p.add_(0.1)
+    model.train()
+    state = torch.get_rng_state()
+    again = own_text(model, tokenizer, rows=5, length=40, seed=3)     # the adapters have no part in it
+    assert torch.equal(again['input_ids'], text['input_ids']) and torch.equal(torch.get_rng_state(), state)
+    assert model.training and model.generation_config.eos_token_id==tokenizer.eos_token_id
+    assert not torch.equal(own_text(model, tokenizer, rows=5, length=40, seed=4)['input_ids'], text['input_ids'])
+    with pytest.raises(ISTError, match='leaves no room'): own_text(model, tokenizer, rows=2, length=1)
+
+def test_keep_adds_the_gradient_of_the_divergence_to_the_layers_of_the_step():
+    model,text = tuned(),some_text(rows=4)
+    ist = IST(model, ISTConfig.rst(n_active=2))
+    ist.add(part := Keep(text, weight=0.7, every=3, rows=4))
+    for t in range(5):
+        with ist.step():
+            active = set(ist.active.tolist())
+            for i,o in enumerate(ist.layers):
+                if t%3 or i not in active: assert all(p.grad is None for p in o.params); continue
+                want = torch.autograd.grad(0.7*3*by_hand(model, text), o.params)
+                for p,w in zip(o.params, want): torch.testing.assert_close(p.grad, w, rtol=1e-4, atol=1e-6)
+            model.zero_grad()
+    assert [t for t,_ in part.seen]==[0, 3]
+    assert part.seen[0][1]==pytest.approx(divergence(model, text), rel=1e-5)
+    assert part.report().keys()=={'ist/divergence'} and part.report()=={}
+
+def test_keep_moves_no_random_number_and_resumes_bit_for_bit():
+    def run(upto, state=None, keep=True):
+        model,text = tuned(LoraConfig(**lora, lora_dropout=0.1)),some_text()
+        model.train()
+        opt = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        ist = IST(model, ISTConfig.rst(n_active=2))
+        if keep: ist.add(Keep(text, every=2, rows=2))
+        if state:
+            ist.load_state_dict(state[0]); model.load_state_dict(state[1]); torch.set_rng_state(state[2])
+        while ist.t<upto:
+            batch = some_text(seed=10+ist.t)
+            with ist.step(): model(**batch).loss.backward(); opt.step(); opt.zero_grad()
+        return ist.state_dict(),{k:v.clone() for k,v in model.state_dict().items()},torch.get_rng_state()
+    whole,half = run(6),run(3)
+    resumed = run(6, half)
+    assert all(torch.equal(whole[1][k], v) for k,v in resumed[1].items())
+    bare = run(6, keep=False)
+    assert torch.equal(bare[2], whole[2]) and not all(torch.equal(bare[1][k], v) for k,v in whole[1].items())
+
+def test_keep_holds():
+    "At the same number of steps the divergence is smaller, and the more so the heavier it weighs"
+    def run(weight):
+        model = get_peft_model(llama(), LoraConfig(**lora))
+        opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+        ist = IST(model, ISTConfig.rst(n_active=1.))
+        if weight: ist.add(Keep(some_text(16), weight=weight))
+        for t in range(24):
+            with ist.step(): model(**some_text(8, seed=5)).loss.backward(); opt.step(); opt.zero_grad()
+        return divergence(model, some_text(16, seed=9))
+    none,little,much = map(run, (0, 0.3, 3.))
+    assert much<little<none
+
+def test_the_gradient_of_a_gate_is_that_of_the_loss():
+    model,text = tuned(noise=0.05),some_text()
+    gated = _gated(model)
+    gates = torch.linspace(0.2, 0.9, len(gated))
+    _set_gates(gated, gates)
+    model(**text).loss.backward()
+    found = _gate_gradient(gated)
+    def loss_at(moved):
+        _set_gates(gated, moved)
+        with torch.no_grad(): return model(**text).loss.item()
+    step = 0.02*torch.eye(len(gates))
+    slopes = torch.tensor([(loss_at(gates+o)-loss_at(gates-o))/0.04 for o in step])
+    torch.testing.assert_close(found, slopes, rtol=1e-2, atol=1e-2*slopes.abs().max().item())
+
+configs = dict(lora=LoraConfig(**lora), rslora=LoraConfig(**lora, use_rslora=True), vera=VeraConfig(r=8),
+               ia3=IA3Config(task_type='CAUSAL_LM'), loha=LoHaConfig(r=4, target_modules=['q_proj', 'up_proj']))
+
+@pytest.mark.parametrize('name', configs)
+def test_a_gate_is_the_share_of_the_response(name):
+    "By the definition of suppression, whatever the method"
+    model,text = tuned(configs[name]),some_text()
+    layers = find_layers(model)
+    with torch.no_grad():
+        with suppress(layers, range(len(layers)), 0.3): want = model(**text).logits
+        gated = _gated(model)
+        _set_gates(gated, torch.full((len(gated),), 0.3))
+        torch.testing.assert_close(model(**text).logits, want, rtol=1e-4, atol=1e-5)
+        _set_gates(gated, torch.ones(len(gated)))
+
+def test_a_faded_adapter_is_an_ordinary_one(tmp_path):
+    model,text,task = tuned(),some_text(),[some_text(seed=8)]
+    asked = [p.requires_grad for p in model.parameters()]
+    before,full = divergence(model, text),{n:p.clone() for n,p in model.named_parameters()}
+    gates = fade(model, task, text, price=0.5, steps=12)
+    assert divergence(model, text)<before and [p.requires_grad for p in model.parameters()]==asked
+    assert all(0<=g<=1 for g in gates.values()) and len(gates)==4*7
+    for n,p in model.named_parameters():     # nothing but lora_B has changed, and that by its gate
+        gate = gates[n.rpartition('.lora_B')[0]] if 'lora_B' in n else 1.
+        torch.testing.assert_close(p, full[n]*gate)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(llama(), tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(**text).logits, model(**text).logits)
+        torch.testing.assert_close(again.merge_and_unload()(**text).logits, model(**text).logits, rtol=1e-4, atol=1e-4)
+
+def test_a_fade_that_fails_changes_nothing():
+    model,text = tuned(),some_text()
+    full = {n:p.clone() for n,p in model.named_parameters()}
+    def task():
+        yield from [some_text()]*3
+    with pytest.raises(ISTError, match='read only once'): fade(model, task(), text)
+    assert all(torch.equal(p, full[n]) and p.grad is None for n,p in model.named_parameters())
+    assert any(p.requires_grad for p in model.parameters())
+
+def test_what_cannot_be_compared_or_faded_is_refused():
+    text = some_text()
+    model = tuned()
+    model.get_input_embeddings().weight.requires_grad_(True)
+    for f in (lambda: divergence(model, text), lambda: fade(model, [text], text)):
+        with pytest.raises(ISTError, match='belongs to no adapter that PEFT can switch off'): f()
+    prompts = tuned(AdaptionPromptConfig(adapter_len=4, adapter_layers=2, task_type='CAUSAL_LM'))
+    with pytest.raises(ISTError, match='belongs to no adapter'): divergence(prompts, text)
+    dora = tuned(LoraConfig(**lora, use_dora=True))
+    with pytest.raises(ISTError, match='LoRA without DoRA'): fade(dora, [text], text)
+    ist = IST(tuned(), ISTConfig.rst())
+    for bad in (dict(weight=-1.), dict(every=0), dict(rows=0), dict(weight=float('nan'))):
+        with pytest.raises(ISTError, match='is not allowed'): ist.add(Keep(text, **bad))
+    with pytest.raises(ISTError, match='no row'): fade(tuned(), [], text)
