@@ -94,15 +94,14 @@ def from_gradients(importance, probe, of):
     g = iter(torch.autograd.grad(loss, [p for o in probe.layers for p in o.params]))
     sizes = torch.stack([of([next(g).double() for _ in o.params]) for o in probe.layers])   # [N]
     return ema_update(importance, sizes.cpu().log()),dict(losses=[loss.item()])
-@scorers.register('gradient norm', "Norm of the gradient of a layer's adapters, on the probe", suppresses=False,
-                  gradients=True)
+@scorers.register('gradient norm', "Norm of the gradient of a layer's adapters, on the probe", gradients=True)
 def _(importance, probe, config, generator):
     return from_gradients(importance, probe, lambda g: sum(o.square().sum() for o in g).sqrt())
 @scorers.register('promise', 'What a step of Adam promises to gain: the sum of the sizes of the gradients',
-                  suppresses=False, gradients=True)
+                  gradients=True)
 def _(importance, probe, config, generator):
     return from_gradients(importance, probe, lambda g: sum(o.abs().sum() for o in g))
-@scorers.register('weight change', "How far a layer's adapters have moved", suppresses=False)
+@scorers.register('weight change', "How far a layer's adapters have moved")
 def _(importance, probe, config, generator):
     def of(o): return (o.weight if hasattr(o, 'weight') else o).double().square().sum()
     far = [sum(of(o) for m in l.tuners for o in m.lora_B.values()).sqrt() for l in probe.layers]

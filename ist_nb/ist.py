@@ -171,11 +171,9 @@ def _find_budgets(model, config, stack): # `Layers`; and pairs: positions that s
     if not several: found = [('n_active', n, list(range(len(layers))))]
     else:
         stacks = {_find_stack(k, layers.stacks):k for k in n}
-        if len(stacks)<len(n):
-            raise ISTError(f"n_active={n} names a stack twice: {', '.join(stacks)}. Give each stack one budget.")
-        left = [o for o in layers.stacks if o not in stacks]
-        if left: raise ISTError(f"n_active={n} has no budget for {', '.join(left)}. Give one for each stack, or leave "
-                                f"that stack out with stack={list(n)}.")
+        if len(stacks)<len(n) or len(stacks)<len(layers.stacks):
+            raise ISTError(f"n_active={n} must give one budget to each of the stacks {', '.join(layers.stacks)}. To "
+                           "train only some of them, choose with stack=[...].")
         found = [(f'n_active[{stacks[s]!r}]', n[stacks[s]], [i for i,o in enumerate(layers) if o.stack==s])
                  for s in layers.stacks]
     for field,n,pos in found: _layer_count(n, len(pos), field)   # refuses more than there are
@@ -234,8 +232,7 @@ def _set_probe(self:IST, probe):
     batches = ProbeBatches(probe, c.score_batch_size, c.seed)
     with quietly(self.model): first,_ = batches.part(0, self.ranks.rank, self.ranks.size)
     if self.loss_fn is model_loss: _check_batch(self.model, first)
-    if getattr(self.scorer, 'suppresses', True):
-        with suppress(self.layers, range(len(self.layers)), c.suppression_factor): pass   # refuses merged adapters
+    with suppress(self.layers, range(len(self.layers)), c.suppression_factor): pass   # refuses merged adapters
     self.prober = _Prober(self.model, self.layers, batches, self.loss_fn, self.scorer, c.suppression_factor,
                           self.tracker)
 

@@ -17,8 +17,7 @@ assets = Path(__file__).parent/'assets' if '__file__' in globals() else Path('..
 def _check_here(flag, name):
     "Refuse a name that can only be a folder, where there is none"
     if (re.match(r'[./~]', name) or name.count('/')>1) and not Path(name).expanduser().is_dir():
-        raise ISTError(f"{flag} {name[:200]}: there is no such folder. Give a folder with config.json, weights and "
-                       "tokenizer, a hub id, or 'pico'.")
+        raise ISTError(f"{flag} {name[:200]}: there is no such folder. Give a folder or an id of the hub.")
 
 def load_model(
     name:str, # A hub id, a folder, or 'pico'

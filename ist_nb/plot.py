@@ -11,6 +11,7 @@ import numpy as np
 from contextlib import contextmanager
 from fastcore.basics import patch
 from io import BytesIO
+from itertools import groupby
 from math import isfinite
 from pathlib import Path
 from textwrap import fill
@@ -111,17 +112,14 @@ def _by_chance(state):
     return np.array([(means[s], *_chance_band(t, means[s]/max(t, 1), len(n))) for s in stack])
 
 # %% ../nbs/25_plot.ipynb #a2824a11
-def _name_layers(which, layers, most=4):
-    "Layers in words: 'layer 3', 'layers 5–7 and 11', or '9 layers' if they form more than `most` groups"
-    which,groups = sorted(int(o) for o in which),[]
-    for i in which:
-        if groups and i==groups[-1][-1]+1: groups[-1].append(i)
-        else: groups.append([i])
-    if not which or len(groups)>most: return f"{len(which) or 'no'} layers"
-    parts = []
+def _name_layers(which, layers):
+    "Layers in words: 'layer 3', 'layers 5–7 and 11', or '9 layers' if they form more than four groups"
+    which,parts = sorted(int(o) for o in which),[]
+    groups = [[i for _,i in g] for _,g in groupby(enumerate(which), lambda o: o[1]-o[0])]     # neighbours
+    if not 1<=len(groups)<=4: return f"{len(which) or 'no'} layers"
     for g in groups: parts += [f'{layers[g[0]]}–{layers[g[-1]]}'] if len(g)>2 else [str(layers[o]) for o in g]
-    start = ', '.join(parts[:-1]) + ' and ' if len(parts)>1 else ''
-    return ('layer ' if len(which)==1 else 'layers ') + start + parts[-1]
+    names = ' and '.join(o for o in (', '.join(parts[:-1]), parts[-1]) if o)
+    return f"layer{'s'*(len(which)>1)} {names}"
 
 def _sentence(s): return s[:1].upper()+s[1:]
 

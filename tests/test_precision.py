@@ -15,9 +15,9 @@ lora = LoraConfig(r=4, target_modules='all-linear', task_type='CAUSAL_LM')
 
 def quantised(bits):
     pytest.importorskip('bitsandbytes', reason='bitsandbytes is not installed')
-    q = BitsAndBytesConfig(load_in_8bit=True) if bits==8 else BitsAndBytesConfig(load_in_4bit=True,
-                                                                                 bnb_4bit_quant_type='nf4',
-                                                                                 bnb_4bit_compute_dtype=torch.float32)
+    of = {8:dict(load_in_8bit=True),
+          4:dict(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_compute_dtype=torch.float32)}
+    q = BitsAndBytesConfig(**of[bits])
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(str(assets/'pico'), quantization_config=q, dtype=torch.float32,
                                                  device_map={'':'cpu'})
@@ -27,12 +27,14 @@ def half(dtype, **kwargs):
     torch.manual_seed(0)
     return get_peft_model(AutoModelForCausalLM.from_pretrained(str(assets/'pico'), dtype=dtype), lora, **kwargs)
 
+def arguments(folder, **kwargs):
+    usual = dict(max_steps=8, per_device_train_batch_size=4, learning_rate=5e-3, report_to='none', use_cpu=True,
+                 logging_steps=1, disable_tqdm=True, save_strategy='steps', save_steps=4)
+    return TrainingArguments(folder, **usual | kwargs)
+
 def trained(model, folder, resume=None, config=None, **kwargs):
     cb = ISTCallback(config or ISTConfig(score_interval=3, score_batch_size=8))
-    args = TrainingArguments(folder, max_steps=8, per_device_train_batch_size=4, learning_rate=5e-3, report_to='none',
-                             use_cpu=True, logging_steps=1, disable_tqdm=True, save_strategy='steps', save_steps=4,
-                             **kwargs)
-    t = Trainer(model, args, train_dataset=data, callbacks=[cb])
+    t = Trainer(model, arguments(folder, **kwargs), train_dataset=data, callbacks=[cb])
     t.pop_callback(PrinterCallback)
     t.train(resume_from_checkpoint=resume and str(resume))
     return cb.ist,[h['loss'] for h in t.state.log_history if 'loss' in h]
@@ -56,11 +58,9 @@ def test_quantised(bits, tmp_path):
     ist2,_ = trained(again, tmp_path/'resumed', resume=tmp_path/'whole'/'checkpoint-4')
     assert ist2.state_dict()==ist.state_dict() and same(adapters(again), adapters(model))
     # all layers active is the run without IST, though the probes run
-    full,dense = quantised(bits),quantised(bits)
-    _,a = trained(full, tmp_path/'full', config=ISTConfig(n_active=1., score_interval=3, score_batch_size=8))
-    t = Trainer(dense, TrainingArguments(tmp_path/'dense', max_steps=8, per_device_train_batch_size=4,
-                                         learning_rate=5e-3, report_to='none', use_cpu=True, logging_steps=1,
-                                         disable_tqdm=True, save_strategy='no'), train_dataset=data)
+    full,dense,few = quantised(bits),quantised(bits),dict(max_steps=4, save_strategy='no')
+    _,a = trained(full, tmp_path/'full', config=ISTConfig(n_active=1., score_interval=3, score_batch_size=8), **few)
+    t = Trainer(dense, arguments(tmp_path/'dense', **few), train_dataset=data)
     t.pop_callback(PrinterCallback); t.train()
     assert a==[h['loss'] for h in t.state.log_history if 'loss' in h] and same(adapters(full), adapters(dense))
 

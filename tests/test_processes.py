@@ -168,7 +168,7 @@ def test_finetune_refuses_processes_that_are_apart(monkeypatch):
     trains alone"""
     from types import SimpleNamespace as O
     import ist_nb.finetune as F, ist_nb.processes as Q
-    sft = lambda n: O(n_gpu=0, output_dir='x', world_size=n)
+    sft = lambda n: O(device='cpu', output_dir='x', world_size=n, n_gpu=0)
     F._join_processes(sft(1))
     monkeypatch.setenv('WORLD_SIZE', '2')
     with pytest.raises(ISTError, match='2 processes were launched, but they are not in one group.*--use_cpu'):
