@@ -41,7 +41,6 @@ class BottleneckConfig(PeftConfig):
             if isinstance(getattr(self, k), list): setattr(self, k, set(getattr(self, k)))
         _check(self)
 
-# %% ../nbs/27_adapters.ipynb #5a00d676
 def _check(config):
     "Raise `ISTError` if a field that PEFT does not check is wrong"
     real = lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
@@ -121,7 +120,6 @@ def response(self:BottleneckLayer,
     s = self.bottleneck_scale[name] if config.scaling=='learned' else config.scaling
     return s*up(self.bottleneck_activation[name](down(self.bottleneck_dropout[name](z.to(down.weight.dtype)))))
 
-# %% ../nbs/27_adapters.ipynb #4047738e
 @patch
 def forward(self:BottleneckLayer, *args, **kwargs):
     "Output of the module plus the responses of the active adapters"

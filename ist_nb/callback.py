@@ -7,7 +7,6 @@ __all__ = ['ISTCallback', 'trainer_loss']
 
 # %% ../nbs/06_callback.ipynb #9b6ae222
 import functools,warnings
-from contextlib import contextmanager
 from copy import copy, deepcopy
 from dataclasses import asdict
 from fastcore.basics import patch
@@ -229,13 +228,8 @@ def trainer_loss(
 ): # `loss_fn(model, batch)` -> scalar tensor
     "The loss that `trainer` trains on, as a `loss_fn` for probes"
     def loss_fn(model, batch):
-        with _logs_kept(trainer): return trainer.compute_loss(model, copy(batch))   # labels may be popped
+        kept = deepcopy(getattr(trainer, '_metrics', None))   # TRL collects averages for its logs with every loss
+        try: return trainer.compute_loss(model, copy(batch))  # labels may be popped
+        finally:
+            if kept is not None: trainer._metrics = kept
     return loss_fn
-
-@contextmanager
-def _logs_kept(trainer):
-    "TRL's trainers collect averages for their logs in `_metrics` whenever they compute a loss"
-    kept = deepcopy(getattr(trainer, '_metrics', None))
-    try: yield
-    finally:
-        if kept is not None: trainer._metrics = kept

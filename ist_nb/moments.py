@@ -13,7 +13,6 @@ from .config import ISTError
 from .guard import _held, _innermost
 from .layers import Layers
 
-# %% ../nbs/13_moments.ipynb #5de17596
 def _to_host(t):
     "`t` in the CPU's memory, pinned so that it comes back quickly"
     if t.device.type=='cpu': return t
@@ -77,7 +76,6 @@ def _bring_back(self:OptimizerState, p):
     for k,(v,home) in self.resting.pop(p, {}).items():
         if state.get(k) is v: state[k] = self.back(v, home)      # else a checkpoint was loaded meanwhile
 
-# %% ../nbs/13_moments.ipynb #84b1d215
 @patch
 def _forget(self:OptimizerState, p):
     "As if `p` had never been trained; a shard's state stays, as zeros, because FSDP2 reads no checkpoint without it"

@@ -171,8 +171,10 @@ class _Folded:
 # %% ../nbs/14_speed.ipynb #b2454e81
 _classes = {}   # from a class of PEFT's to the same with `_Folded` mixed in
 
+@optimisations.register('fold', 'Frozen adapters of LoRA and DoRA become part of the frozen weight, without dropout')
 def fold(
     model, # A model with adapters of LoRA, rsLoRA or DoRA
+    layers=None, # Not needed, because every frozen adapter folds
 ) -> int: # How many of its modules fold from now on
     "Make frozen adapters part of the frozen weight, call by call; `unfold` undoes it"
     for m in model.modules():
@@ -214,6 +216,7 @@ def _check_compiled(model):
                    f"compiled model are frozen and unfrozen. Use torch 2.12 or newer, do not compile, or set "
                    f"{settings} to False before anything is compiled (ISTConfig(fast='compile') does).")
 
+@optimisations.register('compile', 'Each block is compiled by itself')
 def compile_blocks(
     model, # A model with PEFT adapters
     layers:Layers, # From `find_layers`
@@ -240,6 +243,7 @@ def _frozen_linears(model, layers):
     return [(n, m) for n,m in model.named_modules()
             if type(m) is nn.Linear and id(m) in blocks and not m.weight.requires_grad]
 
+@optimisations.register('fp8', 'Products with frozen weights in 8 bits (GPU of 2022 or later; changes the numbers)')
 def _to_fp8(model, layers, **emulated):
     "Compute the products with frozen weights in 8-bit floating point; fields of torchao's config run it on a CPU"
     if not find_spec('torchao'): raise ISTError("The optimisation 'fp8' needs torchao, which is not installed. Run "
@@ -257,15 +261,6 @@ def _to_fp8(model, layers, **emulated):
     return len(todo)
 
 # %% ../nbs/14_speed.ipynb #6cc75f34
-@optimisations.register('fold', 'Frozen adapters of LoRA and DoRA become part of the frozen weight, without dropout')
-def _apply_fold(model, layers): fold(model)
-
-@optimisations.register('compile', 'Each block is compiled by itself')
-def _apply_compile(model, layers): compile_blocks(model, layers)
-
-@optimisations.register('fp8', 'Products with frozen weights in 8 bits (GPU of 2022 or later; changes the numbers)')
-def _apply_fp8(model, layers): _to_fp8(model, layers)
-
 def _safe(model):
     "What `fast=True` means; on a CPU compiling takes a minute, which a run rarely wins back"
     return ['fold', 'compile'] if next(model.parameters()).device.type=='cuda' else ['fold']

@@ -10,7 +10,6 @@ import reprlib
 import torch
 from .config import ISTError
 
-# %% ../nbs/09_state.ipynb #8ab5a1a2
 _words = reprlib.Repr()
 _words.maxlist,_words.maxdict,_words.maxstring,_words.maxother = 64,8,80,80
 

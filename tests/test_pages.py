@@ -191,7 +191,7 @@ def test_dead_code(tmp_path):
     assert not found, '\n'.join(found)
 
 # what nothing of ours calls by its name: it is called, or read, by torch, transformers, PEFT, mkdocs, nbdev and reprlib
-called_by_others = '''active counted on_* __* _apply_* begin cell base_procs log_message control types merge packing
+called_by_others = '''active counted on_* __* begin cell base_procs log_message control types merge packing
     packing_strategy decoder pre_tokenizer generation_config create_causal_mask _cell_idx Any Union TaskType
     exclude_modules modules_to_save layers_to_transform layers_pattern other_param_names merged_adapters tuner_layer_cls
     target_module_mapping _create_and_replace current_key _get_train_sampler use_recursive_dict_tags_for_guards

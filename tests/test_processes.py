@@ -52,9 +52,8 @@ def test_committed_gpu_table():
     have = {n:{(o['kind'], o['name']):o for o in on_gpus['cases'] if o['processes']==n} for n in (1, 2)}
     assert sum(map(len, have.values()))==len(on_gpus['cases']) and on_gpus['backend']=='nccl'
     assert all(o['ok'] for o in have[1].values())
-    # that one is of a CPU
-    want = set(P.all_cases(2))-{('deepspeed', n) for n in P.deepspeeds}-{('trainer refused',
-                                                                          'Trainer, processes apart')}
+    only_cpu = ('trainer refused', 'Trainer, processes apart')
+    want = set(P.all_cases(2))-{('deepspeed', n) for n in P.deepspeeds}-{only_cpu}
     assert set(have[2])==want | {('trainer', 'Trainer, FSDP1'), ('resume', 'Trainer, FSDP2')}
     cells = json.loads((root/'nbs/reference/processes.ipynb').read_text())['cells']
     page = ''.join(''.join(o.get('data', {}).get('text/markdown', '')) for c in cells for o in c.get('outputs', []))
@@ -168,14 +167,14 @@ def test_finetune_refuses_processes_that_are_apart(monkeypatch):
     trains alone"""
     from types import SimpleNamespace as O
     import ist_nb.finetune as F, ist_nb.processes as Q
-    sft = lambda n: O(device='cpu', output_dir='x', world_size=n)
-    assert F._one_folder(sft(1)).size==1
+    sft = lambda n: O(device='cpu', output_dir='x', world_size=n, n_gpu=0)
+    F._join_processes(sft(1))
     monkeypatch.setenv('WORLD_SIZE', '2')
     with pytest.raises(ISTError, match='2 processes were launched, but they are not in one group.*--use_cpu'):
-        F._one_folder(sft(1))
+        F._join_processes(sft(1))
     monkeypatch.setattr(Q, 'Ranks', lambda: O(size=2, gather=lambda o: [o]))
-    assert F._one_folder(sft(2)).size==2
-    with pytest.raises(ISTError, match='not in one group.*--use_cpu'): F._one_folder(sft(1))
+    F._join_processes(sft(2))
+    with pytest.raises(ISTError, match='not in one group.*--use_cpu'): F._join_processes(sft(1))
 
 def with_gpus(n, folder):
     "Training arguments as they are for one process on a machine with so many GPUs"
@@ -209,7 +208,7 @@ def test_finetune_takes_one_gpu_of_several(tmp_path, monkeypatch, capsys):
         args,cfg,sft = F.parse(['--output_dir', str(tmp_path/'run'), '--max_rows', '64', '--use_cpu', *more])
         sft.device
         sft._n_gpu = n
-        F._one_gpu(sft)
+        F._join_processes(sft)
         return sft.n_gpu,capsys.readouterr().out
     used,said = go(2)
     assert used==1, said

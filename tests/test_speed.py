@@ -489,8 +489,8 @@ def test_optimisations_that_cannot_be_applied(monkeypatch):
     missing = lambda name, real=speed.find_spec: None if name=='torchao' else real(name)
     monkeypatch.setattr(speed, 'find_spec', missing)
     # a notebook that ran in this process has registered its own
-    for o in ('fold', 'compile', 'fp8'):
-        monkeypatch.setitem(speed.optimisations.entries, o, getattr(speed, f'_apply_{o}'))
+    for o,f in dict(fold=speed.fold, compile=speed.compile_blocks, fp8=speed._to_fp8).items():
+        monkeypatch.setitem(speed.optimisations.entries, o, f)
     with pytest.raises(ISTError, match='pip install torchao.*leave .fp8. out'):
         apply_optimisations(model, layers, 'fp8')
     with pytest.raises(ISTError, match='pip install torchao'): apply_optimisations(model, layers, 'fold,fp8')
