@@ -181,7 +181,8 @@ def read_rows(
         if not path.stat().st_size: raise ISTError(' is empty (0 bytes); write the rows to it again.')
         for where,row in _readers[_ending(path)](path): yield f'{path.name}{where}',row
     except ISTError as e: raise ISTError(f'{path.name}{e}') from None
-    except tuple(_trouble) as e: raise ISTError(f'{path.name} {_trouble[type(e)]}.') from None
+    except tuple(_trouble) as e:
+        raise ISTError(f'{path.name} {next(v for k,v in _trouble.items() if isinstance(e, k))}.') from None
     except (OSError, EOFError, zlib.error) as e:
         why = (str(e).splitlines() or [''])[0].rstrip('.')
         raise ISTError(f"{path.name} is damaged or cut short ({why}); make or copy it again.") from None

@@ -28,7 +28,7 @@ def main(
     with _quiet():
         from ist_nb.run_folder import RunFolder
         folder = RunFolder(args, cfg, sft)
-        if folder.results: return _say_finished(folder) or 0
+        if folder.results: return _say(_finished.format(path=folder.path, **folder.results)) or 0
         data = _read_data(args, sft)
         with folder.open(data):
             trainer = make_trainer(args, cfg, sft, data)
@@ -40,10 +40,8 @@ def _say(what):
     "Print on the first of several processes"
     if os.environ.get('RANK', '0')=='0': print(what)
 
-def _say_finished(folder):
-    r = folder.results
-    _say(f"The run in {folder.path} is finished: held-out loss {r['loss_before']:.4f} -> {r['loss_after']:.4f} in "
-         f"{r['steps']} steps. Nothing was changed.")
+_finished = ('The run in {path} is finished: held-out loss {loss_before:.4f} -> {loss_after:.4f} in {steps} steps. '
+             'Nothing was changed.')
 
 # %% ../nbs/22_finetune.ipynb #46dd7a81
 def _arg(default, *aliases, **kwargs): return field(default=default, metadata=dict(aliases=list(aliases)) | kwargs)
@@ -249,9 +247,9 @@ def make_trainer(
     if trainer.pop_callback(ProgressCallback): trainer.add_callback(_progress_bar())
     _check_rows(trainer, cfg)
     if said := _rows_report(data, trainer): _say(f'Rows: {said}.')
-    trained,frozen = (sum(p.numel() for p in trainer.model.parameters() if p.requires_grad==o) for o in (True, False))
+    trained,every = trainer.model.get_nb_trainable_parameters()
     kind = dict(lora='LoRA', dora='DoRA').get(args.peft, args.peft)
-    _say(f'Model: {args.model}, {frozen:,} frozen parameters and {trained:,} in {kind} adapters')
+    _say(f'Model: {args.model}, {every-trained:,} frozen parameters and {trained:,} in {kind} adapters')
     return trainer
 
 # %% ../nbs/22_finetune.ipynb #3c881625

@@ -7,7 +7,7 @@ __all__ = ['base_output', 'scaling_is_exact', 'suppress']
 
 # %% ../nbs/02_suppression.ipynb #3df17de0
 import copy, torch
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import singledispatch
 from peft.tuners.adaption_prompt.layer import AdaptedAttention, AdaptedAttentionGPT
 from peft.tuners.lora import LoraLayer
@@ -104,15 +104,13 @@ def suppress(
     form:str='response', # 'response': the definition; 'scaling': as released, also for DoRA, which keeps its magnitude
 ): # Raises `ISTError` for an adapter that is merged
     "Inside this context the adapters of the layers `which` respond with `factor` times their strength"
-    undo,hooks = [],False
-    try:
+    hooks = False
+    with ExitStack() as undo:
         for i,o in ((i, o) for i in map(int, which) for o in layers[i].tuners):
             if getattr(o, 'merged', False):
                 raise ISTError(f"The adapter of {layers[i].name} is merged into its weight, so it cannot be turned "
                                "down. Call model.unmerge_adapter() first.")
             fast = scaling_is_exact(o) or form=='scaling' and isinstance(o, LoraLayer)
-            undo.append((_damp_scaling if fast else _damp_response)(o, factor))
+            undo.callback((_damp_scaling if fast else _damp_response)(o, factor))
             hooks = hooks or not fast
         with torch.compiler.set_stance('force_eager') if hooks else nullcontext(): yield
-    finally:
-        for f in reversed(undo): f()

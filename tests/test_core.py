@@ -33,8 +33,8 @@ def test_random_numbers_are_left_alone():
 
 def test_the_probe_that_is_given_is_asked(tmp_path):
     ids = torch.randint(0, 64, (8, 6), generator=torch.Generator().manual_seed(0))
-    rows,mine,asked = [dict(input_ids=o, labels=o) for o in ids],[dict(input_ids=ids[:2].flip(1),
-                                                                       labels=ids[:2].flip(1))],[]
+    rows,back,asked = [dict(input_ids=o, labels=o) for o in ids],ids[:2].flip(1),[]
+    mine = [dict(input_ids=back, labels=back)]
     def loss(model, b):
         asked.append(b['input_ids'].tolist())
         return model(**b).loss

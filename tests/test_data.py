@@ -28,8 +28,8 @@ def put(d, files):
 good = js(dict(text='One'), dict(text='Two'))
 # id: files to write, what is given as the source, fragments of the message
 bad = {
-    'missing file':     ({'train.jsonl':good}, 'tain.jsonl', ["'tain.jsonl'", "did you mean 'train.jsonl'?",
-                                                              '.parquet']),
+    'missing file':     ({'train.jsonl':good}, 'tain.jsonl',
+                         ["'tain.jsonl'", "did you mean 'train.jsonl'?", '.parquet']),
     'missing folder':   ({}, 'nowhere/train.jsonl', ['nowhere/train.jsonl', "nor a folder", 'Give the path']),
     'hub id offline':   ({}, 'somebody/something', ["'somebody/something'", 'no file or folder', 'hub', 'Give a file']),
     'no source':        ({}, None, ['None', 'path of a file or folder']),
@@ -295,8 +295,8 @@ def test_columns_without_a_name(here):
     assert 'not used' not in load_data('a.csv').report
     assert load_data('b.csv').report.endswith('Columns not used: column 1 (without a name).')
     assert load_data('c.csv').report.endswith('Columns not used: column 3 (without a name) (in 1 of 2 rows).')
-    assert load_data('a.csv', test='a.csv').train.to_list()==[dict(prompt='What?', completion='That'),
-                                                              dict(prompt='Who?', completion='She')]
+    want = [dict(prompt='What?', completion='That'), dict(prompt='Who?', completion='She')]
+    assert load_data('a.csv', test='a.csv').train.to_list()==want
 
 def test_files_and_splits_are_named(here):
     put(here, {'d/train.jsonl':good, 'd/test.jsonl':good, 'd/validation.jsonl':good, 'd/notes.txt':'x',

@@ -109,8 +109,8 @@ def test_row(name):
 def test_extract(name, text, ours, released):
     t,names = tasks[name],list(rows[name][2])
     for got,want in ((t.extract(text, names), ours), (t.extract(text, names, released=True), released)):
-        assert got==want or t.kind=='number' and want is not None and (got==pytest.approx(want,
-                                                                                          nan_ok=True)), (got, want)
+        near = t.kind=='number' and want is not None and got==pytest.approx(want, nan_ok=True)
+        assert got==want or near, (got, want)
 
 def test_tolerance():
     t = tasks['mawps']
@@ -195,8 +195,8 @@ def test_likelihood_with_an_adapter(pico):
     fast,_ = log_likelihoods(model, pico[1], texts, after)
     assert max(abs(a-b) for x,y in zip(fast, log_likelihoods(*pico, texts, after)[0]) for a,b in zip(x, y))>0.1
     base,plain = model.get_base_model(),model.get_base_model().forward
-    base.forward = lambda input_ids, attention_mask, use_cache: plain(input_ids=input_ids,
-                                                                      attention_mask=attention_mask)
+    def forward(input_ids, attention_mask, use_cache): return plain(input_ids=input_ids, attention_mask=attention_mask)
+    base.forward = forward
     whole,_ = log_likelihoods(model, pico[1], texts, after)
     for a,b in zip(fast, whole): assert a==pytest.approx(b, rel=1e-5)
 
@@ -328,8 +328,8 @@ def test_order_and_files(pico, folder, tmp_path):
     assert [o['index'] for o in made['rows']]==list(range(5)) and made['summary']==res['tasks']['SVAMP']
     assert [o['output'] for o in made['rows']]==[generate(*pico, [_prompt_of(o)], 2, 4)[0][0]
                                                  for o in read_task(tasks['SVAMP'], folder)]
-    assert json.loads(json.dumps(rescore(tmp_path/'SVAMP.json')))=={k:v for k,v in res['tasks']['SVAMP'].items()
-                                                                    if k!='seconds'}
+    want = {k:v for k,v in res['tasks']['SVAMP'].items() if k!='seconds'}
+    assert json.loads(json.dumps(rescore(tmp_path/'SVAMP.json')))==want
     made['rows'][3]['output'] = 'The answer is 8.'
     (tmp_path/'changed.json').write_text(json.dumps(made))
     assert rescore(tmp_path/'changed.json')['correct']==res['tasks']['SVAMP']['correct']+1
@@ -346,8 +346,7 @@ def test_resume(pico, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(e, '_by_likelihood', score)
     with pytest.raises(KeyboardInterrupt): e.evaluate(*pico, 'boolq,AQuA,ARC-Easy', **kw)
     res = e.evaluate(*pico, 'boolq,AQuA,ARC-Easy', **kw)
-    assert made==['boolq', 'AQuA', 'ARC-Easy', 'AQuA'] or made==['boolq', 'ARC-Easy', 'AQuA',
-                                                                 'AQuA'] or made==['boolq', 'AQuA', 'AQuA', 'ARC-Easy']
+    assert made==['boolq', 'AQuA', 'AQuA', 'ARC-Easy']
     assert e.evaluate(*pico, 'boolq,AQuA,ARC-Easy', batch_size=1, **kw)==res and len(made)==4
     for change,says in ((dict(answers='text'), "answers was 'name' and is 'text'"),
                         (dict(limit=3), 'questions was 5 and is 3'),

@@ -369,8 +369,8 @@ def test_signal_in_a_trainer(tmp_path, fault, event):
     t = trainer(tmp_path/'run', RunGuard(), At(event, 3, lambda: signal.raise_signal(signal.SIGINT)),
                 save_strategy='no')
     with pytest.raises(KeyboardInterrupt): t.train()
-    assert [p.name for p in _checkpoints(tmp_path/'run')]==['checkpoint-3' if event=='on_step_end'
-                                                            and not t.state.global_step==4 else 'checkpoint-4']
+    step = 3 if event=='on_step_end' and not t.state.global_step==4 else 4
+    assert [p.name for p in _checkpoints(tmp_path/'run')]==[f'checkpoint-{step}']
     assert resumes_exactly(tmp_path/'run', tmp_path)
 
 @posix

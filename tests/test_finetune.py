@@ -363,8 +363,8 @@ def test_losses_are_those_of_the_held_out_rows(done):
     def loss(rows):
         total,n = 0.,0
         for r in rows:
-            prompt,whole = tok(r['prompt'])['input_ids'],tok(r['prompt']
-                                                             +r['completion'])['input_ids']+[tok.eos_token_id]
+            prompt = tok(r['prompt'])['input_ids']
+            whole = tok(r['prompt']+r['completion'])['input_ids']+[tok.eos_token_id]
             # where the completion begins
             start = next(i for i,(a,b) in enumerate(zip(prompt+[None], whole)) if a!=b)
             ids = torch.tensor([whole])

@@ -13,8 +13,8 @@ def model():
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=4,
                          num_attention_heads=2, num_key_value_heads=2)
-    return get_peft_model(LlamaForCausalLM(config), LoraConfig(r=4, target_modules=['q_proj', 'v_proj'],
-                                                               task_type='CAUSAL_LM'))
+    lora = LoraConfig(r=4, target_modules=['q_proj', 'v_proj'], task_type='CAUSAL_LM')
+    return get_peft_model(LlamaForCausalLM(config), lora)
 
 data = Dataset.from_list([dict(input_ids=o, labels=o)
                           for o in ((torch.arange(12)+torch.arange(48)[:, None]*7)%32).tolist()])
@@ -57,8 +57,8 @@ def test_numbers(watched):
         assert len(mine)==2*4+3
         assert mine['ist/active_fraction']==pytest.approx(sum(len(a)/4 for a in steps)/3)
         assert mine['ist/depth']==pytest.approx(sum((4-min(a))/4 for a in steps)/3)
-        assert [mine[f'ist/times_active/layer_0{i}'] for i in range(4)]==[sum(i in a for a in active[:3*k+3])
-                                                                          for i in range(4)]
+        counted = [sum(i in a for a in active[:3*k+3]) for i in range(4)]
+        assert [mine[f'ist/times_active/layer_0{i}'] for i in range(4)]==counted
         # the update of a step comes before it
         scored = [h['importance'] for h in cb.ist.history if h['step']<o['step']]
         assert [mine[f'ist/importance/layer_0{i}'] for i in range(4)]==pytest.approx(scored[-1] if scored else [0.]*4)
@@ -151,9 +151,8 @@ def test_trl(tmp_path):
     from tokenizers import Tokenizer,models,pre_tokenizers
     from transformers import PreTrainedTokenizerFast
     from trl import SFTConfig,SFTTrainer
-    tok = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({str(i):i for i in range(32)},
-                                                                              unk_token='0')), eos_token='1',
-                                                                              pad_token='1', unk_token='0')
+    words = models.WordLevel({str(i):i for i in range(32)}, unk_token='0')
+    tok = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), eos_token='1', pad_token='1', unk_token='0')
     tok.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     rows = Dataset.from_list([dict(text=' '.join(map(str, o['input_ids']))) for o in data])
     first,last = Reporter(),Behind()
@@ -174,9 +173,8 @@ def test_tensorboard(tmp_path):
     logs = [p.parent for p in tmp_path.rglob('events.out.tfevents*')]
     events = EventAccumulator(str(logs[0])); events.Reload()
     tags = [o for o in events.Tags()['scalars'] if 'ist/' in o]
-    assert sorted(tags)==sorted(f'train/ist/{o}' for o in ['active_fraction', 'depth', 'score_seconds',
-                                                           *(f'{k}/layer_0{i}' for k in ('importance', 'times_active')
-                                                             for i in range(4))])
+    each = [f'{k}/layer_0{i}' for k in ('importance', 'times_active') for i in range(4)]
+    assert sorted(tags)==sorted(f'train/ist/{o}' for o in ['active_fraction', 'depth', 'score_seconds', *each])
     last = [events.Scalars(f'train/ist/importance/layer_0{i}')[-1] for i in range(4)]
     assert [o.value for o in last]==pytest.approx(cb.ist.importance.tolist(), abs=1e-6) and {o.step for o in last}=={12}
     assert [o.value for o in events.Scalars('train/ist/active_fraction')]==[0.25]*4

@@ -329,8 +329,9 @@ def test_hooks_on_blocks_are_called_once(budget):
         block.register_full_backward_hook(tick('backward'))
         block.register_full_backward_pre_hook(tick('backward before'))
         block.self_attn.q_proj.lora_A['default'].weight.register_hook(tick('gradient'))
-        gone.append(nn.modules.module.register_module_forward_hook(lambda m, args, y: seen.append('everywhere')
-                                                                   if m is block else None))
+        def everywhere(m, args, y):
+            if m is block: seen.append('everywhere')
+        gone.append(nn.modules.module.register_module_forward_hook(everywhere))
         def forward(model):
             told = seen.copy(); seen.clear()
             return model(**batch()).loss,told

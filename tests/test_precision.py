@@ -50,8 +50,8 @@ def test_quantised(bits, tmp_path):
     before = base(model)
     ist,losses = trained(model, tmp_path/'whole')
     assert losses[-1]<losses[0] and ist.importance.abs().max()>0 and len(ist.history)==2
-    assert {type(t.get_base_layer()).__name__ for t in ist.layers[0].tuners}=={'Linear4bit' if bits==4
-                                                                               else 'Linear8bitLt'}
+    kind = 'Linear4bit' if bits==4 else 'Linear8bitLt'
+    assert {type(t.get_base_layer()).__name__ for t in ist.layers[0].tuners}=={kind}
     after = base(model)
     assert all(torch.equal(before[k], after[k]) for k in before), 'training or probing changed the quantised weights'
     again = quantised(bits)

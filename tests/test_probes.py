@@ -198,9 +198,8 @@ def test_scaled_gradients_are_unscaled():
         model,b = lora(dropout=0.),pm.batch('')
         for n,p in model.named_parameters():
             if 'lora_B' in n: torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(len(n)))
-        ist,opt,scaler = IST(model, ISTConfig(**cfg)),torch.optim.SGD(params(model), lr=0.,
-                                                                      fused=True),torch.amp.GradScaler('cpu',
-                                                                      init_scale=1024., enabled=scaled)
+        ist,opt = IST(model, ISTConfig(**cfg)),torch.optim.SGD(params(model), lr=0., fused=True)
+        scaler = torch.amp.GradScaler('cpu', init_scale=1024., enabled=scaled)
         with ist.step():
             scaler.scale(loss_of(model, b)).backward()
             scaler.step(opt)

@@ -52,9 +52,8 @@ def test_committed_gpu_table():
     have = {n:{(o['kind'], o['name']):o for o in on_gpus['cases'] if o['processes']==n} for n in (1, 2)}
     assert sum(map(len, have.values()))==len(on_gpus['cases']) and on_gpus['backend']=='nccl'
     assert all(o['ok'] for o in have[1].values())
-    # that one is of a CPU
-    want = set(P.all_cases(2))-{('deepspeed', n) for n in P.deepspeeds}-{('trainer refused',
-                                                                          'Trainer, processes apart')}
+    only_cpu = ('trainer refused', 'Trainer, processes apart')
+    want = set(P.all_cases(2))-{('deepspeed', n) for n in P.deepspeeds}-{only_cpu}
     assert set(have[2])==want | {('trainer', 'Trainer, FSDP1'), ('resume', 'Trainer, FSDP2')}
     cells = json.loads((root/'nbs/reference/processes.ipynb').read_text())['cells']
     page = ''.join(''.join(o.get('data', {}).get('text/markdown', '')) for c in cells for o in c.get('outputs', []))

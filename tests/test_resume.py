@@ -103,8 +103,9 @@ def test_resume_is_never_a_silent_restart(tmp_path):
         t.train(resume_from_checkpoint=str(c))
         return t
     again()
-    edit(c, lambda s: s['stateful_callbacks']['ISTCallback']['attributes']['saved'].update(t=2, times_active=[1, 1, 0,
-                                                                                                              0]))
+    def earlier(s):
+        s['stateful_callbacks']['ISTCallback']['attributes']['saved'].update(t=2, times_active=[1, 1, 0, 0])
+    edit(c, earlier)
     with pytest.raises(ISTError, match='of step 3, but the state of IST in it is of step 2'): again()
     edit(c, lambda s: s['stateful_callbacks']['ISTCallback']['attributes'].update(saved=None))
     with pytest.raises(ISTError, match='written without ISTCallback'): again()

@@ -234,8 +234,8 @@ def test_what_cannot_be_copied_is_refused():
 
 # -- numbers, computed here
 def generator(*what):
-    return torch.Generator().manual_seed(int.from_bytes(blake2b('/'.join(map(str, what)).encode(),
-                                                                digest_size=8).digest(), 'little')//2)
+    digest = blake2b('/'.join(map(str, what)).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, 'little')//2)
 
 @pytest.mark.parametrize('seed', [0, 3, 2**40])
 def test_probe_batches_by_seed_and_pass(seed):

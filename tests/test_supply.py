@@ -42,8 +42,8 @@ def test_licences(tmp_path, monkeypatch, said, is_bad):
 
 def wheel(src, out, epoch):
     "A wheel built from `src`"
-    env = {k:v for k,v in os.environ.items() if k!='SOURCE_DATE_EPOCH'} | (dict(SOURCE_DATE_EPOCH=epoch) if epoch
-                                                                           else {})
+    env = {k:v for k,v in os.environ.items() if k!='SOURCE_DATE_EPOCH'}
+    if epoch: env['SOURCE_DATE_EPOCH'] = epoch
     out.mkdir()
     r = subprocess.run([sys.executable, '-c', f'from setuptools import build_meta as b; b.build_wheel({str(out)!r})'],
                        cwd=src, env=env, capture_output=True, text=True)

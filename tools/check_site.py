@@ -204,10 +204,10 @@ def write(res, seconds, site):
     "Keep the counts, with what made them"
     from importlib.metadata import version
     built = site/'build.json'
+    packages = 'mkdocs-material playwright axe-playwright-python nbdev'.split()
     out = dict(command='python tools/check_site.py', hardware=f'{os.cpu_count()} CPU cores, {platform.machine()}',
-               versions={o:version(o) for o in ('mkdocs-material', 'playwright', 'axe-playwright-python', 'nbdev')},
-               counts=res, seconds=round(seconds, 1), search={t:terms[t]
-                   for t in terms}) | (json.loads(built.read_text()) if built.exists() else {})
+               versions={o:version(o) for o in packages}, counts=res, seconds=round(seconds, 1), search=dict(terms))
+    if built.exists(): out |= json.loads(built.read_text())
     (root/'benchmarks'/'results'/'site.json').write_text(json.dumps(out, indent=1)+'\n')
 
 @call_parse
@@ -218,7 +218,7 @@ def main(
 ):
     if not chromium():
         sys.exit(f'No Chromium: none of {", ".join(names)} is on the path. Install one (apt-get install chromium), '
-      f'or set CHROMIUM.')
+                 'or set CHROMIUM.')
     start = time.perf_counter()
     if shots: Path(shots).mkdir(parents=True, exist_ok=True)
     pages,found = check(site, [o for o in pages_of(site) if (only or '') in o], [] if only else terms,
