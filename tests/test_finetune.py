@@ -69,6 +69,10 @@ cases = [
     ('test fraction', nothing, '--data good.jsonl --test_fraction 2', ['test_fraction', 'between 0 and 1']),
     ('fewer rows than the probe', nothing, '--data good.jsonl --score_batch_size 64',
      ['36 training rows', 'score_batch_size=64']),
+    ('negative keep', nothing, '--data good.jsonl --keep -1', ['--keep -1', 'at least 0']),
+    ('missing general text', nothing, '--data good.jsonl --general god.jsonl', ['god.jsonl', 'good.jsonl']),
+    ('nothing to hold', nothing, '--data good.jsonl --keep 1 --peft adaption_prompt --peft_options '
+     '{"adapter_len":4,"adapter_layers":2}', ['--keep', 'PEFT can switch off']),
     ('unknown model', nothing, '--data good.jsonl --model no/such-model', ["'no/such-model'", 'cannot be loaded']),
     ('misspelt model', nothing, '--data good.jsonl --model picco', ["did you mean 'pico'?"]),
     ('no stack of blocks', nothing, '--data good.jsonl --lora_target_modules embed_tokens',
@@ -103,7 +107,7 @@ cases = [
     ('score_batch_size', nothing, '--score_batch_size 0', ['score_batch_size=0', 'at least 1']),
     ('explore', nothing, '--explore often', ["explore='often'", '[0, 1]']),
     ('seed', nothing, '--seed -1', ['seed=-1', 'at least 0']),
-    ('no such model folder', nothing, '--data good.jsonl --model ./nofolder', ["'./nofolder' cannot be loaded"]),
+    ('no such model folder', nothing, '--data good.jsonl --model ./nofolder', ['./nofolder: there is no such folder']),
     ('learning rate', nothing, '--learning_rate -1', ['--learning_rate -1', 'at least 0']),
     ('batch size', nothing, '--per_device_train_batch_size 0', ['--per_device_train_batch_size 0', 'at least 1']),
     ('workers', nothing, '--dataloader_num_workers 100000',
@@ -440,3 +444,37 @@ def test_debug_shows_the_traceback(here):
     with pytest.raises(Exception) as e:
         main(['--data', 'good.jsonl', '--report_to', 'wandb', '--output_dir', 'out', '--debug', *quick, *ist])
     assert 'wandb' in str(e.value) and not (here/'out').exists()
+
+def test_a_run_says_what_it_forgot(here, capsys):
+    res = run('--data good.jsonl --learning_rate 0.02', here/'out')
+    o = res['forgotten']
+    assert o['rows']==8 and o['text']=='sampled from the model' and o['divergence']>0
+    said = f"Forgotten: {o['divergence']:.3f} nats a token away from the model before, on 8 rows that it wrote itself"
+    assert said in capsys.readouterr().out
+    assert f"nats per token | {o['divergence']:.3f} |" in (here/'out'/'README.md').read_text()
+
+@pytest.mark.parametrize('method', ['ist', 'dense'])
+def test_keep_holds_the_model(here, method):
+    "In a dense run too, which then has IST with all layers beside it; and on a text of one's own"
+    jsonl(here/'mine.jsonl', [dict(text='The sun is a star. '*9)]*30)
+    line = f'--data good.jsonl --method {method} --general mine.jsonl --max_steps 12'
+    free,held = (run(line+o, here/o.strip('- ')) for o in (' --keep 0', ' --keep 5'))
+    assert held['forgotten']['text']=='mine.jsonl' and held['config']['finetune']['keep']==5
+    assert held['forgotten']['divergence']<0.7*free['forgotten']['divergence']
+    assert held['times_active'] and (free['times_active'] is None)==(method=='dense')
+
+def test_a_held_run_resumes_bit_for_bit(here):
+    line = '--data good.jsonl --keep 1 --save_steps 2 --max_steps 6'
+    whole = run(line, here/'whole')
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(finetune, '_forgotten', lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert main([*quick, *ist, *line.split(), '--output_dir', str(here/'out')])==130
+    shutil.rmtree(here/'out'/'checkpoint-6')
+    again = run(line+' --resume', here/'out')
+    assert weights(here/'out')==weights(here/'whole') and again['forgotten']==whole['forgotten']
+
+def test_what_cannot_be_measured_does_not_stop_a_run(here, capsys, monkeypatch):
+    def no_text(*args): raise RuntimeError('probability tensor contains nan')
+    monkeypatch.setattr('ist_nb.keep.own_text', no_text)
+    assert run('--data good.jsonl', here/'out')['forgotten'] is None
+    assert 'What the model forgets is not measured: probability tensor' in capsys.readouterr().out
