@@ -152,8 +152,9 @@ def _gated(model):
     "For each adapted module the parameters in which it is linear: triples of parameter, neutral value, value now"
     pairs = {name:_linear_params(m) for name,m in tuner_layers(model).items()}
     bad = [name for name,o in pairs.items() if not o]
-    if bad: raise ISTError(f"{bad[0]} has no parameter in which its response is known to be linear, so a gate cannot be "
-                           "multiplied into it. Use LoRA without DoRA, or hold the model with `Keep` while it trains.")
+    if bad: raise ISTError(f"{bad[0]} has no parameter in which its response is known to be linear, so a gate cannot "
+                           "be multiplied into it. Use LoRA without DoRA, or hold the model with `Keep` while it "
+                           "trains.")
     return {name:[(p, zero, p.detach().clone()) for p,zero in o] for name,o in pairs.items()}
 
 @torch.no_grad()
@@ -169,7 +170,8 @@ def _forever(task):
     while True:
         empty = True
         for batch in task: yield batch; empty = False
-        if empty: raise ISTError("`task` has no row, or it can be read only once. Give a list of batches, or a DataLoader.")
+        if empty: raise ISTError("`task` has no row, or it can be read only once. Give a list of batches, or a "
+                                 "DataLoader.")
 
 def fade(
     model, # With a trained adapter; the gates are multiplied into its weights

@@ -219,7 +219,8 @@ def model_card(
     if peft in ('lora', 'dora'): shown |= {k:args[k] for k in ('lora_r', 'lora_alpha', 'lora_dropout')}
     if ist: shown |= {k:ist[k] for k in 'n_active sampler scorer score_interval schedule explore'.split()}
     return _card.format(**res | dict(
-        head=head.to_yaml(), forgotten=_forgotten_row(res['forgotten']), name=name, how=_methods[args['method']], model=model,
+        head=head.to_yaml(), forgotten=_forgotten_row(res['forgotten']), name=name, model=model,
+        how=_methods[args['method']],
         adapter=dict(lora='LoRA', dora='DoRA').get(peft, peft), version=res['versions']['ist_nb'],
         settings='\n'.join(f'| `{k}` | {v} |' for k,v in shown.items()), trained=_trained(res),
         load_pico='\nfrom ist_nb.finetune import assets' if pico else '',

@@ -453,7 +453,7 @@ def test_a_run_says_what_it_forgot(here, capsys):
     assert said in capsys.readouterr().out
     assert f"nats per token | {o['divergence']:.3f} |" in (here/'out'/'README.md').read_text()
 
-@pytest.mark.parametrize('method', ['ist', 'dense'])
+@pytest.mark.parametrize('method', ['ist', pytest.param('dense', marks=pytest.mark.slow)])
 def test_keep_holds_the_model(here, method):
     "In a dense run too, which then has IST with all layers beside it; and on a text of one's own"
     jsonl(here/'mine.jsonl', [dict(text='The sun is a star. '*9)]*30)

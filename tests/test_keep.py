@@ -186,3 +186,20 @@ def test_what_cannot_be_compared_or_faded_is_refused():
     for bad in (dict(weight=-1.), dict(every=0), dict(rows=0), dict(weight=float('nan'))):
         with pytest.raises(ISTError, match='is not allowed'): ist.add(Keep(text, **bad))
     with pytest.raises(ISTError, match='no row'): fade(tuned(), [], text)
+
+@pytest.mark.slow
+def test_the_benchmark_runs(tmp_path):
+    "On a model and a task of one's own, from the command line; a run that is known is not made again"
+    import json,subprocess,sys
+    from ist_nb.model import assets
+    file,out = tmp_path/'sun.jsonl',tmp_path/'out.json'
+    rows = [dict(text=f'The sun is a star and the moon is not. {i} '*50) for i in range(60)]
+    file.write_text('\n'.join(map(json.dumps, rows)))
+    command = [sys.executable, '-m', 'benchmarks', 'retain', '--model', str(assets/'pico'), '--files', f'sun={file}',
+               '--plan', 'smoke', '--out', str(out)]
+    said = [subprocess.run(command, check=True, capture_output=True, text=True).stdout for _ in range(2)]
+    run, = json.loads(out.read_text())['runs']
+    assert '1 runs, data ready' in said[0] and '0 runs, data ready' in said[1]
+    names = 'before; trained; faded; faded, one gate a layer; the same, layers shuffled; faded, modules shuffled'
+    assert [o['name'] for o in run['points']]==names.split('; ') and run['points'][0]['kl']==0<run['points'][1]['kl']
+    assert len(run['points'][2]['gates'])==16*7

@@ -1,0 +1,318 @@
+"""What does fine-tuning make a pretrained model forget, and what keeps it? Adapters are trained on a task in many ways;
+some are then scaled, faded or healed. Each is judged by its loss on documents of the task that trained and chose
+nothing, and by its divergence from the model before, on text that the model wrote itself. `--model` takes any causal
+language model of the hub, or a folder. DATA holds `domains`, `commonsense`, `math`, `textbooks` and
+`textbooks_research`; or give tasks of your own as `--files name=FILE;name=FILE`, in any format of `ist_finetune`."""
+import gzip,json,random,re,sys,tempfile,time,traceback
+from statistics import mean
+from pathlib import Path
+import torch, torch.multiprocessing as mp
+from peft import LoraConfig,get_peft_model
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM,AutoTokenizer
+from ist_nb import IST,ISTConfig,find_layers
+from ist_nb.data import load_data
+from ist_nb.keep import Keep,_divergence,_gated,_set_gates,fade,own_text
+from benchmarks import record
+
+length,rows_a_step = 256,16
+freezing = dict(sampler='top', schedule='shrink', n_active=0.4)
+# ---------------------------------------------------------------------------------------------------------- the data
+def lines(path):
+    with (gzip.open if path.suffix=='.gz' else open)(path, 'rt') as f: return [json.loads(o) for o in f]
+
+def shuffled(o, seed=0):
+    o = list(o)
+    random.Random(seed).shuffle(o)
+    return o
+
+class Rows:
+    "Token ids, which of them have a label, and the document of each row, padded to equal length"
+    def __init__(self, pairs): # pairs: token ids, number of those that are given, document
+        pairs = [o for o in pairs if len(o[0])<=length]
+        n,w = len(pairs),max(len(o[0]) for o in pairs)
+        self.ids,self.labels = torch.zeros(n, w, dtype=torch.long),torch.full((n, w), -100)
+        self.mask,self.doc = torch.zeros(n, w, dtype=torch.long),torch.tensor([d for *_,d in pairs])
+        for i,(x,given,_) in enumerate(pairs):
+            x = torch.tensor(x)
+            self.ids[i,:len(x)],self.mask[i,:len(x)] = x,1
+            self.labels[i,max(1, given):len(x)] = x[max(1, given):]
+    def batch(self, ix, device): # only as wide as it must be
+        w = -(-int(self.mask[ix].sum(1).max())//16)*16
+        return {k:v[ix][:, :w].to(device) for k,v in (('input_ids', self.ids), ('labels', self.labels),
+                                                     ('attention_mask', self.mask))}
+    def batches(self, device, k=32): return [self.batch(ix, device) for ix in torch.arange(len(self.ids)).split(k)]
+    def __len__(self): return len(self.ids)
+
+class Reader:
+    "Turns documents, chats and questions into rows"
+    def __init__(self, tok):
+        self.tok = tok
+        self.bos = tok('a')['input_ids'][:1] if tok.bos_token_id==tok('a')['input_ids'][0] else []
+    def ids(self, s): return self.tok(s, add_special_tokens=False, verbose=False)['input_ids']
+    def text(self, docs, most=None): # full rows of one document each, at most so many of each
+        out,w = [],length-len(self.bos)
+        for d,s in enumerate(docs):
+            x = self.ids(s)
+            cut = [(self.bos+x[i:i+w], len(self.bos), d) for i in range(0, len(x)-w+1, w)]
+            out += cut if most is None else random.Random(d).sample(cut, min(most, len(cut)))
+        return out
+    def pair(self, prompt, answer, d=0):
+        x = self.bos+self.ids(prompt)
+        return x+self.ids(answer)+[self.tok.eos_token_id],len(x),d
+    def chat(self, question, answer, d=0):
+        if not self.tok.chat_template: return self.pair(f'Problem: {question}\nSolution: ', answer, d)
+        turn = [dict(role='user', content=question)]
+        x = self.ids(self.tok.apply_chat_template(turn, add_generation_prompt=True, tokenize=False))
+        return x+self.ids(answer)+[self.tok.eos_token_id],len(x),d
+
+def split(make, docs, sizes=(48, 96, 96)):
+    "Documents that train, that choose gates, that tune settings, and that judge"
+    docs = shuffled(docs)
+    n = len(docs)
+    a,b,c = n*2//3,n*3//4,n*7//8
+    parts = make(docs[:a], None),*(shuffled(make(o, 3))[:k] for o,k in zip((docs[a:b], docs[b:c], docs[c:]), sizes))
+    return dict(zip(('train', 'pick', 'choose', 'test'), map(Rows, parts)))
+
+def cloze(row): # of the LLM-Adapters form: question, options, which is right
+    m = re.search(r'question: (.*?)\n\n((?:Answer|Solution)1:.*?)\n\nAnswer format', row['instruction'], re.S)
+    options = [o.strip() for o in re.split(r'(?:Answer|Solution)\d: ?', m[2])[1:]]
+    return m[1].strip(),options,int(re.search(r'\d', row['answer'])[0])-1
+
+def read_tasks(tok, data):
+    "The five tasks, and what else is looked at: books of other kinds, and questions"
+    r,tasks = Reader(tok),{}
+    for name in ('german', 'python'):
+        docs = [o['text'] for o in lines(data/f'domains/{name}.jsonl.gz')]
+        tasks[name] = split(r.text, docs)
+    many = tasks['german']['train']
+    few = [(many.ids[i].tolist(), 1, 0) for i in shuffled(range(len(many)), 5)[:64]]
+    tasks['few'] = dict(tasks['german'], train=Rows(few))
+    def sets(names, part):
+        return [cloze(o) for s in names for o in json.loads((data/f'commonsense/{s}/{part}.json').read_text())]
+    def ask(q, o, d=0): return r.pair(f'Question: {q}\nAnswer:', ' '+o, d)
+    arc = 'ARC-Easy', 'ARC-Challenge'
+    train = [ask(q, o[y], i) for i,(q,o,y) in enumerate(shuffled(sets((*arc, 'openbookqa'), 'train')))]
+    test = [ask(q, o[y], i) for i,(q,o,y) in enumerate(shuffled(sets(arc, 'test')))]
+    parts = dict(train=train[768:], pick=train[:768], choose=test[:768], test=test[768:1792])
+    tasks['cloze'] = {k:Rows(o) for k,o in parts.items()}
+    sums = json.loads((data/'math/gsm8k/test.json').read_text())
+    sums = [(o['instruction'], o['output'].strip().removeprefix('A: ')) for o in sums]
+    tasks['chat'] = split(lambda docs, k: [r.chat(*o, d=i) for i,o in enumerate(docs)], sums, (64, 150, 160))
+    def book(path): return Rows(shuffled(r.text([o['text'] for o in lines(data/f'{path}.jsonl.gz')][::6], 2))[:24])
+    books = {b.split('/')[1]:book(b) for b in ('textbooks_research/psychology', 'textbooks/introduction-business',
+                                               'textbooks_research/us-history')}
+    def item(q, options, y): return [ask(q, o)[:2] for o in options],y,list(map(len, options))
+    questions = {s:[item(*o) for o in shuffled(sets([s], 'test'))[-400:]] for s in ('ARC-Easy', 'openbookqa', 'piqa')}
+    return dict(tasks=tasks, books=books, questions=questions)
+
+def read_files(tok, files):
+    "Tasks of your own"
+    r,tasks = Reader(tok),{}
+    def make(docs, k):
+        if 'text' in docs[0]: return r.text([o['text'] for o in docs], k)
+        return [r.pair(o['prompt'], o['completion'], d) if 'prompt' in o else
+                r.chat(o['messages'][0]['content'], o['messages'][-1]['content'], d) for d,o in enumerate(docs)]
+    for name,path in files.items(): tasks[name] = split(make, list(load_data(path, test_fraction=0.01).train))
+    return dict(tasks=tasks, books={}, questions={})
+# ---------------------------------------------------------------------------------------------------------- judging
+def row_losses(model, b):
+    logits,y = model(input_ids=b['input_ids'], attention_mask=b['attention_mask']).logits[:, :-1],b['labels'][:, 1:]
+    counts = y!=-100
+    losses = torch.zeros(counts.shape, device=y.device)
+    losses[counts] = F.cross_entropy(logits[counts].float(), y[counts], reduction='none')
+    return losses.sum(1),counts.sum(1)
+
+def mean_loss(model, rows, device, each=False):
+    total,n = (torch.cat(o) for o in zip(*(row_losses(model, b) for b in rows.batches(device))))
+    loss = (total.sum()/n.sum()).item()
+    return (loss, [round(o, 4) for o in (total/n).tolist()]) if each else loss
+
+def accuracy(model, items, device):
+    flat = [(ids, k, 0) for options,*_ in items for ids,k in options]
+    scores = torch.cat([-row_losses(model, b)[0] for b in Rows(flat).batches(device, 128)]).tolist()
+    right = i = 0
+    for options,y,chars in items:
+        s = [v/c for v,c in zip(scores[i:], chars)]
+        i += len(options)
+        right += s.index(max(s))==y
+    return right/len(items)
+
+@torch.no_grad()
+def measure(model, found, task, kept, judge, device, full=False, **about):
+    "One point: loss on the task, divergence on the model's own text, and more where `full`"
+    model.eval()
+    loss,each = mean_loss(model, found['tasks'][task][judge], device, each=True)
+    kl = [_divergence(model, {k:v[i:i+1].to(device) for k,v in kept.items()}) for i in range(len(kept['input_ids']))]
+    kl = [(a/n).item() for a,n in kl]
+    other = 'python' if task!='python' else 'german'
+    res = about | dict(task=loss, kl=mean(kl), kl_empty=mean(kl[::2]), kl_chat=mean(kl[1::2]),
+                       **{k:mean_loss(model, o, device) for k,o in found['books'].items()})
+    if other in found['tasks']: res['other'] = mean_loss(model, found['tasks'][other]['choose'], device)
+    if full: res |= {f'acc {k}':accuracy(model, o, device) for k,o in found['questions'].items()}
+    if full or judge=='test': res |= dict(task_rows=each, kl_rows=[round(o, 5) for o in kl])
+    return res
+# --------------------------------------------------------------------------------------------------------- one run
+def run(job, base, found, own, judge, device):
+    "Train an adapter as `job` says, and judge it, and what can be made of it afterwards"
+    start,task,steps,seed,lr = time.time(),job['task'],job['steps'],job['seed'],job['lr']
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    model.config.use_cache = False
+    r = job.get('r', 16)
+    model = get_peft_model(model, LoraConfig(r=r, lora_alpha=2*r, target_modules='all-linear', task_type='CAUSAL_LM',
+                                             use_rslora=job.get('rslora', False))).to(device)
+    for p in model.parameters():
+        if p.requires_grad: p.data = p.data.float()
+    layers,amp = find_layers(model),torch.autocast(device.split(':')[0], torch.bfloat16)
+    N,points,d = len(layers),[],found['tasks'][task]
+    rates = [lr*job.get('falling', 1)**(N-1-i) for i in range(N)]
+    groups = [dict(params=o.params, lr=v) for o,v in zip(layers, rates)]
+    opt = torch.optim.AdamW(groups, weight_decay=job.get('decay', 0.))
+    warm = max(1, min(20, steps//5))
+    schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda t: min((t+1)/warm, max(0., (steps-t)/(steps-warm))))
+    settings = job.get('ist', dict(sampler='uniform', n_active=1.))
+    ist = IST(model, ISTConfig(**settings, seed=seed), n_steps=steps, parts=[])
+    if job.get('keep'): ist.add(Keep(own['pick'], job['keep'], job.get('every', 4)))
+    def order(): # of the rows, epoch after epoch
+        g = torch.Generator().manual_seed(seed)
+        while True: yield from torch.randperm(len(d['train']), generator=g).tolist()
+    rows,took = order(),time.time()
+    def note(name, full=False, **kw):
+        with amp: points.append(measure(model, found, task, own[judge], judge, device, full, name=name, **kw))
+    if job.get('base'):
+        with model.disable_adapter(): note('before', full=True)
+    for t in range(steps):
+        b = d['train'].batch(torch.tensor([next(rows) for _ in range(rows_a_step)]), device)
+        model.train()
+        with amp, ist.step():
+            F.cross_entropy(*labelled(model, b)).backward()
+            torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], 1.)
+            opt.step(); schedule.step(); opt.zero_grad()
+        if t+1 in {round(steps*o) for o in job.get('stops', ())}: note('stopped early', at=(t+1)/steps)
+    took = time.time()-took
+    ist.close()
+    note('trained', full=True)
+    after(job, model, d, own, note, amp, device)
+    return job | dict(points=points, train_seconds=took, seconds=time.time()-start)
+
+def labelled(model, b):
+    counts = b['labels'][:, 1:]!=-100
+    logits = model(input_ids=b['input_ids'], attention_mask=b['attention_mask']).logits[:, :-1]
+    return logits[counts].float(),b['labels'][:, 1:][counts]
+
+def after(job, model, d, own, note, amp, device):
+    "What can be done with a trained adapter: scale it, by one number or by depth, fade it, or train on with `Keep`"
+    gated,post = _gated(model),job.get('post', '')
+    depth = torch.tensor([int(re.search(r'\.(\d+)\.', k)[1]) for k in gated], dtype=torch.float)
+    x,full = depth/depth.max(),torch.ones(len(gated))
+    def at(gates, name, **kw): _set_gates(gated, gates); note(name, **kw); _set_gates(gated, full)
+    if 's' in post:
+        for v in (0.9, 0.8, 0.7, 0.55, 0.4): at(full*v, 'scaled', v=v)
+    if 'l' in post:
+        for v in (0.7, 0.4, 0.): at(v+(1-v)*x, 'line, top kept', v=v); at(1-(1-v)*x, 'line, bottom kept', v=v)
+        for a in (1., 0.7, 0.4):
+            for b in (1., 0.7, 0.4):
+                if a!=b: at(torch.where(x<0.5, a, b), 'two numbers', v=[a, b])
+    if 'g' in post:
+        task = d['pick'].batches(device, 8 if d['pick'].mask.float().mean()>0.5 else 128)
+        for price in job.get('prices', (8., 4., 2., 1., 0.5)):
+            with amp: gates = fade(model, task, own['pick'], price, steps=job.get('fade_steps', 48))
+            gates = torch.tensor(list(gates.values()))
+            note('faded', price=price, gates=[round(o, 3) for o in gates.tolist()])
+            _set_gates(gated, full)
+            g = torch.Generator().manual_seed(job['seed'])
+            each = torch.stack([gates[depth==i].mean() for i in depth.unique()])     # a gate for each layer
+            at(each[depth.long()], 'faded, one gate a layer', price=price)
+            at(each[torch.randperm(len(each), generator=g)][depth.long()], 'the same, layers shuffled', price=price)
+            at(gates[torch.randperm(len(gates), generator=g)], 'faded, modules shuffled', price=price)
+# --------------------------------------------------------------------------------------------------------- the plans
+standard = dict(german=250, python=250, cloze=250, chat=140, few=100)
+def jobs(plan, tasks, seeds):
+    "Dictionaries, in the order in which they are run"
+    def of(**kw):
+        kw = dict(kw)
+        part = kw.pop('part', 1)
+        return [dict(task=t, steps=round(standard.get(t, 250)*part), seed=s) | kw for s in seeds for t in tasks]
+    if plan=='smoke': return of(name='keep', lr=1e-3, part=0.02, keep=1., post='g', prices=[2.], fade_steps=2, base=1)
+    if plan=='judge': # what `choose` has chosen
+        return [*of(name='LoRA', lr=2e-3, post='slg', base=1), *of(name='LoRA', lr=1e-3, post='slg'),
+                *of(name='keep 1', lr=2e-3, keep=1., post='s'), *of(name='keep 3', lr=2e-3, keep=3., post='s'),
+                *of(name='freezing, keep 1', lr=2e-3, keep=1., ist=freezing, post='s')]
+    early = dict(name='LoRA', stops=[0.35, 0.6])
+    return [*of(**early, lr=2e-3, post='slg', base=1), *of(**early, lr=1e-3, post='slg'),
+            *[o for w in (0.3, 1., 3., 10.) for o in of(name=f'keep {w:g}', lr=2e-3, keep=w, post='s')],
+            *of(name='keep 1, each step', lr=2e-3, keep=1., every=1, post='s'),
+            *of(name='keep 1, each 16', lr=2e-3, keep=1., every=16, post='s'),
+            *of(name='freezing, keep 1', lr=2e-3, keep=1., ist=freezing, post='s'),
+            *of(name='freezing', lr=1e-3, ist=freezing, post='sg'), *of(name='shorter', lr=2e-3, part=0.35, post='s'),
+            *of(name='rank 4', lr=2e-3, r=4, post='s'), *of(name='rates falling', lr=2e-3, falling=0.9, post='s'),
+            *of(**early, lr=5e-4, post='s'), *of(name='rsLoRA', lr=5e-4, rslora=True, post='s'),
+            *of(name='weight decay', lr=2e-3, decay=0.1, post='s')]
+
+def work(queue, done, cached, base, judge, gpu):
+    torch.set_num_threads(1)
+    device = 'cpu' if gpu is None else f'cuda:{gpu}'
+    found,own = torch.load(cached, weights_only=False)
+    while (job := queue.get()) is not None:
+        try: done.put(run(job, base, found, own, judge, device))
+        except Exception: done.put(dict(job=job, error=traceback.format_exc()[-1500:]))
+
+def prepare(model, data, files, seed=0, rows=176):
+    "Tokenise the tasks, and let the model write: rows that hold or fade, that tune, and that judge"
+    tok = AutoTokenizer.from_pretrained(model)
+    found = read_files(tok, files) if files else read_tasks(tok, data)
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).to(device)
+    text = own_text(base, tok, rows, length, seed)
+    h = rows//2
+    mixed = torch.stack([torch.arange(h), torch.arange(h, rows)], 1).flatten()     # an empty page, a chat, and so on
+    ends = 0,rows*2//11//2*2,rows*5//11//2*2,rows
+    names = 'pick', 'choose', 'test'
+    own = {k:{n:v.cpu()[mixed[a:b]] for n,v in text.items()} for k,a,b in zip(names, ends, ends[1:])}
+    return found,own
+
+def main(
+    data:Path='',         # Folder with `domains`, `commonsense`, `math`, `textbooks` and `textbooks_research`
+    model:str='HuggingFaceTB/SmolLM2-135M-Instruct', # A causal language model of the hub, or its folder
+    files:str='',         # Tasks of your own in place of DATA: name=FILE, separated by semicolons
+    plan:str='choose',    # choose: many settings; judge: the chosen ones, on what has chosen nothing; smoke: one step
+    tasks:str='german chat cloze python few', # Which tasks
+    seeds:str='0',        # Seeds
+    workers:int=1,        # Processes side by side, spread over the GPUs
+    seconds:float=1e9,    # Begin no run after so many seconds
+    out:Path=None,        # Where the numbers go; what is there is kept and not run again
+):
+    mp.set_start_method('spawn')
+    start,n_gpus = time.time(),torch.cuda.device_count()
+    files = dict(o.split('=', 1) for o in files.split(';') if o)
+    if not files and not data: sys.exit('Give DATA, or --files name=FILE.')
+    out = out or record.results/f"retain_{plan}_{model.rstrip('/').split('/')[-1]}.json"
+    runs = json.loads(out.read_text())['runs'] if out.exists() else []
+    def key(job): return json.dumps({k:job[k] for k in sorted(job) if k not in ('points', 'train_seconds', 'seconds')})
+    known = set(map(key, runs))
+    todo = [o for o in jobs(plan, list(files) or tasks.split(), list(map(int, seeds.split()))) if key(o) not in known]
+    cached = Path(tempfile.mkdtemp())/'data.pt'
+    torch.save(prepare(model, Path(data), files, rows=22 if plan=='smoke' else 176), cached)
+    print(f'{len(todo)} runs, data ready after {time.time()-start:.0f} s', flush=True)
+    queue,done,flying,longest = mp.Queue(),mp.Queue(),0,60.
+    args = queue,done,cached,model,'test' if plan=='judge' else 'choose'
+    pool = [mp.Process(target=work, args=(*args, i%n_gpus if n_gpus else None), daemon=True) for i in range(workers)]
+    for o in pool: o.start()
+    head = record.about('Loss on a task and divergence from the model before, of adapters trained, scaled and faded in '
+                        'many ways', gpu=n_gpus>0, DATA=str(data), MODEL=model)
+    while True:
+        while flying<workers and todo and time.time()-start+longest<seconds: queue.put(todo.pop(0)); flying += 1
+        if not flying: break
+        r = done.get()
+        flying -= 1
+        if 'error' in r: print('FAILED', r['job'], r['error'], flush=True); continue
+        runs.append(r)
+        longest = max(0.9*longest, r['seconds'])
+        record.save(out, head, indent=None, runs=runs)
+        o = next(o for o in r['points'] if o['name']=='trained')
+        print(f"[{time.time()-start:.0f}] {r['name']} {r['task']} lr {r['lr']:g} seed {r['seed']}: "
+              f"task {o['task']:.3f}, divergence {o['kl']:.3f} ({r['train_seconds']:.0f} of {r['seconds']:.0f} s)",
+              flush=True)
+    for _ in pool: queue.put(None)
+    print(f'{len(runs)} runs in {out}, {len(todo)} left', flush=True)
