@@ -62,7 +62,7 @@ class _Arguments:
     lora_dropout:float = 0.05 # Dropout on the input of the adapter
     lora_target_modules:list[str]|None = _arg(None, '--target_modules') # Ends of names, a pattern, or all-linear
     stack:str|None = None # Which stack of blocks, for models that have several
-    keep:float = 0. # Weight of what holds the model to its own text; 0 only measures what it forgot, 1 holds it
+    keep:float = 0. # Weight of a penalty for moving away from the model before; 0 only measures how far it moved
     general:str|None = None # A file with text to measure and hold it on, in place of what the model itself writes
     overwrite:bool = False # Allow a run to replace an earlier run in its folder
     resume:bool = False # Continue from the last intact checkpoint in the folder

@@ -128,7 +128,7 @@ def _explain(self:IST, error):
 
 @patch
 def add(self:IST,
-    part, # An object with some of the methods `ready`, `begin`, `frozen`, `end`, `explain` and `close`
+    part, # An object with some of the methods `ready`, `begin`, `frozen`, `end`, `explain`, `report` and `close`
 ): # Raises `ISTError`
     "Let one more part accompany the steps; its method `join(ist)`, if it has one, is called first"
     if hasattr(part, 'join'): part.join(self)

@@ -8,6 +8,7 @@ __all__ = ['own_text', 'text_rows', 'divergence', 'Keep', 'fade']
 # %% ../nbs/16_keep.ipynb #7a89674a
 import torch,weakref
 from contextlib import contextmanager
+from functools import partial
 from torch import nn
 from torch.nn import functional as F
 from .config import ISTError
@@ -54,6 +55,7 @@ def own_text(
         torch.manual_seed(seed)
         for i,start in enumerate(starts):
             n = len(range(i, rows, len(starts)))
+            if not n: continue
             ids = torch.tensor(start, device=next(model.parameters()).device).repeat(n, 1)
             parts.append(model.generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1., top_k=0, top_p=1.,
@@ -74,7 +76,7 @@ def text_rows(
     cut = [o[i:i+length] for o in ids for i in range(0, len(o), length)]
     cut = [o for o in cut if len(o)>1]
     if not cut: raise ISTError("The text has no row of at least two tokens. Give more of it.")
-    cut = cut[::max(1, len(cut)//rows)][:rows]
+    cut = [cut[i*len(cut)//rows] for i in range(rows)] if len(cut)>rows else cut
     pad = lambda fill, f: torch.tensor([f(o)+[fill]*(max(map(len, cut))-len(o)) for o in cut])
     return dict(input_ids=pad(0, list), labels=pad(-100, list), attention_mask=pad(0, lambda o: [1]*len(o)))
 
@@ -109,6 +111,12 @@ def divergence(
     return (total[0]/total[1]).item()
 
 # %% ../nbs/16_keep.ipynb #ab2f5085
+def _check_kept(added, p):
+    "The step's own gradient must be added to ours, which a late `zero_grad` would have taken away without a word"
+    if p.grad is not added:
+        raise ISTError("The gradient that Keep added was erased before the step's backward pass. Call "
+                       "optimizer.zero_grad() after the optimizer's step, not before the backward pass.")
+
 class Keep:
     "A part of `IST` that holds the model to a text: it adds a divergence to what the steps minimise"
     def __init__(self,
@@ -120,7 +128,7 @@ class Keep:
         for name,v,low in (('weight', weight, 0), ('every', every, 1), ('rows', rows, 1)):
             if not v>=low: raise ISTError(f"Keep: {name}={v} is not allowed. Give a number of at least {low}.")
         self.text,self.weight,self.every,self.rows = text,weight,every,rows
-        self.seen = []    # pairs: step, divergence before it
+        self.seen,self.watched = [],None    # pairs: step, divergence before it
 
     def join(self, ist):
         engine = getattr(ist.engine, 'name', 'one process')
@@ -142,6 +150,12 @@ class Keep:
                 (found*self.weight*self.every/n).backward()
                 total += found.item()/n
         self.seen.append((ist.t, total))
+        p = next(p for i in active for p in ist.layers[i].params if p.grad is not None)
+        self.watched = p.register_post_accumulate_grad_hook(partial(_check_kept, p.grad))
+
+    def end(self, counted):
+        if self.watched: self.watched.remove()
+        self.watched = None
 
     def report(self): # for the logs of a Trainer
         new,self.told = self.seen[getattr(self, 'told', 0):],len(self.seen)

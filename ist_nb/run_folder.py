@@ -64,7 +64,7 @@ def _find_checkpoint(folder, args):
 # %% ../nbs/21_run_folder.ipynb #b5ea29e7
 _free = ('output_dir overwrite resume auto_resume logging_ report_to run_name project trackio disable_tqdm save_ '
          'log_level push_to_hub hub_ local_rank ddp_timeout include_ debug dataloader_num_workers dataloader_prefetch '
-         'dataloader_persistent dataloader_pin skip_memory dataset_num_proc per_device_eval_batch_size do_ load_best '
+         'dataloader_persistent dataloader_pin skip_memory dataset_num_proc per_device_eval_batch_size do_ '
          'restore_callback enable_jit').split()     # beginnings of names: they do not change what a run ends with
 
 def _outcome_settings(args, cfg, sft):

@@ -3,7 +3,7 @@ import pytest,torch
 from peft import AdaptionPromptConfig,IA3Config,LoHaConfig,LoraConfig,PeftModel,VeraConfig,get_peft_model
 from transformers import LlamaConfig,LlamaForCausalLM
 from ist_nb import IST,ISTConfig,ISTError
-from ist_nb.keep import Keep,_gated,_gate_gradient,_set_gates,divergence,fade,own_text
+from ist_nb.keep import Keep,_gated,_gate_gradient,_set_gates,divergence,fade,own_text,text_rows
 from ist_nb.layers import find_layers
 from ist_nb.model import load_model
 from ist_nb.suppression import suppress
@@ -203,3 +203,27 @@ def test_the_benchmark_runs(tmp_path):
     names = 'before; trained; faded; faded, one gate a layer; the same, layers shuffled; faded, modules shuffled'
     assert [o['name'] for o in run['points']]==names.split('; ') and run['points'][0]['kl']==0<run['points'][1]['kl']
     assert len(run['points'][2]['gates'])==16*7
+
+def test_zero_grad_before_backward_is_refused():
+    "It would take away what Keep has added, without a word"
+    ist = IST(tuned(), ISTConfig.rst(n_active=2))
+    ist.add(Keep(some_text(), every=2))
+    for t in range(4):
+        if t%2:
+            with ist.step(): ist.model.zero_grad(); ist.model(**some_text()).loss.backward(); ist.model.zero_grad()
+        else:
+            with ist.step():     # two backward passes add up
+                for _ in range(2): ist.model(**some_text()).loss.backward()
+                ist.model.zero_grad()
+    with pytest.raises(ISTError, match='Call optimizer.zero_grad'):
+        with ist.step(): ist.model.zero_grad(); ist.model(**some_text()).loss.backward()
+    assert not ist.in_step and ist.parts[-1].watched is None
+
+def test_rows_are_spread_over_the_texts():
+    _,tokenizer = load_model('pico')
+    texts = [f'{chr(97+i%26)*3} {i}' for i in range(63)]
+    found = text_rows(texts, tokenizer, rows=32)
+    said = [tokenizer.decode(o[m==1]) for o,m in zip(found['input_ids'], found['attention_mask'])]
+    assert said==[texts[i*63//32] for i in range(32)] and len(text_rows(texts[:5], tokenizer)['input_ids'])==5
+    with pytest.raises(ISTError, match='no row'): text_rows([], tokenizer)
+    assert own_text(load_model('pico')[0], tokenizer, rows=1, length=8)['input_ids'].shape==(1, 8)
