@@ -478,3 +478,7 @@ def test_what_cannot_be_measured_does_not_stop_a_run(here, capsys, monkeypatch):
     monkeypatch.setattr('ist_nb.keep.own_text', no_text)
     assert run('--data good.jsonl', here/'out')['forgotten'] is None
     assert 'What the model forgets is not measured: probability tensor' in capsys.readouterr().out
+
+def test_settings_that_change_the_adapter_are_compared_on_resume(here):
+    for name in ('load_best_model_at_end', 'keep', 'general'):
+        assert name in run_folder._outcome_settings(*parse(['--data', 'good.jsonl'])), name
