@@ -37,13 +37,14 @@ class ISTCallback(TrainerCallback, ExportableState):
         _wrap_trainer()
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
-        _check_run(args, self.config)
+        _check_run(args, self.config, parts=self.parts)
         layers,_ = _find_budgets(model, self.config, self.stack)   # says what is wrong with the model
         layers.thaw()                                              # undoes a step that died
         _layer_count(self.config.n_suppressed, len(layers), 'n_suppressed')
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, train_dataloader=None, **kwargs):
-        _check_run(args, self.config, lost=self.lost)   # again: a callback that came late did not see the Trainer made
+        # again: a callback that came late did not see the Trainer made
+        _check_run(args, self.config, lost=self.lost, parts=self.parts)
         probe = train_dataloader if self.probe is None else self.probe
         self.ist = IST(model, self.config, probe=probe, loss_fn=self.loss_fn, stack=self.stack, optimizer=optimizer,
                        n_steps=state.max_steps)
@@ -113,6 +114,9 @@ _refused = [   # a function of the case `o`: whether it is refused; and what is 
     (lambda o: o.budget and getattr(o.args, 'torch_compile', False),
      "activation_budget chooses between the calls of blocks, and torch_compile=True compiles them away. Set "
      "torch_compile=False and compile the blocks: for block in ...layers: block.compile()."),
+    (lambda o: o.adds and getattr(o.args, 'fp16', False),
+     "fp16=True multiplies the loss by a scale, and a part that adds a gradient of its own, such as Keep, would not be "
+     "multiplied: it would count for nothing. Set bf16=True in its place."),
     (lambda o: getattr(o.args, 'enable_jit_checkpoint', False),
      "enable_jit_checkpoint=True saves in the middle of a step, and a run that resumes there repeats half of it. Leave "
      "it out and add ist_nb.runs.RunGuard() to the callbacks: it answers SIGTERM (and Ctrl-C) with a checkpoint at the "
@@ -124,10 +128,11 @@ _refused = [   # a function of the case `o`: whether it is refused; and what is 
      "{o.size} processes were launched as a group, but each Trainer works as one of {o.args.world_size}: every one "
      "would train the whole run by itself. On a CPU give use_cpu=True; else launch one process.")]
 
-def _check_run(args, config, state=None, size=None, lost=()):
+def _check_run(args, config, state=None, size=None, lost=(), parts=()):
     "Refuse what `_refused` lists; the state and the number of processes are known once training begins"
     budget = config.activation_budget is not None
-    o = SimpleNamespace(args=args, budget=budget, state=state, size=size, lost=' and '.join(lost))
+    adds = any(getattr(o, 'adds_gradient', False) for o in parts)
+    o = SimpleNamespace(args=args, budget=budget, state=state, size=size, lost=' and '.join(lost), adds=adds)
     for broken,says in _refused:
         if broken(o): raise ISTError(says.format(o=o))
 

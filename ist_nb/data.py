@@ -264,6 +264,7 @@ class Data:
     test:object  # The same for the rows held out
     kind:str     # 'text', 'prompt-completion' or 'messages'
     report:str   # What was found and what was done with it
+    general:object = None # Another `Data`, on which a run measures what its model forgot
     def __repr__(self):
         return f'{self.kind}: {len(self.train):,} rows to train on, {len(self.test):,} held out\n{self.report}'
 

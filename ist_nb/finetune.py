@@ -221,6 +221,7 @@ def _read_data(args, sft):
     from ist_nb.data import load_data
     data = load_data(args.data, test=args.test_data, test_fraction=args.test_fraction, max_rows=args.max_rows,
                      seed=sft.seed)
+    if args.general: data.general = load_data(args.general, max_rows=500, seed=sft.seed)
     _say(f'Data: {data.report}')
     return data
 
@@ -304,7 +305,7 @@ def train(
     if checkpoint: _say(f'Resuming from {checkpoint}')
     before = _held_out(trainer)
     _say(f'Held-out loss before: {before:.4f}')
-    text = _kept_text(trainer, folder.args)
+    text = _kept_text(trainer, folder.args, folder.data.general)
     with during('making the optimizer'): trainer.create_optimizer()
     folder.begin(trainer.optimizer)
     with during(f'training, resumed from {checkpoint},' if checkpoint else 'training'):
@@ -324,7 +325,8 @@ def _held_out(trainer):
     return held_out_loss(trainer.model, batches)
 
 # %% ../nbs/23_finetune.ipynb #f3f7e11e
-def _kept_text(trainer, args):
+@during('preparing the text that shows what is forgotten')
+def _kept_text(trainer, args, general):
     "The rows that judge what is forgotten, after those that hold the model were given to IST; None if none can be had"
     from ist_nb.callback import ISTCallback
     from ist_nb.keep import Keep, _check_base, own_text, text_rows
@@ -333,7 +335,7 @@ def _kept_text(trainer, args):
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             raise ISTError("it works in one process and with DDP, not with FSDP or DeepSpeed.")
         _check_base(trainer.model)
-        if args.general: text = text_rows(_general_texts(trainer, args), trainer.processing_class, n, length)
+        if general: text = text_rows(_texts(general, trainer.processing_class), trainer.processing_class, n, length)
         else: text = own_text(trainer.model, trainer.processing_class, n, length, trainer.args.seed)
     except (ISTError, RuntimeError, ValueError, NotImplementedError) as e:
         if args.keep or args.general: raise ISTError(f"--{'keep' if args.keep else 'general'}: {e}") from e
@@ -342,12 +344,8 @@ def _kept_text(trainer, args):
     _callback(trainer, ISTCallback).parts.append(Keep({k:v[1::2] for k,v in text.items()}, args.keep))
     return {k:v[::2] for k,v in text.items()}
 
-@during('reading the general text')
-def _general_texts(trainer, args):
-    from ist_nb.data import load_data
-    data = load_data(args.general, max_rows=500, seed=trainer.args.seed)
-    if data.kind=='messages':
-        return [trainer.processing_class.apply_chat_template(o['messages'], tokenize=False) for o in data.train]
+def _texts(data, tokenizer): # strings
+    if data.kind=='messages': return [tokenizer.apply_chat_template(o['messages'], tokenize=False) for o in data.train]
     return [''.join(o.values()) for o in data.train]
 
 @during('measuring what the model forgot')

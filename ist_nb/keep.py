@@ -7,13 +7,14 @@ __all__ = ['own_text', 'text_rows', 'divergence', 'Keep', 'fade']
 
 # %% ../nbs/16_keep.ipynb #7a89674a
 import torch,weakref
+from accelerate.utils import send_to_device
 from contextlib import contextmanager
 from functools import partial
 from torch import nn
 from torch.nn import functional as F
 from .config import ISTError
 from .layers import tuner_layers
-from .probe import generator_for,quietly
+from .probe import _device_of,generator_for,model_loss,quietly
 from .scorers import _linear_params
 from .suppression import _adapters_off
 
@@ -88,6 +89,15 @@ def _check_base(model):
     if on: raise ISTError(f"{on[0]} is trained and belongs to no adapter that PEFT can switch off, so the model before "
                           "fine-tuning cannot be had back to compare with. Freeze it, or use another PEFT method.")
 
+def _check_text(text):
+    "Refuse a batch whose divergence would not be a number"
+    ids,labels = (text.get(k) if isinstance(text, dict) else None for k in ('input_ids', 'labels'))
+    right = isinstance(ids, torch.Tensor) and isinstance(labels, torch.Tensor) and ids.shape==labels.shape
+    if not right or ids.dim()!=2 or not (labels[:, 1:]!=-100).any():
+        raise ISTError("The text must be a dictionary with `input_ids` and `labels`, both long [rows, length], and at "
+                       "least one label that is not -100 after the first token. Give what `own_text` or `text_rows` "
+                       "returns.")
+
 def _divergence(model, batch): # summed over the tokens that have a label, and the number of those
     ids,counts = batch['input_ids'],batch['labels'][:, 1:]!=-100
     mask = {'attention_mask':batch['attention_mask']} if 'attention_mask' in batch else {}
@@ -98,16 +108,19 @@ def _divergence(model, batch): # summed over the tokens that have a label, and t
 # %% ../nbs/16_keep.ipynb #eba62eb2
 _at_once = 4    # rows: a vocabulary of 128k tokens takes 0.5 GB for 4 rows of 256
 
+def _rows_of(text, ix, device): return {k:v[ix].to(device) for k,v in text.items()}
+
 def divergence(
     model, # With PEFT adapters
     text:dict, # A batch, such as `own_text` returns; tokens whose label is -100 do not count
 ) -> float: # Nats a token; 0 if the adapters change nothing
     "How far the predictions of a model are from those that it makes without its adapters; raises `ISTError`"
     _check_base(model)
-    device,total = next(model.parameters()).device,torch.zeros(2)
+    _check_text(text)
+    device,total = _device_of(model),torch.zeros(2)
     with quietly(model):
         for ix in torch.arange(len(text['input_ids'])).split(_at_once):
-            total += torch.stack(_divergence(model, {k:v[ix].to(device) for k,v in text.items()})).cpu()
+            total += torch.stack(_divergence(model, _rows_of(text, ix, device))).cpu()
     return (total[0]/total[1]).item()
 
 # %% ../nbs/16_keep.ipynb #ab2f5085
@@ -119,6 +132,7 @@ def _check_kept(added, p):
 
 class Keep:
     "A part of `IST` that holds the model to a text: it adds a divergence to what the steps minimise"
+    adds_gradient = True   # of a loss that no loss scaler scales
     def __init__(self,
         text:dict, # What the model shall go on predicting as before, such as `own_text` returns
         weight:float=1., # Of the divergence, beside the loss
@@ -127,13 +141,13 @@ class Keep:
     ): # Raises `ISTError`
         for name,v,low in (('weight', weight, 0), ('every', every, 1), ('rows', rows, 1)):
             if not v>=low: raise ISTError(f"Keep: {name}={v} is not allowed. Give a number of at least {low}.")
+        _check_text(text)
         self.text,self.weight,self.every,self.rows = text,weight,every,rows
-        self.seen,self.watched = [],None    # pairs: step, divergence before it
+        self.seen,self.told,self.watched = [],0,None    # pairs: step, divergence before it; how many are reported
 
     def join(self, ist):
-        engine = getattr(ist.engine, 'name', 'one process')
-        if engine not in ('one process', 'DDP'):
-            raise ISTError(f"Keep works in one process and with DDP, not with {engine}. Leave it out.")
+        if ist.engine.name not in ('one process', 'DDP'):
+            raise ISTError(f"Keep works in one process and with DDP, not with {ist.engine.name}. Leave it out.")
         _check_base(ist.model)
         self.ist = weakref.ref(ist)
 
@@ -142,11 +156,11 @@ class Keep:
         if ist.t%self.every: return
         g = generator_for(ist.config.seed, 'keep', ist.t*ist.ranks.size+ist.ranks.rank)
         chosen = torch.randperm(len(self.text['input_ids']), generator=g)[:self.rows]
-        device,n = next(ist.model.parameters()).device,(self.text['labels'][chosen][:, 1:]!=-100).sum().item()
+        device,n = _device_of(ist.model),(self.text['labels'][chosen][:, 1:]!=-100).sum().item()
         with quietly(ist.model, grad=True):
             total = 0.
             for ix in chosen.split(_at_once):
-                found,_ = _divergence(ist.model, {k:v[ix].to(device) for k,v in self.text.items()})
+                found,_ = _divergence(ist.model, _rows_of(self.text, ix, device))
                 (found*self.weight*self.every/n).backward()
                 total += found.item()/n
         self.seen.append((ist.t, total))
@@ -158,7 +172,7 @@ class Keep:
         self.watched = None
 
     def report(self): # for the logs of a Trainer
-        new,self.told = self.seen[getattr(self, 'told', 0):],len(self.seen)
+        new,self.told = self.seen[self.told:],len(self.seen)
         return {'ist/divergence':sum(v for _,v in new)/len(new)} if new else {}
 
 # %% ../nbs/16_keep.ipynb #13cbedf5
@@ -197,7 +211,8 @@ def fade(
 ) -> dict: # The gate of each adapted module, by name
     "Turn down the adapted modules that change more than they bring; raises `ISTError` and then changes nothing"
     _check_base(model)
-    gated,device = _gated(model),next(model.parameters()).device
+    _check_text(text)
+    gated,device = _gated(model),_device_of(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     gates,batches = nn.Parameter(torch.ones(len(gated))),_forever(task)
     optimizer,n = torch.optim.Adam([gates], lr=rate),len(text['input_ids'])
@@ -209,9 +224,9 @@ def fade(
             ix = torch.randperm(n, generator=generator_for(0, 'fade', s))[:2*_at_once]
             with quietly(model, grad=True):
                 for part in ix.split(_at_once):
-                    found,count = _divergence(model, {k:v[part].to(device) for k,v in text.items()})
+                    found,count = _divergence(model, _rows_of(text, part, device))
                     (found/count*len(part)/len(ix)).backward()
-                (price*model(**{k:v.to(device) for k,v in next(batches).items()}).loss).backward()
+                (price*model_loss(model, send_to_device(next(batches), device))).backward()
             gates.grad = _gate_gradient(gated)
             optimizer.step()
             with torch.no_grad(): gates.clamp_(0, 1)

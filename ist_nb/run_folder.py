@@ -138,7 +138,9 @@ class RunFolder:
         data, # From `load_data`
     ): # Raises `ISTError`
         "Lock the folder, and check that it holds the same run; a run that never began leaves nothing"
-        self.rows,path,ranks = _digest(data.train, data.test),self.path,Ranks()
+        general = [data.general.train] if data.general else []
+        self.rows,self.data = _digest(data.train, data.test, *general),data
+        path,ranks = self.path,Ranks()
         new,began = [p for p in (path, *path.parents) if not p.exists()],(path/'run.json').exists()
         try:
             with _locked(path):

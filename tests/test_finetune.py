@@ -482,3 +482,13 @@ def test_what_cannot_be_measured_does_not_stop_a_run(here, capsys, monkeypatch):
 def test_settings_that_change_the_adapter_are_compared_on_resume(here):
     for name in ('load_best_model_at_end', 'keep', 'general'):
         assert name in run_folder._outcome_settings(*parse(['--data', 'good.jsonl'])), name
+
+def test_another_general_text_is_another_run(here, capsys):
+    jsonl(here/'mine.jsonl', [dict(text='The sun is a star. '*9)]*30)
+    line = '--data good.jsonl --keep 1 --general mine.jsonl --save_steps 2'
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(finetune, '_forgotten', lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert main([*quick, *ist, *line.split(), '--output_dir', str(here/'out')])==130
+    jsonl(here/'mine.jsonl', [dict(text='The moon is not. '*9)]*30)
+    assert main([*quick, *ist, *line.split(), '--resume', '--output_dir', str(here/'out')])==2
+    assert 'not those that the run' in capsys.readouterr().err

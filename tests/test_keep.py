@@ -227,3 +227,66 @@ def test_rows_are_spread_over_the_texts():
     assert said==[texts[i*63//32] for i in range(32)] and len(text_rows(texts[:5], tokenizer)['input_ids'])==5
     with pytest.raises(ISTError, match='no row'): text_rows([], tokenizer)
     assert own_text(load_model('pico')[0], tokenizer, rows=1, length=8)['input_ids'].shape==(1, 8)
+
+@pytest.mark.parametrize('settings', [dict(fast='fold'), dict(activation_budget='1KiB')])
+def test_keep_beside_other_parts(settings):
+    "Folded adapters can be switched off too, and blocks that are computed again give the same gradient"
+    def gradients(settings):
+        ist = IST(tuned(), ISTConfig.rst(n_active=2, **settings))
+        ist.add(part := Keep(some_text(), every=1))
+        with ist.step():
+            ist.model(**some_text(seed=8)).loss.backward()
+            res = [p.grad.clone() for i in ist.active for p in ist.layers[i].params]
+            ist.model.zero_grad()
+        return part.seen,res
+    (seen,found),(want_seen,want) = gradients(settings),gradients({})
+    assert seen[0][1]==pytest.approx(want_seen[0][1], rel=1e-4) and seen[0][1]>0.01
+    for a,b in zip(found, want): torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+@pytest.mark.parametrize('spoil', [
+    lambda o: o.pop('labels'), lambda o: o['labels'].fill_(-100), lambda o: o.update(labels=o['labels'][:, 1:]),
+    lambda o: o.update(input_ids=[[1, 2]])])
+def test_a_text_without_a_divergence_is_refused(spoil):
+    text = some_text()
+    spoil(text)
+    for f in (lambda: divergence(tuned(), text), lambda: Keep(text), lambda: fade(tuned(), [some_text()], text)):
+        with pytest.raises(ISTError, match='at least one label'): f()
+
+def test_a_loss_scaler_is_refused(tmp_path):
+    "It would leave a gradient of ours at a 65,536th of its weight"
+    from types import SimpleNamespace
+    from ist_nb.callback import _check_run
+    args = SimpleNamespace(fp16=True, n_gpu=1)
+    _check_run(args, ISTConfig())
+    with pytest.raises(ISTError, match='bf16=True'): _check_run(args, ISTConfig(), parts=[Keep(some_text())])
+
+def one_of_two(rank, folder):
+    "One rank: what DDP leaves in the gradients, and what this rank added by itself"
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+    dist.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=2)
+    model = tuned()
+    wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+    ist = IST(wrapped, ISTConfig.rst(n_active=2))
+    ist.add(Keep(some_text(8), weight=2., every=1, rows=3))
+    for t in range(2):
+        with ist.step():
+            params = [p for i in ist.active for p in ist.layers[i].params]
+            ours = [p.grad.clone() for p in params]
+            batch = some_text(seed=20+2*t+rank)
+            own = torch.autograd.grad(model(**batch).loss, params)
+            wrapped(**batch).loss.backward()
+            torch.save([ours, own, [p.grad for p in params]], f'{folder}/{rank}_{t}.pt')
+            model.zero_grad()
+    dist.destroy_process_group()
+
+@pytest.mark.slow
+def test_ddp_averages_what_keep_adds(tmp_path):
+    "Each process holds the model on rows of its own, and all take the mean step"
+    torch.multiprocessing.spawn(one_of_two, (str(tmp_path),), nprocs=2)
+    for t in range(2):
+        (ours,own,got),(ours1,own1,got1) = (torch.load(tmp_path/f'{r}_{t}.pt') for r in range(2))
+        assert not all(torch.equal(a, b) for a,b in zip(ours, ours1))
+        for a,b,c,d,g,h in zip(ours, ours1, own, own1, got, got1):
+            assert torch.equal(g, h)
+            torch.testing.assert_close(g, (a+b+c+d)/2, rtol=1e-4, atol=1e-6)
