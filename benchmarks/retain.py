@@ -159,6 +159,7 @@ def accuracy(model, items, device):
         right += s.index(max(s))==y
     return right/len(items)
 
+closely = 'before', 'trained', 'scaled', 'faded', 'trained on'    # also by other text, and document by document
 @torch.no_grad()
 def measure(model, found, task, kept, judge, device, full=False, **about):
     "One point: loss on the task, divergence on the model's own text, and more where `full`"
@@ -167,12 +168,12 @@ def measure(model, found, task, kept, judge, device, full=False, **about):
     loss,each = mean_loss(model, rows, device, each=True)
     kl = row_divergences(model, kept, device)
     other = 'python' if task!='python' else 'german'
-    res = about | dict(task=loss, kl=mean(kl), kl_empty=mean(kl[::2]), kl_chat=mean(kl[1::2]),
-                       **{k:mean_loss(model, o, device) for k,o in found['books'].items()})
-    if other in found['tasks']: res['other'] = mean_loss(model, found['tasks'][other]['choose'], device)
+    res = about | dict(task=loss, kl=mean(kl), kl_empty=mean(kl[::2]), kl_chat=mean(kl[1::2]))
+    if about['name'] in closely:
+        res |= {k:mean_loss(model, o, device) for k,o in found['books'].items()}
+        if other in found['tasks']: res['other'] = mean_loss(model, found['tasks'][other]['choose'], device)
+        if judge=='test': res |= dict(documents=per_document(rows, each)[0], kl_rows=[round(o, 5) for o in kl])
     if full: res |= {f'acc {k}':accuracy(model, o, device) for k,o in found['questions'].items()}
-    if judge=='test' and about['name'] in ('trained', 'scaled', 'faded', 'trained on'):
-        res |= dict(documents=per_document(rows, each)[0], kl_rows=[round(o, 5) for o in kl])
     return res
 # --------------------------------------------------------------------------------------------------------- one run
 def run(job, base, found, own, judge, device):
@@ -234,7 +235,7 @@ def after(job, model, d, own, note, amp, device):
     depth = torch.tensor([int(re.search(r'\.(\d+)\.', k)[1]) for k in gated], dtype=torch.float)
     x,full = depth/depth.max(),torch.ones(len(gated))
     def at(gates, name, **kw): _set_gates(gated, gates); note(name, **kw); _set_gates(gated, full)
-    chosen = d['pick'].batches(device, 8 if d['pick'].mask.float().mean()>0.5 else 128)
+    chosen = d['pick'].batches(device, 8 if d['pick'].mask.float().mean()>0.5 else 64)
     if 's' in post:
         for v in (0.9, 0.8, 0.7, 0.55, 0.4): at(full*v, 'scaled', full=v in (0.8, 0.55), v=v)
     if 'l' in post:
@@ -256,7 +257,7 @@ def after(job, model, d, own, note, amp, device):
     if 'h' in post: # the adapter is trained on, with the loss and the rows of `fade`; the last use of this model
         trained = [p for p in model.parameters() if p.requires_grad]
         before = [p.detach().clone() for p in trained]
-        for price in job.get('prices', (4., 1., 0.)):
+        for price in job.get('prices', (1., 0.)):
             for p,o in zip(trained, before): p.data.copy_(o)
             opt = torch.optim.AdamW(trained, lr=3e-4, weight_decay=0.)
             for s in range(job.get('fade_steps', 64)):
@@ -336,7 +337,7 @@ def main(
     data:Path='',         # Folder with `domains`, `commonsense`, `math`, `textbooks` and `textbooks_research`
     model:str="HuggingFaceTB/SmolLM2-135M-Instruct", # A causal language model of the hub, or its folder
     files:str='',         # Tasks of your own in place of DATA: name=FILE, separated by semicolons
-    plan:str='choose',    # choose: many settings; judge: the chosen ones, on what has chosen nothing; smoke: a few steps
+    plan:str='choose',    # choose: many settings; judge: the chosen, on fresh documents; smoke: a few steps
     tasks:str='german chat cloze python few', # Which tasks
     seeds:str='0',        # Seeds
     workers:int=1,        # Processes side by side, spread over the GPUs
