@@ -200,6 +200,7 @@ def _gated(model):
 def _set_gates(gated, gates):
     for g,o in zip(gates.tolist(), gated.values()):
         for p,zero,full in o: p.copy_(zero+g*(full-zero)); p.grad = None
+    torch.clear_autocast_cache()    # autocast would go on with the weights that it has converted before
 
 def _gate_gradient(gated):
     return torch.stack([sum((p.grad*(full-zero)).sum() for p,zero,full in o).cpu() for o in gated.values()])

@@ -164,6 +164,18 @@ def test_a_faded_adapter_is_an_ordinary_one(tmp_path):
         torch.testing.assert_close(again(**text).logits, model(**text).logits)
         torch.testing.assert_close(again.merge_and_unload()(**text).logits, model(**text).logits, rtol=1e-4, atol=1e-4)
 
+def test_fade_sees_its_own_gates_under_autocast():
+    "Autocast keeps the weights that it has converted: each step would see the gates of the first"
+    model,text = tuned(),some_text()
+    full = {k:v.clone() for k,v in model.state_dict().items()}
+    with torch.autocast('cpu', torch.bfloat16): around = fade(model, [text], text, price=0.5, steps=6, rate=0.2)
+    model.load_state_dict(full)
+    plain = model.forward
+    def each(*args, **kwargs):
+        with torch.autocast('cpu', torch.bfloat16): return plain(*args, **kwargs)
+    model.forward = each
+    assert around==fade(model, [text], text, price=0.5, steps=6, rate=0.2)
+
 def test_a_fade_that_fails_changes_nothing():
     model,text = tuned(),some_text()
     full = {n:p.clone() for n,p in model.named_parameters()}
