@@ -1,6 +1,6 @@
 """Kill a training with SIGKILL, resume it from its newest whole checkpoint, and compare with the run that was never
 interrupted, bit for bit"""
-import json,os,random,signal,time,warnings
+import gc,json,os,random,signal,time,warnings
 import accelerate.accelerator
 from multiprocessing import get_context
 from pathlib import Path
@@ -24,6 +24,7 @@ def rows():
 def quiet():
     "A child of the server that holds the imports: one thread, no network, no warnings"
     import torch,transformers
+    gc.freeze()      # the Trainer collects garbage: not among what the server has imported
     torch.set_num_threads(1)
     warnings.simplefilter('ignore')
     transformers.utils.logging.set_verbosity_error()

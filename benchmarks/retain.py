@@ -11,8 +11,8 @@ from peft import LoraConfig,get_peft_model
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM,AutoTokenizer
 from ist_nb import IST,ISTConfig,find_layers
-from ist_nb.data import load_data
 from ist_nb.keep import Keep,_divergence,_gated,_set_gates,fade,own_text
+from ist_nb.suppression import _adapters_off
 from benchmarks import record
 
 length,rows_a_step = 256,16
@@ -42,6 +42,8 @@ class Rows:
         return {k:v[ix][:, :w].to(device) for k,v in (('input_ids', self.ids), ('labels', self.labels),
                                                      ('attention_mask', self.mask))}
     def batches(self, device, k=32): return [self.batch(ix, device) for ix in torch.arange(len(self.ids)).split(k)]
+    def first(self, k):
+        for o in ('ids', 'labels', 'mask', 'doc'): setattr(self, o, getattr(self, o)[:k])
     def __len__(self): return len(self.ids)
 
 class Reader:
@@ -87,13 +89,13 @@ def read_tasks(tok, data):
         tasks[name] = split(r.text, docs)
     many = tasks['german']['train']
     few = [(many.ids[i].tolist(), 1, 0) for i in shuffled(range(len(many)), 5)[:64]]
-    tasks['few'] = dict(tasks['german'], train=Rows(few))
+    tasks['few'] = dict(tasks['german'], train=Rows(few[:48]), pick=Rows(few[48:]), all=Rows(few))
     def sets(names, part):
         return [cloze(o) for s in names for o in json.loads((data/f'commonsense/{s}/{part}.json').read_text())]
     def ask(q, o, d=0): return r.pair(f'Question: {q}\nAnswer:', ' '+o, d)
     arc = 'ARC-Easy', 'ARC-Challenge'
     train = [ask(q, o[y], i) for i,(q,o,y) in enumerate(shuffled(sets((*arc, 'openbookqa'), 'train')))]
-    test = [ask(q, o[y], i) for i,(q,o,y) in enumerate(shuffled(sets(arc, 'test')))]
+    test = [ask(q, o[y], i%64) for i,(q,o,y) in enumerate(shuffled(sets(arc, 'test')))]
     parts = dict(train=train[768:], pick=train[:768], choose=test[:768], test=test[768:1792])
     tasks['cloze'] = {k:Rows(o) for k,o in parts.items()}
     sums = json.loads((data/'math/gsm8k/test.json').read_text())
@@ -108,6 +110,7 @@ def read_tasks(tok, data):
 
 def read_files(tok, files):
     "Tasks of your own"
+    from ist_nb.data import load_data    # which needs `datasets`
     r,tasks = Reader(tok),{}
     def make(docs, k):
         if 'text' in docs[0]: return r.text([o['text'] for o in docs], k)
@@ -126,7 +129,25 @@ def row_losses(model, b):
 def mean_loss(model, rows, device, each=False):
     total,n = (torch.cat(o) for o in zip(*(row_losses(model, b) for b in rows.batches(device))))
     loss = (total.sum()/n.sum()).item()
-    return (loss, [round(o, 4) for o in (total/n).tolist()]) if each else loss
+    return (loss, total) if each else loss
+
+def per_document(rows, total):
+    "The mean loss of each document, and how many tokens it has"
+    docs,at = rows.doc.unique(return_inverse=True)
+    add = lambda o: torch.zeros(len(docs), dtype=torch.float).index_add(0, at, o.float().cpu())
+    n = add((rows.labels[:, 1:]!=-100).sum(1))
+    return [round(o, 4) for o in (add(total)/n).tolist()],n.long().tolist()
+
+def row_divergences(model, kept, device):
+    "KL from the model before, in nats a token, of each row"
+    rows,res = max(1, min(16, 2**27//(length*model.config.vocab_size))),[]
+    for ix in torch.arange(len(kept['input_ids'])).split(rows):
+        ids,counts = kept['input_ids'][ix].to(device),(kept['labels'][ix][:, 1:]!=-100).to(device)
+        def log_p(): return model(input_ids=ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+        with _adapters_off(model): base = log_p()
+        kl = F.kl_div(log_p(), base, log_target=True, reduction='none').sum(-1)
+        res += ((kl*counts).sum(1)/counts.sum(1)).tolist()
+    return res
 
 def accuracy(model, items, device):
     flat = [(ids, k, 0) for options,*_ in items for ids,k in options]
@@ -138,19 +159,21 @@ def accuracy(model, items, device):
         right += s.index(max(s))==y
     return right/len(items)
 
+closely = 'before', 'trained', 'scaled', 'faded', 'trained on'    # also by other text, and document by document
 @torch.no_grad()
 def measure(model, found, task, kept, judge, device, full=False, **about):
     "One point: loss on the task, divergence on the model's own text, and more where `full`"
     model.eval()
-    loss,each = mean_loss(model, found['tasks'][task][judge], device, each=True)
-    kl = [_divergence(model, {k:v[i:i+1].to(device) for k,v in kept.items()}) for i in range(len(kept['input_ids']))]
-    kl = [(a/n).item() for a,n in kl]
+    rows = found['tasks'][task][judge]
+    loss,each = mean_loss(model, rows, device, each=True)
+    kl = row_divergences(model, kept, device)
     other = 'python' if task!='python' else 'german'
-    res = about | dict(task=loss, kl=mean(kl), kl_empty=mean(kl[::2]), kl_chat=mean(kl[1::2]),
-                       **{k:mean_loss(model, o, device) for k,o in found['books'].items()})
-    if other in found['tasks']: res['other'] = mean_loss(model, found['tasks'][other]['choose'], device)
+    res = about | dict(task=loss, kl=mean(kl), kl_empty=mean(kl[::2]), kl_chat=mean(kl[1::2]))
+    if about['name'] in closely:
+        res |= {k:mean_loss(model, o, device) for k,o in found['books'].items()}
+        if other in found['tasks']: res['other'] = mean_loss(model, found['tasks'][other]['choose'], device)
+        if judge=='test': res |= dict(documents=per_document(rows, each)[0], kl_rows=[round(o, 5) for o in kl])
     if full: res |= {f'acc {k}':accuracy(model, o, device) for k,o in found['questions'].items()}
-    if full or judge=='test': res |= dict(task_rows=each, kl_rows=[round(o, 5) for o in kl])
     return res
 # --------------------------------------------------------------------------------------------------------- one run
 def run(job, base, found, own, judge, device):
@@ -174,19 +197,24 @@ def run(job, base, found, own, judge, device):
     settings = job.get('ist', dict(sampler='uniform', n_active=1.))
     ist = IST(model, ISTConfig(**settings, seed=seed), n_steps=steps, parts=[])
     if job.get('keep'): ist.add(Keep(own['pick'], job['keep'], job.get('every', 4)))
-    def order(): # of the rows, epoch after epoch
+    train = d['all'] if 'all' in d and not job.get('apart') else d['train']     # `apart`: some rows choose gates
+    def order(n): # of rows, epoch after epoch
         g = torch.Generator().manual_seed(seed)
-        while True: yield from torch.randperm(len(d['train']), generator=g).tolist()
-    rows,took = order(),time.time()
+        while True: yield from torch.randperm(n, generator=g).tolist()
+    rows,took = order(len(train)),time.time()
+    if share := job.get('replay', 0): again = order(len(own['pick']['input_ids']))
     def note(name, full=False, **kw):
         with amp: points.append(measure(model, found, task, own[judge], judge, device, full, name=name, **kw))
     if job.get('base'):
         with model.disable_adapter(): note('before', full=True)
     for t in range(steps):
-        b = d['train'].batch(torch.tensor([next(rows) for _ in range(rows_a_step)]), device)
+        b = train.batch(torch.tensor([next(rows) for _ in range(rows_a_step)]), device)
         model.train()
         with amp, ist.step():
             F.cross_entropy(*labelled(model, b)).backward()
+            if share and t%4==0: # as often, and as many rows, as `Keep` sees
+                b = {k:v[[next(again) for _ in range(8)]].to(device) for k,v in own['pick'].items()}
+                (share*4*F.cross_entropy(*labelled(model, b))).backward()
             torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], 1.)
             opt.step(); schedule.step(); opt.zero_grad()
         if t+1 in {round(steps*o) for o in job.get('stops', ())}: note('stopped early', at=(t+1)/steps)
@@ -198,7 +226,7 @@ def run(job, base, found, own, judge, device):
 
 def labelled(model, b):
     counts = b['labels'][:, 1:]!=-100
-    logits = model(input_ids=b['input_ids'], attention_mask=b['attention_mask']).logits[:, :-1]
+    logits = model(input_ids=b['input_ids'], attention_mask=b.get('attention_mask')).logits[:, :-1]
     return logits[counts].float(),b['labels'][:, 1:][counts]
 
 def after(job, model, d, own, note, amp, device):
@@ -207,48 +235,78 @@ def after(job, model, d, own, note, amp, device):
     depth = torch.tensor([int(re.search(r'\.(\d+)\.', k)[1]) for k in gated], dtype=torch.float)
     x,full = depth/depth.max(),torch.ones(len(gated))
     def at(gates, name, **kw): _set_gates(gated, gates); note(name, **kw); _set_gates(gated, full)
+    chosen = d['pick'].batches(device, 8 if d['pick'].mask.float().mean()>0.5 else 64)
     if 's' in post:
-        for v in (0.9, 0.8, 0.7, 0.55, 0.4): at(full*v, 'scaled', v=v)
+        for v in (0.9, 0.8, 0.7, 0.55, 0.4): at(full*v, 'scaled', full=v in (0.8, 0.55), v=v)
     if 'l' in post:
         for v in (0.7, 0.4, 0.): at(v+(1-v)*x, 'line, top kept', v=v); at(1-(1-v)*x, 'line, bottom kept', v=v)
         for a in (1., 0.7, 0.4):
             for b in (1., 0.7, 0.4):
                 if a!=b: at(torch.where(x<0.5, a, b), 'two numbers', v=[a, b])
     if 'g' in post:
-        task = d['pick'].batches(device, 8 if d['pick'].mask.float().mean()>0.5 else 128)
-        for price in job.get('prices', (8., 4., 2., 1., 0.5)):
-            with amp: gates = fade(model, task, own['pick'], price, steps=job.get('fade_steps', 48))
+        for price in job.get('prices', (8., 4., 2., 1.)):
+            with amp: gates = fade(model, chosen, own['pick'], price, steps=job.get('fade_steps', 48))
             gates = torch.tensor(list(gates.values()))
-            note('faded', price=price, gates=[round(o, 3) for o in gates.tolist()])
+            note('faded', full=price in (1., 4.), price=price, gates=[round(o, 3) for o in gates.tolist()])
             _set_gates(gated, full)
             g = torch.Generator().manual_seed(job['seed'])
             each = torch.stack([gates[depth==i].mean() for i in depth.unique()])     # a gate for each layer
             at(each[depth.long()], 'faded, one gate a layer', price=price)
             at(each[torch.randperm(len(each), generator=g)][depth.long()], 'the same, layers shuffled', price=price)
             at(gates[torch.randperm(len(gates), generator=g)], 'faded, modules shuffled', price=price)
+    if 'h' in post: # the adapter is trained on, with the loss and the rows of `fade`; the last use of this model
+        trained = [p for p in model.parameters() if p.requires_grad]
+        before = [p.detach().clone() for p in trained]
+        for price in job.get('prices', (1., 0.)):
+            for p,o in zip(trained, before): p.data.copy_(o)
+            opt = torch.optim.AdamW(trained, lr=3e-4, weight_decay=0.)
+            for s in range(job.get('fade_steps', 64)):
+                ix = torch.randperm(len(own['pick']['input_ids']), generator=torch.Generator().manual_seed(s))[:8]
+                with amp:
+                    for part in ix.split(4):
+                        found,n = _divergence(model, {k:v[part].to(device) for k,v in own['pick'].items()})
+                        (found/n*len(part)/len(ix)).backward()
+                    if price: (price*F.cross_entropy(*labelled(model, chosen[s%len(chosen)]))).backward()
+                opt.step(); opt.zero_grad()
+                if s+1 in (16, 64): note('trained on', full=price==1. and s==63, price=price, at=s+1)
 # --------------------------------------------------------------------------------------------------------- the plans
 standard = dict(german=250, python=250, cloze=250, chat=140, few=100)
+few,both = dict(on='few'),dict(on='few, many')      # of data; without, a job is for the other tasks alone
+early,keep = dict(stops=[0.35, 0.6]),dict(lr=2e-3, post='s')
+plans = dict(
+    smoke=[dict(name='keep', lr=1e-3, part=0.02, keep=1., post='slgh', prices=[2.], fade_steps=2, **both)],
+    choose=[
+        dict(name='LoRA', lr=2e-3, post='slgh', **early), dict(name='LoRA', lr=1e-3, post='slgh', **early),
+        dict(name='LoRA', lr=2e-3, post='sl', **few, **early), dict(name='LoRA', lr=2e-3, post='sgh', apart=1, **few),
+        dict(name='keep 1', keep=1., lr=2e-3, post='sg'), dict(name='keep 3', keep=3., lr=2e-3, post='sg'),
+        dict(name='keep 1', keep=1., **keep, **few), dict(name='keep 3', keep=3., **keep, **few),
+        dict(name='keep 0.3', keep=0.3, **keep), dict(name='keep 10', keep=10., **keep, **both),
+        dict(name='keep 1, each step', keep=1., every=1, **keep),
+        dict(name='keep 1, each 16', keep=1., every=16, **keep),
+        dict(name='freezing, keep 1', keep=1., ist=freezing, **keep),
+        dict(name='replay', lr=2e-3, replay=0.1, post='s', **both),
+        dict(name='freezing', lr=1e-3, ist=freezing, post='s'),
+        dict(name='shorter', lr=2e-3, part=0.35, post='s', **both), dict(name='rank 4', lr=2e-3, r=4, post='s'),
+        dict(name='rates falling', lr=2e-3, falling=0.9, post='s'), dict(name='LoRA', lr=5e-4, post='s', **early),
+        dict(name='rsLoRA', lr=5e-4, rslora=True, post='s'), dict(name='weight decay', lr=2e-3, decay=0.1, post='s')],
+    judge=[ # what `choose` has chosen
+        dict(name='LoRA', lr=2e-3, post='slgh'), dict(name='LoRA', lr=1e-3, post='slgh'),
+        dict(name='LoRA', lr=2e-3, post='sl', **few), dict(name='LoRA', lr=2e-3, post='sgh', apart=1, **few),
+        dict(name='keep 1', keep=1., lr=2e-3, post='sg'), dict(name='keep 1', keep=1., **keep, **few),
+        dict(name='keep 3', keep=3., **keep, **both), dict(name='freezing, keep 1', keep=1., ist=freezing, **keep),
+        dict(name='shorter', lr=2e-3, part=0.35, post='s', **both), dict(name='rank 4', lr=2e-3, r=4, post='s')])
 def jobs(plan, tasks, seeds):
-    "Dictionaries, in the order in which they are run"
-    def of(**kw):
-        kw = dict(kw)
-        part = kw.pop('part', 1)
-        return [dict(task=t, steps=round(standard.get(t, 250)*part), seed=s) | kw for s in seeds for t in tasks]
-    if plan=='smoke': return of(name='keep', lr=1e-3, part=0.02, keep=1., post='g', prices=[2.], fade_steps=2, base=1)
-    if plan=='judge': # what `choose` has chosen
-        return [*of(name='LoRA', lr=2e-3, post='slg', base=1), *of(name='LoRA', lr=1e-3, post='slg'),
-                *of(name='keep 1', lr=2e-3, keep=1., post='s'), *of(name='keep 3', lr=2e-3, keep=3., post='s'),
-                *of(name='freezing, keep 1', lr=2e-3, keep=1., ist=freezing, post='s')]
-    early = dict(name='LoRA', stops=[0.35, 0.6])
-    return [*of(**early, lr=2e-3, post='slg', base=1), *of(**early, lr=1e-3, post='slg'),
-            *[o for w in (0.3, 1., 3., 10.) for o in of(name=f'keep {w:g}', lr=2e-3, keep=w, post='s')],
-            *of(name='keep 1, each step', lr=2e-3, keep=1., every=1, post='s'),
-            *of(name='keep 1, each 16', lr=2e-3, keep=1., every=16, post='s'),
-            *of(name='freezing, keep 1', lr=2e-3, keep=1., ist=freezing, post='s'),
-            *of(name='freezing', lr=1e-3, ist=freezing, post='sg'), *of(name='shorter', lr=2e-3, part=0.35, post='s'),
-            *of(name='rank 4', lr=2e-3, r=4, post='s'), *of(name='rates falling', lr=2e-3, falling=0.9, post='s'),
-            *of(**early, lr=5e-4, post='s'), *of(name='rsLoRA', lr=5e-4, rslora=True, post='s'),
-            *of(name='weight decay', lr=2e-3, decay=0.1, post='s')]
+    "What is run, all of one seed and then of the next; the first of each task also looks at the model before"
+    res,seen = [],set()
+    for seed in seeds:
+        for o in plans[plan]:
+            part,on = o.get('part', 1),o.get('on', 'many')
+            for t in tasks:
+                if ('few' if t=='few' else 'many') not in on: continue
+                job = {k:v for k,v in o.items() if k not in ('part', 'on')}
+                res.append(dict(task=t, steps=round(standard.get(t, 250)*part), seed=seed) | job)
+                if t not in seen: res[-1]['base'] = 1; seen.add(t)
+    return res
 
 def work(queue, done, cached, base, judge, gpu):
     torch.set_num_threads(1)
@@ -258,10 +316,13 @@ def work(queue, done, cached, base, judge, gpu):
         try: done.put(run(job, base, found, own, judge, device))
         except Exception: done.put(dict(job=job, error=traceback.format_exc()[-1500:]))
 
-def prepare(model, data, files, seed=0, rows=176):
+def prepare(model, data, files, seed=0, rows=176, most=None):
     "Tokenise the tasks, and let the model write: rows that hold or fade, that tune, and that judge"
     tok = AutoTokenizer.from_pretrained(model)
     found = read_files(tok, files) if files else read_tasks(tok, data)
+    if most: # rows of each kind
+        for o in (*(o for t in found['tasks'].values() for o in t.values()), *found['books'].values()): o.first(most)
+        found['questions'] = {k:o[:most] for k,o in found['questions'].items()}
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).to(device)
     text = own_text(base, tok, rows, length, seed)
@@ -274,9 +335,9 @@ def prepare(model, data, files, seed=0, rows=176):
 
 def main(
     data:Path='',         # Folder with `domains`, `commonsense`, `math`, `textbooks` and `textbooks_research`
-    model:str='HuggingFaceTB/SmolLM2-135M-Instruct', # A causal language model of the hub, or its folder
+    model:str="HuggingFaceTB/SmolLM2-135M-Instruct", # A causal language model of the hub, or its folder
     files:str='',         # Tasks of your own in place of DATA: name=FILE, separated by semicolons
-    plan:str='choose',    # choose: many settings; judge: the chosen ones, on what has chosen nothing; smoke: one step
+    plan:str='choose',    # choose: many settings; judge: the chosen, on fresh documents; smoke: a few steps
     tasks:str='german chat cloze python few', # Which tasks
     seeds:str='0',        # Seeds
     workers:int=1,        # Processes side by side, spread over the GPUs
@@ -293,7 +354,7 @@ def main(
     known = set(map(key, runs))
     todo = [o for o in jobs(plan, list(files) or tasks.split(), list(map(int, seeds.split()))) if key(o) not in known]
     cached = Path(tempfile.mkdtemp())/'data.pt'
-    torch.save(prepare(model, Path(data), files, rows=22 if plan=='smoke' else 176), cached)
+    torch.save(prepare(model, Path(data), files, **(dict(rows=22, most=4) if plan=='smoke' else {})), cached)
     print(f'{len(todo)} runs, data ready after {time.time()-start:.0f} s', flush=True)
     queue,done,flying,longest = mp.Queue(),mp.Queue(),0,60.
     args = queue,done,cached,model,'test' if plan=='judge' else 'choose'

@@ -56,7 +56,7 @@ def _find_checkpoint(folder, args):
             raise ISTError(f"--resume found no {'intact ' if bad else ''}checkpoint in {folder}"
                            f"{f' ({bad} cannot be resumed)' if bad else ''}. Give the --output_dir of the run that was "
                            "interrupted (it saves every --save_steps steps), or leave --resume out.")
-        if 'run.json' in inside: return None   # the run died before its first checkpoint
+        if 'run.json' in inside: return None   # a run that was killed before its first checkpoint
     if inside and not args.overwrite:
         raise ISTError(f"--output_dir {folder} is not empty, and nothing in it will be overwritten. Give another "
                        "folder, or --overwrite to replace an earlier run, or --resume to continue it.")

@@ -292,7 +292,7 @@ def _fisher_scorer(importance, tracker, config, generator):
     return ema_update(importance, *tracker.evidence()) if took else importance, record
 
 # %% ../nbs/03_scorers.ipynb #c284f7a5
-@scorers.register('gate+fisher', 'The gate on a probe plus fisher: the most faithful; best with held-out rows',
+@scorers.register('gate+fisher', 'The gate on a probe plus fisher: ranks layers best; give it held-out rows',
                   gradients=True, observes='both')
 def _gate_fisher_scorer(importance, probe, config, generator):
     probe.tracker.collect()

@@ -13,6 +13,7 @@ from ist_nb.runs import RunGuard,last_checkpoint,_checkpoints,_locked,_why_incom
 
 posix = pytest.mark.skipif(os.name!='posix', reason='needs signals and file modes of Unix')
 slow = pytest.mark.slow   # variants of what is tested beside them
+pytestmark = pytest.mark.usefixtures('text_once')
 data = [dict(prompt=f'What is {i}? ', completion=f'It is number {i}.') for i in range(40)]
 quick = ('--model tiny --data d.jsonl --max_steps 6 --save_steps 2 --save_strategy steps '
          '--per_device_train_batch_size 2 --max_length 32 --lora_r 2 --disable_tqdm true --logging_strategy no '

@@ -4,6 +4,8 @@ from pathlib import Path
 from ist_nb import finetune,model,run_folder,runs
 from ist_nb.finetune import main,parse
 
+pytestmark = pytest.mark.usefixtures('text_once')
+
 rows = [dict(prompt=f'What is {i}? ', completion=f'It is number {i}.') for i in range(40)]
 ist = '--score_interval 2 --score_batch_size 4'.split()
 quick = ('--max_steps 4 --per_device_train_batch_size 2 --max_length 32 --lora_r 2 --disable_tqdm true '

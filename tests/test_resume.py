@@ -10,6 +10,8 @@ from ist_nb import ISTCallback,ISTConfig,ISTError
 from ist_nb.ist import IST
 from ist_nb.runs import RunGuard,last_checkpoint,_checkpoints,_why_incomplete
 
+pytestmark = pytest.mark.usefixtures('text_once')
+
 
 @pytest.fixture(scope='module')
 def ctx(): return kp.children()
