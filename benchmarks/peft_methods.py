@@ -58,7 +58,7 @@ notes = {
                'does not compute: PEFT raises a TypeError. Without it AdaLoRA trains with the ranks it starts with.',
     'SHADOW': 'The shadow network beside the model trains at every step, so the backward pass always goes to the '
               'bottom.',
-    'BOTTLENECK': "Not one of PEFT's own: [ours](../28_adapters.ipynb).",
+    'BOTTLENECK': "Not one of PEFT's own: [ours](../29_adapters.ipynb).",
     'XLORA': 'With `use_trainable_adapters=True`; otherwise only the classifier beside the model trains, and it is '
              'refused.',
 }

@@ -137,6 +137,28 @@ def _flag(name, value, path):
         raise ISTError(f"{path}: {name} must be a list of words and numbers. Give one or more of these.")
     return [f'--{name}={values[0]}'] if len(values)==1 else [f'--{name}', *map(str, values)]
 
+# %% ../nbs/19_cli.ipynb #17cbfb8e
+def _plain_parser(prog, usage, about, settings, *names, **allowed):
+    "An `argparse` parser that raises `ISTError`; `settings` are name -> (type, default, help), `names` have no flag"
+    from argparse import ArgumentParser, RawDescriptionHelpFormatter
+    class Parser(ArgumentParser):
+        def error(self, message): raise ISTError(f'{message[0].upper()}{message[1:]}. See `{prog} --help`.')
+    p = Parser(prog, f'{prog} {usage}', about, add_help=False, allow_abbrev=False,
+               formatter_class=RawDescriptionHelpFormatter)
+    for name in names: p.add_argument(name, metavar=name.upper())
+    for name,(kind, default, said) in settings.items():
+        how = dict(action='store_true') if kind is bool else dict(type=kind, choices=allowed.get(name), metavar='')
+        said += '' if default is None or kind is bool else f' (default {default})'
+        p.add_argument(f'--{name}', default=default, help=said, **how)
+    return p
+
+def _parse_known(parser, argv):
+    "The command line as a namespace; raises `ISTError` with a suggestion for a flag that does not exist"
+    args,rest = parser.parse_known_args(argv)
+    if not rest: return args
+    near = _suggest(rest[0], [f'--{o}' for o in vars(args)])
+    raise ISTError(f"{rest[0]!r} is not an argument of {parser.prog}{near} See `{parser.prog} --help`.")
+
 # %% ../nbs/19_cli.ipynb #dd51e0c9
 def _check_names(prog, argv, known):
     "Refuse flags that do not exist before anything slow is imported; `known` are those beside the training arguments"

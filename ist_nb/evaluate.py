@@ -11,8 +11,8 @@ from inspect import signature
 from pathlib import Path
 from statistics import NormalDist
 from fastcore.docments import docments
-from .cli import _quiet, plain_errors
-from .config import ISTError, _suggest
+from .cli import _parse_known, _plain_parser, _quiet, plain_errors
+from .config import ISTError
 from .model import _check_here, _check_patterns, load_model
 from .questions import (_answer_forms, _by_likelihood, _by_writing, _judge, _prompt_of, _task_file,
                         find_tasks, read_task, tasks)
@@ -166,14 +166,14 @@ def evaluate(
     return dict(tasks=res, average=sum(o['accuracy'] for o in res.values())/len(res), interval=interval)
 
 # %% ../nbs/25_evaluate.ipynb #5e64a109
-def _base_of(folder):
+def _base_of(folder, advice='Give it as --model and the folder as --adapter.'):
     "The model that the adapter in a folder was trained on"
     conf = _read_json(folder/'adapter_config.json', 'The settings of the adapter')
     try: run = _read_json(folder/'results.json', 'The results of the run')['config']['finetune']['model']
     except (ISTError, KeyError, TypeError): run = None
     base = 'pico' if run=='pico' else conf.get('base_model_name_or_path')
     if isinstance(base, str) and base: return base
-    raise ISTError(f"{folder}/adapter_config.json names no base model. Give it as --model and the folder as --adapter.")
+    raise ISTError(f"{folder}/adapter_config.json names no base model. {advice}")
 
 def _check_adapter(folder, names):
     "Check an adapter's settings for a model with modules `names` before PEFT takes memory and time for them"
@@ -244,26 +244,14 @@ _about = '''Accuracy of a model or an adapter on the tasks of the LLM-Adapters c
 Run again, it goes on with the tasks that are not done. --version prints the version.'''
 
 def _parser():
-    from argparse import ArgumentParser, RawDescriptionHelpFormatter
-    class Parser(ArgumentParser):
-        def error(self, message): raise ISTError(f'{message[0].upper()}{message[1:]}. See `ist_evaluate --help`.')
-    p = Parser('ist_evaluate', 'ist_evaluate --data FOLDER [--NAME VALUE ...]', _about, add_help=False,
-               allow_abbrev=False, formatter_class=RawDescriptionHelpFormatter)
     about,given = docments(evaluate),signature(evaluate).parameters
     every = _own | {o:(given[o].annotation, given[o].default, about[o]) for o in _shared}
-    allowed = dict(how=_ways, answers=_answer_forms, dtype=_dtypes)
-    for name,(kind, default, said) in every.items():
-        how = dict(action='store_true') if kind is bool else dict(type=kind, choices=allowed.get(name), metavar='')
-        said += '' if default in (None, False) else f' (default {default})'
-        p.add_argument(f'--{name}', default=default, help=said, **how)
-    return p
+    return _plain_parser('ist_evaluate', '--data FOLDER [--NAME VALUE ...]', _about, every, how=_ways,
+                         answers=_answer_forms, dtype=_dtypes)
 
 def _parse(argv):
     "The command line, without the program's name, as a namespace; raises `ISTError`"
-    args,rest = _parser().parse_known_args(argv)
-    if rest:
-        near = _suggest(rest[0], [f'--{o}' for o in vars(args)])
-        raise ISTError(f"{rest[0]!r} is not an argument of ist_evaluate{near} See `ist_evaluate --help`.")
+    args = _parse_known(_parser(), argv)
     if args.data: return args
     raise ISTError("--data is missing. Give the folder with the tasks (the `dataset` folder of LLM-Adapters: "
                    "boolq/test.json and so on).")
@@ -283,10 +271,14 @@ def _table(res):
             +f"\nMean accuracy: {res['average']:.1%} (95% interval {low:.1%} to {high:.1%})")
 
 def _folder_for(args):
-    "The folder for the results; raises `ISTError` if it cannot be made, and makes nothing"
+    "The folder for the results"
     home = Path(args.adapter or args.model)
     folder = (home if os.path.isdir(home) else Path('runs')/home.name)/f'eval_{args.how}'
-    if args.output_dir: folder = Path(args.output_dir)
+    return _checked_folder(args.output_dir or folder)
+
+def _checked_folder(path):
+    "A folder for results that can be made, as a `Path`; raises `ISTError`, and makes nothing"
+    folder = Path(path)
     try:
         for o in folder.parts: Path(o).exists()      # raises if a name is too long
         above = next(p for p in (folder, *folder.parents) if p.exists())

@@ -234,20 +234,15 @@ def make_trainer(
 ): # An `SFTTrainer`; raises `ISTError`
     "The model, its adapter and the callbacks in TRL's trainer"
     from transformers.trainer_callback import ProgressCallback
-    from trl import SFTTrainer
     from ist_nb.callback import ISTCallback
     from ist_nb.runs import RunGuard
     model,tokenizer = load_model(args.model, bool(sft.trust_remote_code), **(sft.model_init_kwargs or {}))
-    if data.kind=='messages': _check_template(tokenizer, sft, args.model, data.train)
-    if data.kind=='text': sft.packing,sft.packing_strategy = True,'wrapped'   # long texts become several rows
     config = _adapter_config(args)
     _check_patterns(config.to_dict(), [k for k,_ in model.named_modules()])
     every = ISTConfig(n_active=1., sampler='uniform', seed=sft.seed)     # a dense run that `--keep` accompanies
     callbacks = [ISTCallback(cfg or every, stack=args.stack)] if cfg or args.keep else []
     callbacks.append(RunGuard(reraise=False, how='the same command with --resume'))
-    with during('putting the trainer together'):
-        trainer = SFTTrainer(model, sft, train_dataset=data.train, eval_dataset=data.test, processing_class=tokenizer,
-                             peft_config=config, callbacks=callbacks)
+    trainer = _sft_trainer(model, tokenizer, args.model, sft, data, peft_config=config, callbacks=callbacks)
     trainer.create_model_card = lambda *args, **kwargs: None      # TRL's knows nothing of IST; `report` writes ours
     if trainer.pop_callback(ProgressCallback): trainer.add_callback(_progress_bar())
     _check_rows(trainer, cfg)
@@ -256,6 +251,15 @@ def make_trainer(
     kind = dict(lora='LoRA', dora='DoRA').get(args.peft, args.peft)
     _say(f'Model: {args.model}, {every-trained:,} frozen parameters and {trained:,} in {kind} adapters')
     return trainer
+
+def _sft_trainer(model, tokenizer, name, sft, data, **kwargs):
+    "TRL's trainer, which makes tokens of the rows of `data`; `name` is how the user calls the model"
+    from trl import SFTTrainer
+    if data.kind=='messages': _check_template(tokenizer, sft, name, data.train)
+    if data.kind=='text': sft.packing,sft.packing_strategy = True,'wrapped'   # long texts become several rows
+    with during('putting the trainer together'):
+        return SFTTrainer(model, sft, train_dataset=data.train, eval_dataset=data.test, processing_class=tokenizer,
+                          **kwargs)
 
 # %% ../nbs/23_finetune.ipynb #3c881625
 def _check_rows(trainer, cfg):
@@ -350,9 +354,11 @@ def _texts(data, tokenizer): # strings
 
 @during('measuring what the model forgot')
 def _forgotten(trainer, args, text):
+    return _measured(trainer.model, args, text) if text else None
+
+def _measured(model, args, text):
     from ist_nb.keep import divergence
-    if text is None: return None
-    return dict(divergence=divergence(trainer.model, text), rows=len(text['input_ids']),
+    return dict(divergence=divergence(model, text), rows=len(text['input_ids']),
                 text=args.general or 'sampled from the model')
 
 # %% ../nbs/23_finetune.ipynb #ec88b7e5
@@ -407,10 +413,13 @@ def report(
 
 def _told(res):
     if not (o := res['forgotten']): return ''
-    own,held = o['text']=='sampled from the model',res['config']['finetune']['keep']
-    return (f"Forgotten: {o['divergence']:.3f} nats a token away from the model before, on {o['rows']} rows "
-            f"{'that it wrote itself' if own else 'of '+o['text']} (0: it predicts as before)"
-            f"{'' if held else '; --keep 1 holds it'}\n")
+    return f"Forgotten: {_distance(o)}{'' if res['config']['finetune']['keep'] else '; --keep 1 holds it'}\n"
+
+def _distance(o):
+    "What `_forgotten` found, in words"
+    own = o['text']=='sampled from the model'
+    return (f"{o['divergence']:.3f} nats a token away from the model before, on {o['rows']} rows "
+            f"{'that it wrote itself' if own else 'of '+o['text']} (0: it predicts as before)")
 
 _summary = '''Held-out loss: {loss_before:.4f} -> {loss_after:.4f} in {steps} steps and {seconds:.0f} s
 {told}Saved in {folder}: {names}

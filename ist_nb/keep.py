@@ -6,7 +6,7 @@
 __all__ = ['own_text', 'text_rows', 'divergence', 'Keep', 'fade']
 
 # %% ../nbs/16_keep.ipynb #7a89674a
-import torch,weakref
+import re,torch,weakref
 from accelerate.utils import send_to_device
 from contextlib import contextmanager
 from functools import partial
@@ -84,10 +84,21 @@ def text_rows(
 # %% ../nbs/16_keep.ipynb #39e17b37
 def _check_base(model):
     "Refuse a model that is no longer what it was when its adapters are off"
+    why = next(filter(None, map(_why_no_base, getattr(model, 'peft_config', {}).values())), None)
     off = {id(p) for m in model.modules() if hasattr(m, '_disable_adapters') for p in m.parameters()}
     on = [n for n,p in model.named_parameters() if p.requires_grad and id(p) not in off]
-    if on: raise ISTError(f"{on[0]} is trained and belongs to no adapter that PEFT can switch off, so the model before "
-                          "fine-tuning cannot be had back to compare with. Freeze it, or use another PEFT method.")
+    if on: why = f"{on[0]} is trained and belongs to no adapter that PEFT can switch off"
+    if why: raise ISTError(f"{why}, so the model before fine-tuning cannot be had back to compare with. Freeze it, or "
+                           "use another PEFT method.")
+
+def _why_no_base(config):
+    "What else than its adapters a configuration of PEFT changes or adds; None if nothing"
+    init = str(getattr(config, 'init_lora_weights', ''))
+    if config.is_prompt_learning or config.is_adaption_prompt:
+        return 'A prompt belongs to no adapter that PEFT can switch off'
+    if getattr(config, 'bias', 'none')!='none': return f"bias={config.bias!r} trains biases of the model itself"
+    if re.match('pissa|olora|corda|loftq|lora_ga', init):
+        return f"init_lora_weights={init!r} changes the weights of the model itself"
 
 def _check_text(text):
     "Refuse a batch whose divergence would not be a number"
@@ -202,6 +213,11 @@ def _forever(task):
         if empty: raise ISTError("`task` has no row, or it can be read only once. Give a list of batches, or a "
                                  "DataLoader.")
 
+def _check_price(price):
+    if not 0<price<float('inf'):
+        raise ISTError(f"price={price} is not allowed. It says how many nats of divergence a nat of task loss is "
+                       "worth, so give a number above 0, such as 4. A higher one fades less.")
+
 def fade(
     model, # With a trained adapter; the gates are multiplied into its weights
     task, # Batches of the task: a list or a `DataLoader`; best of rows that it was not trained on
@@ -213,6 +229,7 @@ def fade(
     "Turn down the adapted modules that change more than they bring; raises `ISTError` and then changes nothing"
     _check_base(model)
     _check_text(text)
+    _check_price(price)
     gated,device = _gated(model),_device_of(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     gates,batches = nn.Parameter(torch.ones(len(gated))),_forever(task)

@@ -1,6 +1,7 @@
 "What a model forgets: the measure, the part that holds it, and the gates that turn an adapter back"
 import pytest,torch
-from peft import AdaptionPromptConfig,IA3Config,LoHaConfig,LoraConfig,PeftModel,VeraConfig,get_peft_model
+from peft import (AdaptionPromptConfig,IA3Config,LoHaConfig,LoraConfig,PeftModel,PromptTuningConfig,VeraConfig,
+                  get_peft_model)
 from transformers import LlamaConfig,LlamaForCausalLM
 from ist_nb import IST,ISTConfig,ISTError
 from ist_nb.keep import Keep,_gated,_gate_gradient,_set_gates,divergence,fade,own_text,text_rows
@@ -198,6 +199,23 @@ def test_what_cannot_be_compared_or_faded_is_refused():
     for bad in (dict(weight=-1.), dict(every=0), dict(rows=0), dict(weight=float('nan'))):
         with pytest.raises(ISTError, match='is not allowed'): ist.add(Keep(text, **bad))
     with pytest.raises(ISTError, match='no row'): fade(tuned(), [], text)
+
+@pytest.mark.parametrize('config,says', [
+    (LoraConfig(**lora, bias='all'), "bias='all' trains biases"),
+    (LoraConfig(**lora, init_lora_weights='pissa'), "init_lora_weights='pissa' changes"),
+    (PromptTuningConfig(num_virtual_tokens=3, task_type='CAUSAL_LM'), 'prompt'),
+    (AdaptionPromptConfig(adapter_len=4, adapter_layers=2, task_type='CAUSAL_LM'), 'prompt')],
+    ids=['bias', 'pissa', 'prompt', 'adaption'])
+def test_an_adapter_that_cannot_be_switched_off_is_refused_when_loaded_too(config, says, tmp_path):
+    "Loaded for inference nothing of it is trainable, and its divergence would come out as 0 or as nonsense"
+    tuned(config).save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(llama(), tmp_path)
+    for f in (lambda: divergence(model, some_text()), lambda: fade(model, [some_text()], some_text())):
+        with pytest.raises(ISTError, match=says): f()
+
+@pytest.mark.parametrize('price', [0, -1., float('nan'), float('inf')])
+def test_a_price_that_makes_no_sense_is_refused(price):
+    with pytest.raises(ISTError, match='above 0'): fade(tuned(), [some_text()], some_text(), price=price)
 
 @pytest.mark.slow
 def test_the_benchmark_runs(tmp_path):
