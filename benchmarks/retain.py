@@ -222,6 +222,7 @@ def run(job, base, found, own, judge, device):
     ist.close()
     note('trained', full=True)
     after(job, model, d, own, note, amp, device)
+    if job.get('base') and judge=='test': job['doc_tokens'] = per_document(d['test'], torch.zeros(len(d['test'])))[1]
     return job | dict(points=points, train_seconds=took, seconds=time.time()-start)
 
 def labelled(model, b):
@@ -273,6 +274,10 @@ def after(job, model, d, own, note, amp, device):
 standard = dict(german=250, python=250, cloze=250, chat=140, few=100)
 few,both = dict(on='few'),dict(on='few, many')      # of data; without, a job is for the other tasks alone
 early,keep = dict(stops=[0.35, 0.6]),dict(lr=2e-3, post='s')
+short = [ # where data are few, all is best after few steps
+    dict(name='shorter', lr=2e-3, part=0.35, post='sl', **few),
+    dict(name='shorter', lr=2e-3, part=0.35, post='sgh', apart=1, **few),
+    dict(name='keep 3', keep=3., part=0.35, **keep, **few), dict(name='keep 10', keep=10., part=0.35, **keep, **few)]
 plans = dict(
     smoke=[dict(name='keep', lr=1e-3, part=0.02, keep=1., post='slgh', prices=[2.], fade_steps=2, **both)],
     choose=[
@@ -280,21 +285,21 @@ plans = dict(
         dict(name='LoRA', lr=2e-3, post='sl', **few, **early), dict(name='LoRA', lr=2e-3, post='sgh', apart=1, **few),
         dict(name='keep 1', keep=1., lr=2e-3, post='sg'), dict(name='keep 3', keep=3., lr=2e-3, post='sg'),
         dict(name='keep 1', keep=1., **keep, **few), dict(name='keep 3', keep=3., **keep, **few),
+        *short, dict(name='keep 1', keep=1., part=0.35, **keep, **few),
         dict(name='keep 0.3', keep=0.3, **keep), dict(name='keep 10', keep=10., **keep, **both),
         dict(name='keep 1, each step', keep=1., every=1, **keep),
         dict(name='keep 1, each 16', keep=1., every=16, **keep),
         dict(name='freezing, keep 1', keep=1., ist=freezing, **keep),
         dict(name='replay', lr=2e-3, replay=0.1, post='s', **both),
         dict(name='freezing', lr=1e-3, ist=freezing, post='s'),
-        dict(name='shorter', lr=2e-3, part=0.35, post='s', **both), dict(name='rank 4', lr=2e-3, r=4, post='s'),
+        dict(name='shorter', lr=2e-3, part=0.35, post='s'), dict(name='rank 4', lr=2e-3, r=4, post='s'),
         dict(name='rates falling', lr=2e-3, falling=0.9, post='s'), dict(name='LoRA', lr=5e-4, post='s', **early),
         dict(name='rsLoRA', lr=5e-4, rslora=True, post='s'), dict(name='weight decay', lr=2e-3, decay=0.1, post='s')],
     judge=[ # what `choose` has chosen
-        dict(name='LoRA', lr=2e-3, post='slgh'), dict(name='LoRA', lr=1e-3, post='slgh'),
-        dict(name='LoRA', lr=2e-3, post='sl', **few), dict(name='LoRA', lr=2e-3, post='sgh', apart=1, **few),
-        dict(name='keep 1', keep=1., lr=2e-3, post='sg'), dict(name='keep 1', keep=1., **keep, **few),
-        dict(name='keep 3', keep=3., **keep, **both), dict(name='freezing, keep 1', keep=1., ist=freezing, **keep),
-        dict(name='shorter', lr=2e-3, part=0.35, post='s', **both), dict(name='rank 4', lr=2e-3, r=4, post='s')])
+        dict(name='LoRA', lr=2e-3, post='slgh'), dict(name='LoRA', lr=1e-3, post='slgh'), *short,
+        *(dict(name=f'keep {w}', keep=float(w), **keep) for w in (1, 3, 10)),
+        dict(name='rank 4', lr=2e-3, r=4, post='s'), dict(name='LoRA', lr=5e-4, post='s'),
+        dict(name='freezing, keep 1', keep=1., ist=freezing, **keep)])
 def jobs(plan, tasks, seeds):
     "What is run, all of one seed and then of the next; the first of each task also looks at the model before"
     res,seen = [],set()
@@ -350,7 +355,8 @@ def main(
     if not files and not data: sys.exit('Give DATA, or --files name=FILE.')
     out = out or record.results/f"retain_{plan}_{model.rstrip('/').split('/')[-1]}.json"
     runs = json.loads(out.read_text())['runs'] if out.exists() else []
-    def key(job): return json.dumps({k:job[k] for k in sorted(job) if k not in ('points', 'train_seconds', 'seconds')})
+    found_out = 'points', 'doc_tokens', 'train_seconds', 'seconds'
+    def key(job): return json.dumps({k:job[k] for k in sorted(job) if k not in found_out})
     known = set(map(key, runs))
     todo = [o for o in jobs(plan, list(files) or tasks.split(), list(map(int, seeds.split()))) if key(o) not in known]
     cached = Path(tempfile.mkdtemp())/'data.pt'
@@ -362,6 +368,7 @@ def main(
     for o in pool: o.start()
     head = record.about('Loss on a task and divergence from the model before, of adapters trained, scaled and faded in '
                         'many ways', gpu=n_gpus>0, DATA=str(data), MODEL=model)
+    head['model'] = model.rstrip('/').split('/')[-1]
     while True:
         while flying<workers and todo and time.time()-start+longest<seconds: queue.put(todo.pop(0)); flying += 1
         if not flying: break

@@ -6,7 +6,7 @@
 __all__ = ['RunFolder', 'model_card']
 
 # %% ../nbs/21_run_folder.ipynb #00234593
-import json,os,re
+import json,os,re,shutil
 from contextlib import contextmanager
 from dataclasses import asdict
 from hashlib import blake2b
@@ -156,11 +156,15 @@ class RunFolder:
 
     def begin(self,
         optimizer, # Of the trainer
-    ): # Raises `ISTError` if the checkpoint is not of this model
+    ): # Raises `ISTError` if the checkpoint is not of this model, or if the disk has no room for a new one
         "Right before training: remove the run that is replaced, and write down what this one begins with"
         if self.checkpoint:
             return _check_moments(self.checkpoint, [p for g in optimizer.param_groups for p in g['params']])
         if Ranks().rank: return
+        need = 3*sum(p.nbytes for g in optimizer.param_groups for p in g['params'])    # the weights and two moments
+        if (free := shutil.disk_usage(self.path).free)<need:
+            raise ISTError(f"The disk of --output_dir {self.path} has {free/2**20:.0f} MiB free, and one checkpoint "
+                           f"takes about {need/2**20:.0f} MiB. Free some space, or give a folder on another disk.")
         if self.args.overwrite: _clear(self.path)
         _write_json(self.path/'run.json', dict(data=self.rows, settings=self.settings, versions=_versions()))
 

@@ -1,6 +1,7 @@
 "The command line: bad input is answered by a sentence, good input by a run"
 import errno,json,os,re,shutil,subprocess,sys,time,pytest
 from pathlib import Path
+from types import SimpleNamespace
 from ist_nb import finetune,model,run_folder,runs
 from ist_nb.finetune import main,parse
 
@@ -175,6 +176,13 @@ def test_disk_fills_up(here, capsys, monkeypatch):
     monkeypatch.setattr(SFTTrainer, 'save_model', full)
     assert main(['--data', 'good.jsonl', '--output_dir', 'out', *quick, *ist])==2
     assert 'the disk is full' in capsys.readouterr().err
+
+def test_a_disk_without_room_for_a_checkpoint_is_refused(here, capsys, monkeypatch):
+    "Before the first step: the weights of pico's LoRA of rank 32 and two moments are 14 MiB"
+    monkeypatch.setattr(run_folder.shutil, 'disk_usage', lambda p: SimpleNamespace(free=2**20))
+    before = tree(here)
+    assert main(['--data', 'good.jsonl', '--output_dir', 'out', *quick, *ist, '--lora_r', '32'])==2
+    assert 'has 1 MiB free, and one checkpoint takes about 14 MiB' in capsys.readouterr().err and tree(here)==before
 
 def test_status_and_no_traceback(here, capsys):
     r = subprocess.run([sys.executable, '-m', 'ist_nb.finetune', '--scorre', 'x'], capture_output=True, text=True)

@@ -1,0 +1,190 @@
+"""Frontiers of the runs of `retain`: at equal task loss, how far is a model from what it was before? A family is a way
+to adapt, such as LoRA scaled by one number; a curve is what one run gives in it. The runs that choose say which curve
+stands for a family, and other seeds judge it on other documents."""
+from collections import defaultdict
+from math import exp,log
+from statistics import mean
+import numpy as np
+from scipy.stats import t as student,ttest_1samp
+from benchmarks.record import read,results
+
+def _plain(r): return not r.get('keep') and not r.get('replay')
+def _held(r): return r.get('keep') and not r.get('ist')
+families = {    # by name: which runs, and which of their points beside the adapter as trained
+    'LoRA':                  (_plain, ('stopped early',)),
+    'LoRA, scaled':          (_plain, ('scaled',)),
+    'LoRA, by depth':        (_plain, ('line, top kept', 'line, bottom kept', 'two numbers')),
+    'LoRA, faded':           (_plain, ('faded',)),
+    'a gate a layer':        (_plain, ('faded, one gate a layer',)),
+    'gates shuffled':        (_plain, ('faded, modules shuffled',)),
+    'layer gates shuffled':  (_plain, ('the same, layers shuffled',)),
+    'LoRA, trained on':      (_plain, ('trained on',)),
+    'replay':                (lambda r: r.get('replay'), ('scaled',)),
+    'Keep':                  (_held, ('scaled',)),
+    'Keep, faded':           (_held, ('faded',)),
+    'Keep and freezing':     (lambda r: r.get('keep') and r.get('ist'), ('scaled',))}
+
+def setting(r): # of a run, without its seed and what it led to
+    return ', '.join(f'{k} {r[k]}' for k in ('name', 'lr', 'steps', 'apart') if k in r)
+
+def curves(runs, family):
+    "By task, setting and seed: the points of a family"
+    which,names = families[family]
+    res = defaultdict(lambda: defaultdict(dict))
+    for r in runs:
+        points = [p for p in r['points'] if p['name'] in names]
+        if which(r) and points: # as trained too, which is 1 in each gate; a model trained on has left it
+            res[r['task']][setting(r)][r['seed']] = points+[p for p in r['points'] if p['name']=='trained']
+    if family=='LoRA': # a shorter run or a lower rank has no other point
+        for r in runs:
+            trained = [p for p in r['points'] if p['name']=='trained']
+            if _plain(r): res[r['task']][setting(r)].setdefault(r['seed'], trained)
+    return res
+
+def hull(points):
+    "The lower convex hull from the least task loss to the least divergence: pairs of task loss and divergence"
+    res = []
+    for x,y in sorted(points):
+        if res and y>=res[-1][1]: continue
+        while len(res)>1 and (res[-1][1]-res[-2][1])*(x-res[-2][0])>=(y-res[-2][1])*(res[-1][0]-res[-2][0]): res.pop()
+        res.append((x, y))
+    return res
+
+def at(points, loss):
+    "The divergence of a hull at a task loss; None below its least loss, and the last one beyond its greatest"
+    if loss<points[0][0]: return None
+    for (a,u),(b,v) in zip(points, points[1:]):
+        if loss<=b: return u+(v-u)*(loss-a)/(b-a)
+    return points[-1][1]
+
+def pairs(points): return [(p['task'], p['kl']) for p in points]
+
+def before(runs, task):
+    "The model before: its task loss, and no divergence; where each way to adapt begins, and what a scale of 0 gives"
+    return next(p['task'] for r in runs if r['task']==task for p in r['points'] if p['name']=='before'),0.
+
+def levels(runs, task, give_up):
+    "The task loss that is left when a share of the most that LoRA gained, scaled or not, is given back"
+    best = defaultdict(lambda: float('inf'))
+    for by_seed in [*curves(runs, 'LoRA')[task].values(), *curves(runs, 'LoRA, scaled')[task].values()]:
+        for s,points in by_seed.items(): best[s] = min(best[s], *(p['task'] for p in points))
+    best = mean(best.values())
+    return best+give_up*(before(runs, task)[0]-best)
+
+def divergences(by_seed, loss, start):
+    "By seed, where the loss is reached"
+    res = {s:at(hull(pairs(o)+[start]), loss) for s,o in by_seed.items()}
+    return {s:v for s,v in res.items() if v is not None}
+
+def chosen(runs, family, task, give_up):
+    "The setting whose curve diverges least at a level, reached in every seed; None if there is none"
+    loss,best = levels(runs, task, give_up),{}
+    for k,by_seed in curves(runs, family)[task].items():
+        found = divergences(by_seed, loss, before(runs, task))
+        if len(found)==len(by_seed): best[k] = mean(found.values())
+    return min(best, key=best.get) if best else None
+
+def judged(choose, judge, family, task, give_up):
+    "Setting, and divergence by seed, of a family at a level; a family that reaches it in no run that chooses has none"
+    k = chosen(choose, family, task, give_up)
+    if not k: return None,{}
+    by_seed = curves(judge, family)[task].get(k, {})
+    return k,divergences(by_seed, levels(judge, task, give_up), before(judge, task))
+
+def ratio(ours, theirs):
+    "Of one divergence over another: geometric mean over common seeds, its 95% interval, p of a paired t-test of logs"
+    d = [log(ours[s]/theirs[s]) for s in sorted(ours) if s in theirs]
+    if not d: return None
+    if len(d)<3: return exp(mean(d)),None,None,None
+    half = student.ppf(0.975, len(d)-1)*np.std(d, ddof=1)/len(d)**0.5
+    return exp(mean(d)),exp(mean(d)-half),exp(mean(d)+half),ttest_1samp(d, 0).pvalue
+
+def holm(ps):
+    "The p-values of several comparisons, corrected by Holm"
+    res,most = [0.]*len(ps),0.
+    for i,j in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
+        most = max(most, min(1., (len(ps)-i)*ps[j]))
+        res[j] = most
+    return res
+
+def over_documents(a, b, loss, tokens, draws=1000, seed=0):
+    "A 95% interval of the ratio of two curves, by seed, when the documents and the rows that judge are drawn again"
+    rng,tokens,found = np.random.default_rng(seed),np.array(tokens, float),[]
+    def again(points, docs, rows):
+        w = tokens[docs]
+        return [((np.array(p['documents'])[docs]*w).sum()/w.sum(), np.array(p['kl_rows'])[rows].mean())
+                for p in points if 'documents' in p]
+    for _ in range(draws):
+        docs,rows,d = rng.integers(len(tokens), size=len(tokens)),None,[]
+        for s in a:
+            if s not in b: continue
+            if rows is None: n = len(a[s][0]['kl_rows']); rows = rng.integers(n, size=n)
+            u,v = (at(hull(again(o[s], docs, rows)), loss) for o in (a, b))
+            if u and v: d.append(log(u/v))
+        if d: found.append(exp(mean(d)))
+    return tuple(np.quantile(found, (0.025, 0.975)))
+
+def found(model):
+    "The runs that chose and those that judged a model; the latter are None until they are made"
+    def runs(plan): return read(o)['runs'] if (results/f"{(o := f'retain_{plan}_{model}')}.json").exists() else None
+    return runs('choose'),runs('judge')
+
+# ------------------------------------------------------------------------------------------------------ for the pages
+tasks = dict(german='German manual pages', python='modules of Python', chat='chats (GSM8K)', cloze='multiple choice',
+             few='64 rows of German')
+said = {
+    'LoRA': 'LoRA: shorter, lower rank or rate', 'LoRA, scaled': 'LoRA, scaled by one number',
+    'LoRA, by depth': 'LoRA, scaled by depth (as LiNeS)', 'LoRA, faded': 'LoRA, `fade`: a gate a module',
+    'gates shuffled': 'the same gates, shuffled', 'a gate a layer': 'a gate a layer',
+    'LoRA, trained on': 'LoRA, 16 or 64 more steps with the penalty', 'replay': 'LoRA with replay',
+    'Keep': 'LoRA with `Keep`', 'Keep and freezing': 'progressive freezing with `Keep`'}
+
+def table_of(model, give_up=0.05, beside='LoRA, scaled', have=tuple(tasks)):
+    "Markdown: the divergence of each family at equal task loss, and its ratio to one of them"
+    from benchmarks.render import made_by,table
+    choose,judge = found(model)
+    runs,head = judge or choose,read(f"retain_{'judge' if judge else 'choose'}_{model}")
+    have = [t for t in have if any(p['name']=='before' for r in runs if r['task']==t for p in r['points'])]
+    values = {(f, t):judged(choose, runs, f, t, give_up)[1] for f in said for t in have}
+    n = len({r['seed'] for r in runs})
+    compare = {k:ratio(v, values[beside, k[1]]) for k,v in values.items() if k[0]!=beside}
+    sure = {f:holm([compare[f, t][3] for t in have if (o := compare.get((f, t))) and o[3] is not None]) for f in said}
+    def cell(f, t):
+        v,o = values[f, t],compare.get((f, t))
+        if len(v)<n: return 'not reached'
+        res = f'{mean(v.values()):.3f}'
+        if not o: return res
+        if o[1] is None: return f'{res} ({o[0]:.2f})'
+        ps = dict(zip((t for t in have if compare.get((f, t))), sure[f]))
+        return f"{res} ({o[0]:.2f}, {o[1]:.2f} to {o[2]:.2f}{', *' if ps[t]<0.05 else ''})"
+    rows = [(said[f], *(cell(f, t) for t in have)) for f in said if any(values[f, t] for t in have)]
+    limits = '; '.join(f'{tasks[t]} {levels(runs, t, give_up):.3f}' for t in have)
+    by = (f'{n} seeds on documents that chose nothing; interval of 95%, * where p < 0.05 (paired t-test of logs, Holm '
+          'over tasks)' if judge else 'one seed, on the documents that chose the settings: nothing is judged yet')
+    return table(['way', *(tasks[t]+':' for t in have)], rows)+'\n\n'+made_by(head, (
+        f'{head["model"]}; divergence from the model before, nats a token, at the task loss at which {give_up:.0%} of '
+        f'what LoRA gained is given back ({limits}), and in brackets its ratio to that of {said[beside]}; {by}'))
+
+drawn = 'Keep', 'LoRA, scaled', 'LoRA, faded', 'LoRA, trained on', 'LoRA'
+def picture(model, shown=drawn, have=tuple(tasks), width=8.):
+    "Task loss against divergence, by task; a matplotlib figure"
+    import matplotlib.pyplot as plt
+    from ist_nb.plot import palette,style
+    choose,judge = found(model)
+    runs = judge or choose
+    have = [t for t in have if any(p['name']=='before' for r in runs if r['task']==t for p in r['points'])]
+    with style():
+        fig,axes = plt.subplots(1, len(have), figsize=(width, 3.4), sharey=True, layout='constrained')
+        for ax,t in zip(np.atleast_1d(axes), have):
+            best,start = levels(runs, t, 0),before(runs, t)[0]
+            for f,color in zip(shown, palette.values()):
+                settings = {chosen(choose, f, t, o) for o in (0.02, 0.05, 0.1, 0.2)}-{None}
+                points = [p for k in settings for o in curves(runs, f)[t].get(k, {}).values() for p in pairs(o)]
+                if points: ax.plot(*zip(*hull(points)), 'o-', ms=3, lw=1.2, color=color, label=said[f].replace('`', ''))
+            ax.set(xlim=(best-0.02*(start-best), best+0.3*(start-best)), yscale='log', title=tasks[t],
+                   xlabel='task loss')
+        np.atleast_1d(axes)[0].set_ylabel('divergence, nats a token')
+        seen = {}
+        for ax in np.atleast_1d(axes): seen |= dict(zip(*reversed(ax.get_legend_handles_labels())))
+        fig.legend(seen.values(), seen.keys(), loc='outside lower left', ncols=3)
+    return fig

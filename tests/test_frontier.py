@@ -1,0 +1,70 @@
+"Frontiers at equal task loss: cases whose answer is known"
+import math
+import pytest
+from benchmarks import frontier
+from benchmarks.frontier import at,chosen,divergences,holm,hull,judged,levels,over_documents,ratio
+
+def run(seed, points, lr=1e-3, task='chat', **kw):
+    "Points: name, task loss, divergence"
+    made = [dict(name=n, task=x, kl=y) for n,x,y in points]
+    return dict(name='LoRA', lr=lr, steps=10, task=task, seed=seed, points=made) | kw
+
+def test_hull_is_lower_and_convex():
+    points = [(1, 4), (2, 3.5), (2, 1), (3, 0.9), (4, 0), (4, 2)]
+    assert hull(points)==[(1, 4), (2, 1), (4, 0)]      # (3, .9) lies above the line from (2, 1) to (4, 0)
+    assert hull(points+[(3, 0.4)])==[(1, 4), (2, 1), (3, 0.4), (4, 0)]
+    assert hull([(1, 0), (2, 0)])==[(1, 0)]
+
+def test_divergence_at_a_loss():
+    h = [(1, 4), (2, 1), (4, 0)]
+    assert [at(h, o) for o in (0.9, 1, 1.5, 2, 3, 4, 9)]==[None, 4, 2.5, 1, 0.5, 0, 0]
+
+def test_level_is_a_share_of_the_gain():
+    "The best of the seeds is averaged, and the model before is given once"
+    runs = [run(0, [('before', 3., 0), ('trained', 1., 2.)]), run(1, [('trained', 1.4, 2.), ('scaled', 1.2, 1.)])]
+    assert levels(runs, 'chat', 0)==pytest.approx(1.1)
+    assert levels(runs, 'chat', 0.5)==pytest.approx(2.05)
+
+def test_what_chooses_does_not_judge():
+    "The setting that is best for seed 0 stands for its family, though another is better for the seeds that judge"
+    choose = [run(0, [('before', 3., 0), ('trained', 1., 2.), ('scaled', 2., 0.5)]),
+              run(0, [('trained', 1., 3.), ('scaled', 2., 0.9)], lr=2e-3)]
+    judge = [o for s in (1, 2, 3) for o in (run(s, [('before', 3., 0), ('trained', 1., 2.), ('scaled', 2., 0.8)]),
+                                            run(s, [('trained', 1., 2.), ('scaled', 2., 0.1)], lr=2e-3))]
+    setting,found = judged(choose, judge, 'LoRA, scaled', 'chat', 0.5)
+    assert 'lr 0.001' in setting and found=={s:pytest.approx(0.8) for s in (1, 2, 3)}
+
+def test_family_that_does_not_reach_the_loss():
+    runs = [run(0, [('before', 3., 0), ('trained', 1., 2.)]),
+            run(0, [('trained', 2.5, 1.), ('scaled', 2.7, 0.1)], keep=1.)]
+    assert chosen(runs, 'Keep', 'chat', 0.5) is None and judged(runs, runs, 'Keep', 'chat', 0.5)==(None, {})
+
+def test_unfinished_setting_does_not_stand_for_a_family():
+    "One seed reaches the loss and the other does not"
+    runs = [run(0, [('before', 3., 0), ('trained', 1., 2.)]),
+            *(run(s, [('trained', x, 1.), ('scaled', 2.9, 0.1)], keep=1.) for s,x in ((0, 1.), (1, 2.5)))]
+    assert chosen(runs, 'Keep', 'chat', 0.5) is None
+
+def test_ratio_is_geometric_and_paired():
+    a,b = {1:2., 2:8., 3:4.},{1:1., 2:2., 3:2., 4:9.}
+    got,low,high,p = ratio(a, b)      # ratios 2, 4, 2
+    assert got==pytest.approx(2**(4/3)) and low<got<high
+    assert math.log(high/got)==pytest.approx(4.302653*math.log(2)/3)      # t of 2 degrees, standard error log(2)/3
+    assert p==pytest.approx(0.0572, abs=1e-4)
+    assert ratio({1:3.}, {1:1.})==(pytest.approx(3), None, None, None) and ratio({}, b) is None
+
+def test_holm():
+    assert holm([0.01, 0.04, 0.03])==pytest.approx([0.03, 0.06, 0.06]) and holm([0.9, 0.8])==[1., 1.] and holm([])==[]
+
+def test_documents_drawn_again():
+    "Half of the divergence on every row is half, whatever is drawn; and rows that differ widen the interval"
+    def points(by): return {s:[dict(documents=[1., 1., 1.], kl_rows=[by*v for v in (1., 2., 3., 4.)])] for s in (1, 2)}
+    assert over_documents(points(0.5), points(1.), 1., [5, 1, 1], draws=50)==pytest.approx((0.5, 0.5))
+    other = {s:[dict(documents=[1.]*3, kl_rows=[4., 1., 1., 1.])] for s in (1, 2)}
+    low,high = over_documents(other, points(1.), 1., [5, 1, 1], draws=200)
+    assert low<7/10<high
+
+def test_committed_runs_can_be_read():
+    table = frontier.table_of('SmolLM2-135M-Instruct', have=('german', 'chat'))
+    assert all(o in table for o in frontier.said.values()) and 'nothing is judged yet' in table
+    assert divergences({0:[dict(task=1., kl=2.)]}, 1.5, (2., 0.))=={0:1.}
