@@ -51,7 +51,8 @@ def main(
     out:Path=None, # Where the numbers go
 ):
     torch.manual_seed(0)
-    device,name = 'cuda' if torch.cuda.is_available() else 'cpu',Path(model).name or 'pico'
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    name = Path(out).stem.removeprefix('ceiling_') if out else Path(model).name or 'pico'
     data = rows_of(text, model, length)[0].to(device)
     data = data[torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).to(device)]
     net = pico(16, 32, 0., 0, **(dict(path=model) if model else {})).to(device).train()

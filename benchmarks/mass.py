@@ -4,6 +4,7 @@ whole run of all layers, and as many layer updates at random. The whole run choo
 seeds judge. `--model` takes a causal language model of the hub, or a folder, and `--text` a file of texts."""
 import gzip,json,statistics,time
 from concurrent.futures import ProcessPoolExecutor,as_completed
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 import torch
@@ -22,6 +23,7 @@ arms = {'all layers':None, 'all layers, shorter':None, 'frozen from below':shrun
         'frozen from above':shrunk('from above'), 'random, as many at each step':shrunk('uniform'),
         'random, as many layer updates':dict(sampler='uniform')}
 
+@cache
 def rows_of(text, model, length): # training rows and held-out rows
     if not text: return physics('train', length),physics('test', length)
     tok = AutoTokenizer.from_pretrained(model or pico_path)
@@ -30,7 +32,7 @@ def rows_of(text, model, length): # training rows and held-out rows
     rows = ids[:len(ids)//length*length].view(-1, length)
     return rows[:len(rows)*9//10],rows[len(rows)*9//10:]
 
-def run(arm, lr, seed, model, text, steps, batch, length, share, held=64):
+def run(arm, lr, seed, model, text, steps, batch, length, share, held=48):
     "One run with linear decay: its losses, and the sum of each layer's rates as a share of what all layers get"
     torch.set_num_threads(1)
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -86,19 +88,19 @@ def main(
     workers:int=1, # Runs side by side
     out:Path=None, # Where the numbers go
 ):
-    name = Path(model).name or 'pico'
+    name = Path(out).stem.removeprefix('mass_') if out else Path(model).name or 'pico'
     done = dict(model=model, text=text, steps=steps, batch=batch, length=length, share=share)
-    with ProcessPoolExecutor(workers, mp_context=get_context('spawn')) as pool:
-        def make(jobs):
-            rows = []
-            for o in as_completed([pool.submit(run, *j, **done) for j in jobs]):
-                rows.append(r := o.result())
-                print(f"{r['arm']:32} {r['lr']:g} seed {r['seed']} {r['before']:.4f} -> {r['after']:.4f} in "
-                      f"{r['seconds']} s, mass {statistics.mean(r['mass']):.3f}", flush=True)
-            return rows
-        tried = make([('all layers', float(lr), 0) for lr in rates.split()])
-        lr = min(tried, key=lambda r: r['after'])['lr']
-        rows = make([(arm, lr, s) for s in range(1, seeds+1) for arm in arms])
+    def say(r):
+        print(f"{r['arm']:32} {r['lr']:g} seed {r['seed']} {r['before']:.4f} -> {r['after']:.4f} in {r['seconds']} s, "
+              f"mass {statistics.mean(r['mass']):.3f}", flush=True)
+        return r
+    def make(jobs):
+        if workers==1: return [say(run(*j, **done)) for j in jobs]
+        with ProcessPoolExecutor(workers, mp_context=get_context('spawn')) as pool:
+            return [say(o.result()) for o in as_completed([pool.submit(run, *j, **done) for j in jobs])]
+    tried = make([('all layers', float(lr), 0) for lr in rates.split()])
+    lr = min(tried, key=lambda r: r['after'])['lr']
+    rows = make([(arm, lr, s) for s in range(1, seeds+1) for arm in arms])
     rows.sort(key=lambda r: (list(arms).index(r['arm']), r['seed']))
     head = record.about('held-out loss of runs with equal sums of learning rates', 'scipy', 1,
                         torch.cuda.is_available(), **{k:v for k,v in (('MODEL', model), ('TEXT', text)) if v})

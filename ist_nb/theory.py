@@ -6,7 +6,7 @@
 __all__ = ['theorem1_bound', 'step_size', 'corollary1_bound', 'rst_bound', 'inclusion_bound', 'inclusion_by_clocks',
            'update_bound', 'importance_bound', 'floor_probability', 'guarantee', 'momentum_bound', 'adaptive_bound',
            'adagrad_bound', 'rmsprop_bound', 'layer_gain', 'selection_gain', 'ceiling', 'break_even',
-           'freezing_seconds', 'inclusion_probabilities']
+           'freezing_seconds', 'best_gates', 'inclusion_probabilities']
 
 # %% ../nbs/theory/convergence.ipynb #0d693113
 import math,torch
@@ -70,10 +70,10 @@ def inclusion_bound(
     kappa:float, # Smallest weight over largest, in [0, 1]
     n:int, # Layers drawn, in 1 .. N
     N:int, # Layers
-    simple:bool=False, # The weaker, exponential form
+    simple:bool=False, # The weaker, linear form
 ) -> float: # Lower bound on every layer's probability to be drawn
-    "Lemma 2: $1 - \\prod_{j=1}^n (1 - \\kappa/(\\kappa+N-j))$, or `simple`, $1 - e^{-n\\kappa/N}$ (ours)"
-    if simple: return -math.expm1(-n*kappa/N)
+    "Lemma 2: $1 - \\prod_{j=1}^n (1 - \\kappa/(\\kappa+N-j))$, or `simple`, $\\kappa n/N$ (ours)"
+    if simple: return n*kappa/N
     if kappa==0: return float(n==N)
     return 1-math.prod(1-kappa/(kappa+N-j) for j in range(1, n+1))
 
@@ -103,8 +103,8 @@ def update_bound(
 ) -> float: # $C$
     "The largest $|c|$ of Lemma 3 in one importance update of `config`"
     K = config.n_candidates
-    if config.scorer=='paper': most = max(j*(K-j)/K for j in range(K+1))
-    elif config.scorer=='suppression': most = _reward_spread*max(math.sqrt(j*(K-j)) for j in range(K+1))
+    if config.scorer=='paper': most = max(j*(K-j)/K for j in range(1, K))
+    elif config.scorer=='suppression': most = _reward_spread*max(math.sqrt(j*(K-j)) for j in range(1, K))
     else: raise ValueError(f"Lemma 3 covers the scorers 'paper' and 'suppression', not scorer={config.scorer!r}")
     return config.score_lr*most
 
@@ -257,3 +257,14 @@ def freezing_seconds(
 ) -> float: # Below 1 where freezing is sooner
     "Seconds of freezing from below over those of a dense run with the same rates a layer (Proposition 9; ours)"
     return break_even(share, back)*(1+share)/(2*share)
+
+# %% ../nbs/theory/convergence.ipynb #1e22be42
+def best_gates(
+    slope:Tensor, # $c$, gradient in the gates where all of them are 1, float [N]
+    hessian:Tensor, # $H$, in the gates, positive definite, float [N, N]
+    span:Tensor|None=None, # $U$ [N, k], what gates may be moved along; None: freely
+) -> tuple[Tensor,Tensor]: # Gates [N]; by how much they lower the quadratic, scalar
+    "The gates that are best for a quadratic: free, one number for all (a column of ones), a line (Proposition 10; ours)"
+    U = torch.eye(len(slope), dtype=slope.dtype) if span is None else span
+    move = -torch.linalg.solve(U.T@hessian@U, U.T@slope)
+    return 1+U@move, -(slope@U@move)/2

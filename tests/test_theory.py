@@ -74,6 +74,7 @@ def test_what_sparse_costs(delta, L, N, V, T, data):
     assert near(rst_bound(delta, L, n, N, V, n*T*N), rst_bound(delta, L, N, N, V, n*n*T))       # as many layer updates
     assert near(rst_bound(delta, L*n/N, n, N, V, T), rst_bound(delta, L, N, N, V, T))           # L_n = (n/N) L_N
     assert rst_bound(delta, L, n, N, V, T)>=rst_bound(delta, L, N, N, V, T)*(1-1e-9)
+    assert near(rst_bound(delta, L, n, N, V, T)*n/N, corollary1_bound(delta, L, n, V, T, 1.))
 
 @given(st.integers(1, 5), st.integers(0, 1000))
 def test_smoothness_of_few_layers(N, seed):
@@ -119,13 +120,13 @@ def test_clocks_over_a_wide_range():
 
 @given(st.integers(1, 64), st.data())
 def test_lemma2_is_sharp(N, data):
-    "Equal weights: n/N. One layer low and all others high: an equality. The simple form: an equality in the limit"
+    "Equal weights: n/N, in both forms. One layer low and all others high: an equality"
     n,kappa = data.draw(st.integers(1, N)),data.draw(st.floats(0.02, 1))
-    assert math.isclose(inclusion_bound(1., n, N), n/N, abs_tol=1e-12)
+    for simple in (False, True): assert math.isclose(inclusion_bound(1., n, N, simple), n/N, abs_tol=1e-12)
     w = torch.ones(N, dtype=torch.float64); w[0] = kappa
     if N>1: assert abs(inclusion_by_clocks(w, n)[0]-inclusion_bound(kappa, n, N))<1e-7
     assert inclusion_bound(0., n, N)==(n==N)
-    assert near(inclusion_bound(1e-6, n, 10**6, simple=True), inclusion_bound(1e-6, n, 10**6), 1e-4)
+    assert near(inclusion_bound(kappa, n, N, simple=True), kappa*n/N)
 
 @given(st.floats(0.01, 7), st.lists(st.floats(-1, 1), min_size=1, max_size=200))
 def test_lemma3(C, cs):
@@ -178,7 +179,7 @@ def test_scores_of_gradients_are_bounded(N):
 def test_guarantee():
     "A table of exact values"
     def of(N, m=None, **kw): r = guarantee(ISTConfig(**kw), N, m); return r['n'],r['pi_min'],r['rst'],r['constant']
-    assert of(32)==pytest.approx((8, 0.025, 0.25, 10.))                             # the number of the README
+    assert of(32)==pytest.approx((8, 0.025, 0.25, 10.))                             # the number of the FAQ
     assert of(32, explore=0.)==(8, 0., 0.25, math.inf)
     assert of(32, sampler='uniform')==(8, 0.25, 0.25, 1.)
     assert of(32, sampler='depth', explore=0.2)==pytest.approx((8, 0.05, 0.25, 5.))
@@ -338,3 +339,33 @@ def test_where_they_do_not_hold():
     assert theorem1_bound(1., 2., 0.99, 10, 1.)>0 and adaptive_bound(1., 1., 0.24, 10, 1., 0.5, 2.)>0
     with pytest.raises(ValueError, match='Lemma 3 covers'): update_bound(ISTConfig(scorer='gate'))
     with pytest.raises(ISTError, match='Nothing is known'): guarantee(SimpleNamespace(sampler='mine', n_active=0.25), 8)
+
+# --- Proposition 10
+def hessians(N, seed):
+    g = torch.Generator().manual_seed(seed)
+    M = torch.randn(2, N, N, dtype=torch.float64, generator=g)
+    return M@M.mT+0.1*torch.eye(N, dtype=torch.float64),torch.randn(N, dtype=torch.float64, generator=g)
+
+@given(st.integers(1, 8), st.integers(0, 1000))
+def test_best_gates(N, seed):
+    "Free, on a line, and one number for all: each is where nothing near is better, and the gaps are as proved"
+    (H,_),c = hessians(N, seed)
+    one = torch.ones(N, 1, dtype=torch.float64)
+    line = torch.cat([one, torch.arange(N)[:, None]], 1)[:, :min(N, 2)]
+    value = lambda g: (c@(g-1)+0.5*(g-1)@H@(g-1)).item()
+    free,most = best_gates(c, H)
+    for U in (one, line, torch.eye(N, dtype=torch.float64)):
+        gates,gain = best_gates(c, H, U)
+        assert math.isclose(value(gates), -gain, rel_tol=1e-6, abs_tol=1e-9) and -1e-9<=gain<=most+1e-9
+        assert all(value(gates+s*1e-3*u)>=value(gates)-1e-12 for u in U.T for s in (1, -1))
+        assert math.isclose(0.5*(free-gates)@H@(free-gates), most-gain, rel_tol=1e-6, abs_tol=1e-8)
+
+def test_one_number_for_all_is_best():
+    "Where the slope is parallel to the row sums, and by hand: H = diag(1, 3), c = (1, 0)"
+    (H,_),_ = hessians(5, 0)
+    for gates in (best_gates(0.4*H.sum(1), H)[0], best_gates(0.4*H.sum(1), H, torch.ones(5, 1).double())[0]):
+        assert (gates-0.6).abs().max()<1e-9
+    H,c = torch.diag(torch.tensor([1., 3.])),torch.tensor([1., 0.])
+    assert best_gates(c, H)[0].tolist()==[0., 1.] and best_gates(c, H)[1]==0.5
+    gates,gain = best_gates(c, H, torch.ones(2, 1))
+    assert gates.tolist()==[0.75, 0.75] and gain==0.125
