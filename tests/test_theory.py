@@ -178,7 +178,7 @@ def test_scores_of_gradients_are_bounded(N):
 def test_guarantee():
     "A table of exact values"
     def of(N, m=None, **kw): r = guarantee(ISTConfig(**kw), N, m); return r['n'],r['pi_min'],r['rst'],r['constant']
-    assert of(32)==pytest.approx((8, 0.025, 0.25, 10.))                             # the number of the README
+    assert of(32)==pytest.approx((8, 0.025, 0.25, 10.))                             # the number of the FAQ
     assert of(32, explore=0.)==(8, 0., 0.25, math.inf)
     assert of(32, sampler='uniform')==(8, 0.25, 0.25, 1.)
     assert of(32, sampler='depth', explore=0.2)==pytest.approx((8, 0.05, 0.25, 5.))
