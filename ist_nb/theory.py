@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['theorem1_bound', 'step_size', 'corollary1_bound', 'rst_bound', 'inclusion_bound', 'inclusion_by_clocks',
-           'update_bound', 'importance_bound', 'floor_probability', 'guarantee', 'adaptive_bound', 'layer_gain',
-           'selection_gain', 'inclusion_probabilities']
+           'update_bound', 'importance_bound', 'floor_probability', 'guarantee', 'momentum_bound', 'adaptive_bound',
+           'adagrad_bound', 'rmsprop_bound', 'layer_gain', 'selection_gain', 'ceiling', 'break_even',
+           'freezing_seconds', 'inclusion_probabilities']
 
 # %% ../nbs/theory/convergence.ipynb #0d693113
 import math,torch
 from torch import Tensor
-from .config import ISTConfig, _layer_count
+from .config import ISTConfig, ISTError, _layer_count
 from .samplers import inclusion_probabilities
 from .scorers import _reward_spread
 
@@ -20,47 +21,49 @@ _all_ = ['inclusion_probabilities']   # exact for small N, at home on the page o
 # %% ../nbs/theory/convergence.ipynb #7a06684d
 def theorem1_bound(
     delta:float, # $\Delta = f(\theta^0) - f^*$, at least 0
-    L:float, # Smoothness, above 0
-    gamma:float, # Learning rate $\gamma$, in (0, 1/L]
+    L:float, # $L_n$, the smoothness for as many layers as a step moves, above 0
+    gamma:float, # Learning rate $\gamma$, in (0, 2/L)
     T:int, # Steps, at least 1
-    noise:float, # The average over steps of $\sum_i \pi_i \sigma_i^2$
-) -> float: # Bound on the average of $\sum_i \pi_i \lVert\nabla_i f\rVert^2$
-    "Theorem 1: $2\\Delta/(\\gamma T) + L\\gamma\\cdot$`noise` (ours; proved in nbs/theory/convergence.ipynb)"
-    if not 0<gamma<=1/L: raise ValueError(f'gamma={gamma} is outside of (0, 1/L] = (0, {1/L}], where the theorem holds')
-    return 2*delta/(gamma*T) + L*gamma*noise
+    noise:float, # $\bar V$, the average over steps of $\sum_i \pi_i V_i$
+) -> float: # Bound on $\bar G$, the average of $\sum_i \pi_i \lVert\nabla_i f\rVert^2$
+    "Theorem 1: $(2\\Delta/(\\gamma T) + L\\gamma\\bar V)/(2 - L\\gamma)$ (ours; nbs/theory/convergence.ipynb)"
+    if not 0<gamma<2/L: raise ValueError(f'gamma={gamma} is outside of (0, 2/L) = (0, {2/L}), where the theorem holds')
+    return (2*delta/(gamma*T) + L*gamma*noise)/(2-L*gamma)
 
 # %% ../nbs/theory/convergence.ipynb #9f43664a
 def step_size(
-    delta:float, # $\Delta = f(\theta^0) - f^*$
-    L:float, # Smoothness
+    delta:float, # $\Delta = f(\theta^0) - f^*$, above 0
+    L:float, # $L_n$
     n:int, # Layers trained at a step
-    sigma2:float, # Largest variance $\sigma^2$ of a layer's gradient
+    variance:float, # Largest variance $V$ of a layer's gradient
     T:int, # Steps
-) -> float: # $\gamma$
-    "The learning rate of Corollary 1: $\\min\\{1/L, \\sqrt{2\\Delta/(L n \\sigma^2 T)}\\}$"
-    return 1/L if sigma2==0 else min(1/L, math.sqrt(2*delta/(L*n*sigma2*T)))
+) -> float: # $\gamma$, in (0, 1/L]
+    "The learning rate at which Theorem 1 promises most: $2a/(L(a+\\sqrt{a^2+4anV}))$ with $a = 2L\\Delta/T$"
+    a = 2*L*delta/T
+    return 2*a/(a+math.sqrt(a*a+4*a*n*variance))/L
 
 def corollary1_bound(
-    delta:float, # $\Delta = f(\theta^0) - f^*$
-    L:float, # Smoothness
+    delta:float, # $\Delta = f(\theta^0) - f^*$, above 0
+    L:float, # $L_n$
     n:int, # Layers trained at a step
-    sigma2:float, # Largest variance $\sigma^2$ of a layer's gradient
+    variance:float, # Largest variance $V$ of a layer's gradient
     T:int, # Steps
     pi_min:float, # Smallest probability of a layer, in (0, n/N]
 ) -> float: # Bound on the average of $\lVert\nabla f\rVert^2$, with the learning rate `step_size`
-    "Corollary 1: $(2L\\Delta/T + 2\\sqrt{2L\\Delta n\\sigma^2/T})/\\pi_{\\min}$ (ours, proved on this page)"
-    return (2*L*delta/T + 2*math.sqrt(2*L*delta*n*sigma2/T))/pi_min
+    "Corollary 1: $(a+\\sqrt{a^2+4anV})/(2\\pi_{\\min})$ with $a = 2L\\Delta/T$ (ours, proved on this page)"
+    a = 2*L*delta/T
+    return (a+math.sqrt(a*a+4*a*n*variance))/(2*pi_min)
 
 def rst_bound(
-    delta:float, # $\Delta = f(\theta^0) - f^*$
-    L:float, # Smoothness
+    delta:float, # $\Delta = f(\theta^0) - f^*$, above 0
+    L:float, # $L_n$
     n:int, # Layers trained at a step
     N:int, # Layers
-    sigma2:float, # Largest variance $\sigma^2$ of a layer's gradient
+    variance:float, # Largest variance $V$ of a layer's gradient
     T:int, # Steps
 ) -> float: # Bound on the average of $\lVert\nabla f\rVert^2$
     "Corollary 1 for random sparse tuning, where every layer has probability n/N (ours; nbs/theory/convergence.ipynb)"
-    return corollary1_bound(delta, L, n, sigma2, T, n/N)
+    return corollary1_bound(delta, L, n, variance, T, n/N)
 
 # %% ../nbs/theory/convergence.ipynb #f899fb02
 def inclusion_bound(
@@ -100,17 +103,17 @@ def update_bound(
 ) -> float: # $C$
     "The largest $|c|$ of Lemma 3 in one importance update of `config`"
     K = config.n_candidates
-    if config.scorer=='paper': most = max(a*(K-a)/K for a in range(K+1))
-    elif config.scorer=='suppression': most = _reward_spread*max(math.sqrt(a*(K-a)) for a in range(K+1))
-    else: raise ValueError(f"No bound is known for scorer={config.scorer!r}: Lemma 3 covers 'paper' and 'suppression'")
+    if config.scorer=='paper': most = max(j*(K-j)/K for j in range(K+1))
+    elif config.scorer=='suppression': most = _reward_spread*max(math.sqrt(j*(K-j)) for j in range(K+1))
+    else: raise ValueError(f"Lemma 3 covers the scorers 'paper' and 'suppression', not scorer={config.scorer!r}")
     return config.score_lr*most
 
 def importance_bound(
     m:int, # Importance updates, at least 0
     C:float, # Bound on $|c|$, as from `update_bound`
 ) -> float: # Bound on $|I|$ after `m` updates
-    "Lemma 3: $\\log(1 + (e^C-1)m)$ (ours; proved in nbs/theory/convergence.ipynb)"
-    return math.log1p(math.expm1(C)*m)
+    "Lemma 3: $\\log(1 + 4(e^{C/4}-1)m)$ (ours; proved in nbs/theory/convergence.ipynb)"
+    return math.log1p(4*math.expm1(C/4)*m)
 
 # %% ../nbs/theory/convergence.ipynb #4a441197
 def floor_probability(
@@ -122,47 +125,108 @@ def floor_probability(
     "Every layer's probability is at least $\\varepsilon n/N + (1-\\varepsilon)\\cdot$`inclusion_bound` (ours)"
     return explore*n/N + (1-explore)*inclusion_bound(kappa, n, N)
 
+def _least_ratio(config, N, m): # Smallest weight over largest that `m` importance updates can bring about
+    if config.scorer in ('gate', 'fisher', 'gate+fisher'): return math.exp(-math.sqrt(N-1))   # means of standard scores
+    return 0. if m is None else math.exp(-importance_bound(m, update_bound(config)))
+
 def guarantee(
-    config:ISTConfig, # With a scorer that `update_bound` knows, or the sampler 'uniform', 'depth' or 'top'
-    N:int, # Layers
+    config:ISTConfig, # With a sampler of this package; with 'importance' and `m`, a scorer of this package too
+    N:int|dict, # Layers; for a dictionary `n_active`, those of each stack
     m:int|None=None, # After how many importance updates; None: for ever
-) -> dict: # `pi_min`; `rst`, that of random sparse tuning; `constant`, the bound of Corollary 1 in units of RST's
-    "What is guaranteed of `config` in the worst case"
-    mean = _layer_count(config.n_active, N)
-    n = 1 if config.schedule=='shrink' else mean   # the fewest of any step
-    if config.sampler=='uniform': pi = n/N
-    elif config.sampler=='depth': pi = config.explore*n/N   # of the steps that train all layers
-    elif config.sampler=='top': pi = float(n==N)   # the lowest layer freezes for good
-    else:
-        kappa = 0. if m is None else math.exp(-importance_bound(m, update_bound(config)))
-        pi = floor_probability(config.explore, n, N, kappa)
-    return dict(n=n, pi_min=pi, rst=mean/N, constant=mean/N/pi if pi else math.inf)
+) -> dict: # `n`; `pi_min`; `rst`, that of random sparse tuning; `constant`, Corollary 1's bound in units of RST's
+    "What is guaranteed of `config` in the worst case, for the layer that is worst off"
+    several,sampler = isinstance(config.n_active, dict),config.sampler
+    if several!=isinstance(N, dict) or several and N.keys()!=config.n_active.keys():
+        raise ISTError(f"N={N} does not fit n_active={config.n_active}. Give the number of layers, or of each stack "
+                       "that n_active names.")
+    if sampler not in ('uniform', 'depth', 'top', 'importance'):
+        raise ISTError(f"Nothing is known of sampler={sampler!r}: find its smallest probability and use "
+                       "corollary1_bound.")
+    stacks = [(config.n_active[k], N[k]) for k in N] if several else [(config.n_active, N)]
+    kappa = _least_ratio(config, sum(o for _,o in stacks), m) if sampler=='importance' else 0.
+    found = []
+    for n,N in stacks:
+        mean = _layer_count(n, N)
+        n = 1 if config.schedule=='shrink' else mean   # the fewest of any step
+        pi = (n/N if sampler=='uniform' else config.explore*n/N if sampler=='depth'   # the steps that train all
+              else float(n==N) if sampler=='top' else floor_probability(config.explore, n, N, kappa))   # top: for good
+        found.append((n, pi, mean/N))
+    n,pi,rst = zip(*found)
+    return dict(n=sum(n), pi_min=min(pi), rst=min(rst), constant=min(rst)/min(pi) if min(pi) else math.inf)
+
+# %% ../nbs/theory/convergence.ipynb #8f847186
+def momentum_bound(
+    delta:float, # $\Delta = f(\theta^0) - f^*$, above 0
+    L:float, # Smoothness $L_N$
+    gamma:float, # Learning rate $\gamma$
+    T:int, # Steps
+    noise:float, # $\bar V$, as in `theorem1_bound`
+    momentum:float, # $\mu$, in [0, 1)
+    pi_min:float, # Smallest probability of a layer, in (0, 1]
+) -> float: # Bound on $\bar G$
+    "Theorem 6, for a momentum that freezes with its layer, with the best $\\zeta$ (ours; nbs/theory/convergence.ipynb)"
+    left,a = 2-L*gamma,2*delta/(gamma*T)+L*gamma*noise
+    omega = (L*gamma*momentum/(1-momentum))**2/pi_min
+    if not (gamma>0 and left>2*math.sqrt(omega)):
+        raise ValueError(f'gamma={gamma}: the theorem needs L*gamma + 2*sqrt(omega) < 2, and omega={omega}')
+    if omega==0: return a/left
+    q = (1-momentum)*omega*noise
+    zeta = (math.sqrt(q*q + a*(a*omega+left*q))-q)/a   # where the derivative of the bound is 0
+    return (a+q/zeta)/(left-zeta-omega/zeta)
 
 # %% ../nbs/theory/convergence.ipynb #3e323aad
 def adaptive_bound(
     delta:float, # $\Delta = f(\theta^0) - f^*$
-    L:float, # Smoothness
-    gamma:float, # Learning rate $\gamma$, in (0, d_min/(L d_max²)]
+    L:float, # $L_n$
+    gamma:float, # Learning rate $\gamma$, in (0, 2 d_min/(L d_max²))
     T:int, # Steps
-    noise:float, # The average over steps of $\sum_i \pi_i \sigma_i^2$
+    noise:float, # $\bar V$, as in `theorem1_bound`
     d_min:float, # Smallest entry of $D$, above 0
     d_max:float, # Largest entry of $D$
-) -> float: # Bound on the average of $\sum_i \pi_i \lVert\nabla_i f\rVert^2$
-    "Corollary 4, for RMSProp and Adam without momentum (ours; proved in nbs/theory/convergence.ipynb)"
-    most = d_min/(L*d_max**2)
-    if not 0<gamma<=most:
-        raise ValueError(f'gamma={gamma} is outside of (0, d_min/(L d_max^2)] = (0, {most}], where the corollary holds')
-    return 2*delta/(gamma*d_min*T) + L*gamma*d_max**2/d_min*noise
+) -> float: # Bound on $\bar G$
+    "Corollary 4, for steps scaled by what is known before them (ours; proved in nbs/theory/convergence.ipynb)"
+    most = 2*d_min/(L*d_max**2)
+    if not 0<gamma<most:
+        raise ValueError(f'gamma={gamma} is outside of (0, 2 d_min/(L d_max^2)) = (0, {most}), where it holds')
+    return (2*delta/(gamma*T) + L*gamma*d_max**2*noise)/(2*d_min-L*gamma*d_max**2)
+
+# %% ../nbs/theory/convergence.ipynb #a85b64b3
+def adagrad_bound(
+    delta:float, # $\Delta = f(\theta^0) - f^*$
+    L:float, # $L_n$
+    gamma:float, # Learning rate $\gamma$, above 0
+    T:int, # Steps
+    R:float, # Bound on each entry of a gradient
+    size:int, # Trained numbers $|\theta|$
+    eps:float, # $\epsilon$, under the root
+) -> float: # Bound on $\bar G$
+    "Theorem 7 for AdaGrad, each number on its own clock (after Défossez et al. 2020; nbs/theory/convergence.ipynb)"
+    return 2*math.sqrt(eps+T*R*R)/T*(delta/gamma + (2*R+L*gamma/2)*size*math.log1p(T*R*R/eps))
+
+def rmsprop_bound(
+    delta:float, # $\Delta = f(\theta^0) - f^*$
+    L:float, # $L_n$
+    gamma:float, # Learning rate $\gamma$, above 0
+    T:int, # Steps
+    R:float, # Bound on each entry of a gradient
+    size:int, # Trained numbers $|\theta|$
+    eps:float, # $\epsilon$, under the root
+    decay:float, # $\chi$, Adam's second beta, in (0, 1)
+    share:float=1., # Of the numbers, those that a step trains on average
+) -> float: # Bound on $\bar G$
+    "Theorem 7 for Adam without momentum, each number on its own clock (after Défossez et al. 2020)"
+    sums = size*(math.log1p(R*R/((1-decay)*eps)) - share*T*math.log(decay))
+    return 2*math.sqrt(eps+R*R)/T*(delta/gamma + (2*R/math.sqrt(1-decay) + L*gamma/(2*(1-decay)))*sums)
 
 # %% ../nbs/theory/convergence.ipynb #719b2432
 def layer_gain(
-    grad2:Tensor, # Squared gradient norm of each layer, float [N]
-    sigma2:Tensor, # Variance of each layer's gradient, float [N]
-    L:float, # Smoothness
+    grad2:Tensor, # $G$, squared gradient norm of each layer, float [N]
+    variance:Tensor, # $V$, variance of each layer's gradient, float [N]
+    L:float, # $L_n$
     gamma:float, # Learning rate
 ) -> Tensor: # $a$, float [N]
     "What training each layer is guaranteed to bring in one step, over $\\gamma$ (Proposition 5; ours)"
-    return (1-L*gamma/2)*grad2 - L*gamma/2*sigma2
+    return (1-L*gamma/2)*grad2 - L*gamma/2*variance
 
 def selection_gain(
     pi:Tensor, # Probability of each layer, float [N], sums to n
@@ -170,3 +234,26 @@ def selection_gain(
 ) -> Tensor: # Scalar: above 0 if `pi` beats chance
     "What a selection is guaranteed to bring in one step beyond RST with as many layers, over $\\gamma$ (ours)"
     return ((pi-pi.sum()/len(pi))*gain).sum()
+
+# %% ../nbs/theory/convergence.ipynb #3b37f50c
+def ceiling(
+    grad2:Tensor, # $G$, squared gradient norm of each layer, float [N]
+    n:int, # Layers trained at a step
+) -> Tensor: # $Q_n$, scalar in [1, N/n]
+    "How many times the guaranteed progress of `n` random layers the best `n` bring in one step (Proposition 8; ours)"
+    return grad2.topk(n).values.mean()/grad2.mean()
+
+def break_even(
+    depth:float, # Share of the blocks that the backward pass goes through, in (0, 1]
+    back:float=1., # $b$, cost of a whole backward pass over that of a forward pass
+) -> float: # Share of the squared gradient, in (0, 1]
+    "What a sparse step must keep of the squared gradient to bring as much a second as training all layers (ours)"
+    return (1+back*depth)/(1+back)
+
+# %% ../nbs/theory/convergence.ipynb #c26ec141
+def freezing_seconds(
+    share:float, # $\nu$, layers trained on average, as a share of all, in (0, 1]
+    back:float=1., # $b$, cost of a whole backward pass over that of a forward pass
+) -> float: # Below 1 where freezing is sooner
+    "Seconds of freezing from below over those of a dense run with the same rates a layer (Proposition 9; ours)"
+    return break_even(share, back)*(1+share)/(2*share)
