@@ -88,15 +88,15 @@ def lora():
     from peft import LoraConfig
     return LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0., target_modules=where, task_type='CAUSAL_LM')
 
-def data_of(spec, documents):
-    "Rows of random tokens, or the documents that fill them, enough for all steps of a run"
+def data_of(spec, packed=False, labels=False):
+    "Rows of random tokens, or the documents that fill them, enough for all steps of a run; TRL makes labels itself"
     import torch
     from datasets import Dataset
     rows = spec['batch']*max(all_steps(spec), spec['steps']+1)
-    length = spec['length']//spec['documents'] if documents else spec['length']
+    length = spec['length']//spec['documents'] if packed else spec['length']
     ids = torch.randint(5, shapes[spec['shape']][0], (rows, spec['length']), generator=torch.Generator().manual_seed(0))
     ids = ids.view(-1, length).tolist()
-    return Dataset.from_dict(dict(input_ids=ids, labels=ids))
+    return Dataset.from_dict(dict(input_ids=ids) | (dict(labels=ids) if labels else {}))
 
 def arguments(cls, spec, steps, **kwargs):
     cuda = spec['device']=='cuda'
@@ -154,7 +154,7 @@ def plain_trainer(spec, turn, **kwargs):
     from transformers import Trainer,TrainingArguments,default_data_collator
     model = loaded(turn, get_peft_model(load(spec, prepare=True), lora()), spec)
     told(spec, turn, Trainer(model, arguments(TrainingArguments, spec, all_steps(spec), **kwargs),
-                             train_dataset=data_of(spec, False), data_collator=default_data_collator,
+                             train_dataset=data_of(spec, labels=True), data_collator=default_data_collator,
                              callbacks=[clock_of(spec, turn)]))
 
 def loaded(turn, model, spec):
@@ -209,7 +209,7 @@ def ours(spec, turn, config, liger=False):
     from ist_nb import ISTCallback,ISTConfig
     cuda,config = spec['device']=='cuda',dict(config)
     make = ISTConfig.recommended if config.pop('recommended', False) else lambda **kw: ISTConfig.rst(n_active=1., **kw)
-    model,data = loaded(turn, get_peft_model(load(spec), lora()), spec),data_of(spec, False)
+    model,data = loaded(turn, get_peft_model(load(spec), lora()), spec),data_of(spec, labels=True)
     how = dict(use_liger_kernel=True, liger_kernel_config=fused) if liger else {}
     def trained(steps, *callbacks):
         args = arguments(TrainingArguments, spec, steps, **how)
@@ -270,9 +270,10 @@ class Child:
     def __init__(self, spec, xformers=''):
         self.name,self.said,self.failed,self.where,self.rounds = spec['name'],{},None,None,[]
         path = [str(record.root), *filter(None, os.environ.get('PYTHONPATH', '').split(os.pathsep))]
-        env = dict(os.environ, HF_HUB_OFFLINE='1', TRANSFORMERS_OFFLINE='1', HF_DATASETS_OFFLINE='1',
-                   TOKENIZERS_PARALLELISM='false', UNSLOTH_DISABLE_STATISTICS='1', PYTHONWARNINGS='ignore',
-                   PYTORCH_CUDA_ALLOC_CONF='expandable_segments:True', HF_DATASETS_CACHE=f"{spec['folder']}/datasets")
+        env = dict(CUDA_VISIBLE_DEVICES='0') | os.environ | dict(
+            HF_HUB_OFFLINE='1', TRANSFORMERS_OFFLINE='1', HF_DATASETS_OFFLINE='1', TOKENIZERS_PARALLELISM='false',
+            UNSLOTH_DISABLE_STATISTICS='1', PYTHONWARNINGS='ignore', HF_DATASETS_CACHE=f"{spec['folder']}/datasets",
+            PYTORCH_CUDA_ALLOC_CONF='expandable_segments:True')
         if xformers and 'xformers' in spec['name']:
             path.append(xformers)
             env['LD_LIBRARY_PATH'] = os.pathsep.join(filter(None, [f'{xformers}/lib', env.get('LD_LIBRARY_PATH')]))
@@ -413,7 +414,11 @@ def steps_to(points, loss):
         if value<best: best,before = value,(steps, value)
     return None
 
-def seconds_to(runs, seconds, loss, choose, learns_as=lambda name: name):
+def way(name):
+    "How a variant learns: all libraries compute the same LoRA, and freezing has a curve of its own"
+    return 'recommended' if name.startswith('recommended') else 'LoRA'
+
+def seconds_to(runs, seconds, loss, choose, learns_as=way):
     """Seconds that each variant takes to a held-out loss, by seed. `runs` are of learning: a list of `name`, `setting`
     (its rate, say), `seed`, `steps` and `loss`. `seconds` are those of a step, by variant; `learns_as` names the runs
     of a variant. The setting that needs the fewest steps on the seeds in `choose` is judged on the others."""
@@ -436,10 +441,11 @@ def seconds_to(runs, seconds, loss, choose, learns_as=lambda name: name):
     return found
 
 def merged(files):
-    "The cases of several files as one list; a later case of the same settings replaces an earlier one"
+    """The cases of several files as one list, without what was printed where one failed; a later case of the same
+    settings replaces an earlier one"""
     keys = 'shape', 'bits', 'batch', 'length', 'documents', 'checkpointing', 'hardware'
     cases = [c for f in files for c in json.loads(Path(f).read_text())['cases']]
-    return list({tuple(c[k] for k in keys):c for c in cases}.values())
+    return list({tuple(c[k] for k in keys):{k:v for k,v in c.items() if k!='where'} for c in cases}.values())
 
 def main(
     shape:str='1b',      # 1b and 8b (Llama 3), or tiny
@@ -469,16 +475,16 @@ def main(
     names = names or (usual if device=='cuda' else on_cpu)
     if wrong := [o for o in names if o not in known]: raise SystemExit(f'No variant is called {wrong[0]!r}: {known}')
     start,found = time.monotonic(),[]
-    root = folder or os.path.join(tempfile.gettempdir(), 'ist_peers')
+    root = os.path.abspath(folder or os.path.join(tempfile.gettempdir(), 'ist_peers'))
     base = dict(shape=shape, documents=documents, checkpointing=checkpointing, steps=steps, rounds=rounds,
                 device=device, folder=os.path.join(root, f'{shape}_{device}'))
     for b in map(int, bits.split(',')):
         for o in rows.split(','):
             batch,length = map(int, o.split('x'))
             spec = base | dict(batch=batch, length=length, bits=b, name='make')
-            made(spec, limit)
+            made(spec, max(limit, 300))
             print(f'{shape}, {b} bits, {o}, checkpointing {checkpointing}', flush=True)
-            n = alive or (1 if shape=='8b' and b==16 else 3 if shape=='8b' else 10)
+            n = alive or (1 if shape=='8b' and b==16 else 3 if shape=='8b' else 6)
             left = seconds-(time.monotonic()-start)
             case = measure(spec, names, n, passes, limit, left, xformers, about,
                            lambda case: record.save(out, head, cases=[*found, case]))

@@ -21,20 +21,22 @@ def test_seconds_to_a_loss():
         return [dict(name=name, setting=setting, seed=seed, steps=s, loss=l) for s,l in points]
     learnt = [*runs('LoRA', 1e-3, 0, (100, 3.), (400, 2.)), *runs('LoRA', 2e-3, 0, (100, 2.5), (400, 2.1)),
               *runs('LoRA', 1e-3, 1, (100, 2.4)), *runs('LoRA', 2e-3, 1, (100, 3.5), (400, 2.5)),
-              *runs('LoRA', 2e-3, 2, (100, 3.5)), *runs('sparse', 1e-3, 0, (200, 2.5)),
-              *runs('sparse', 1e-3, 1, (200, 2.5)), *runs('never', 1e-3, 0, (200, 3.5))]
-    way = lambda variant: 'LoRA' if variant.startswith('peer') else variant
-    found = seconds_to(learnt, {'peer A':1., 'peer B':0.5, 'sparse':0.25, 'never':0.1}, 2.5, [0], way)
-    assert set(found)=={'peer A', 'peer B', 'sparse'}
-    assert found['peer A']==dict(setting=2e-3, seconds={1:pytest.approx(400)}, missed=[2])   # seed 1 alone: 1e-3
-    assert found['peer B']['seconds']=={1:pytest.approx(200)} and found['sparse']['seconds']=={1:50.}
+              *runs('LoRA', 2e-3, 2, (100, 3.5)), *runs('recommended', 1e-3, 0, (200, 2.5)),
+              *runs('recommended', 1e-3, 1, (200, 2.5)), *runs('never', 1e-3, 0, (200, 3.5))]
+    seconds = {'PEFT':1., 'Unsloth, rows':0.5, 'recommended, fp8':0.25}
+    found = seconds_to(learnt, seconds, 2.5, [0])
+    assert set(found)==set(seconds) and not seconds_to(learnt, {'x':1.}, 2.5, [0], lambda name: 'never')
+    assert found['PEFT']==dict(setting=2e-3, seconds={1:pytest.approx(400)}, missed=[2])   # seed 1 alone: 1e-3
+    assert found['Unsloth, rows']['seconds']=={1:pytest.approx(200)} and found['recommended, fp8']['seconds']=={1:50.}
 
 def test_files_become_one(tmp_path):
     def case(bits, x, card='a'):
-        return dict(shape='1b', bits=bits, batch=1, length=8, documents=1, checkpointing=False, hardware=card, x=x)
+        return dict(shape='1b', bits=bits, batch=1, length=8, documents=1, checkpointing=False, hardware=card, x=x,
+                    where={})
     for name,cases in (('a', [case(4, 1), case(16, 2)]), ('b', [case(16, 3), case(16, 4, 'b')])):
         (tmp_path/f'{name}.json').write_text(json.dumps(dict(cases=cases)))
     assert [c['x'] for c in merged([tmp_path/'a.json', tmp_path/'b.json'])]==[1, 3, 4]
+    assert not any('where' in c for c in merged([tmp_path/'a.json']))
 
 def child(tmp_path, code):
     "A process that says what `code` tells it to, on the pipe whose number is its last argument"
@@ -60,6 +62,8 @@ def test_child_that_dies_hangs_or_fails(tmp_path):
 def test_every_variant_is_known():
     assert set(peers.usual)|set(peers.on_cpu)<=set(peers.variants)
     assert {k for k,_ in peers.variants.values()}==set(peers.kinds)
+    packing = {k for k,(kind,o) in peers.variants.items() if kind in ("trl", "unsloth")}
+    assert all("packing" in peers.variants[k][1] for k in packing) and len(packing)>6
 
 @pytest.mark.slow
 def test_on_a_cpu(tmp_path):
