@@ -189,6 +189,9 @@ def unsloth_trainer(spec, turn, packing):
     "As Unsloth's guides do it; its import comes before those of the libraries that it patches"
     from unsloth import FastLanguageModel
     from trl import SFTTrainer
+    if 'xformers' in spec['name']:
+        from unsloth.utils.attention_dispatch import HAS_XFORMERS
+        if not HAS_XFORMERS: raise ImportError('Unsloth cannot load xformers beside this torch, and would do without.')
     how = dict(use_gradient_checkpointing='unsloth' if spec['checkpointing'] else False)
     model,tok = FastLanguageModel.from_pretrained(spec['folder'], max_seq_length=spec['length'], dtype=dtype_of(spec),
                                                   load_in_4bit=spec['bits']==4, **how)
