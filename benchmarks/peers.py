@@ -104,7 +104,7 @@ def arguments(cls, spec, steps, **kwargs):
                   gradient_checkpointing=spec['checkpointing'], report_to='none', logging_steps=10, disable_tqdm=True,
                   save_strategy='no', seed=0, use_cpu=not cuda)
     kwargs = shared | kwargs
-    return cls(os.path.join(spec['folder'], 'run'), **{k:v for k,v in kwargs.items() if v is not None})
+    return cls('run', **{k:v for k,v in kwargs.items() if v is not None})
 
 def clock_of(spec, turn):
     """A callback that times rounds of steps inside one run. Between two rounds it hands over; the steps after it, in
@@ -189,6 +189,9 @@ def unsloth_trainer(spec, turn, packing):
     "As Unsloth's guides do it; its import comes before those of the libraries that it patches"
     from unsloth import FastLanguageModel
     from trl import SFTTrainer
+    if 'xformers' in spec['name']:
+        from unsloth.utils.attention_dispatch import HAS_XFORMERS
+        if not HAS_XFORMERS: raise ImportError('Unsloth cannot load xformers beside this torch, and would do without.')
     how = dict(use_gradient_checkpointing='unsloth' if spec['checkpointing'] else False)
     model,tok = FastLanguageModel.from_pretrained(spec['folder'], max_seq_length=spec['length'], dtype=dtype_of(spec),
                                                   load_in_4bit=spec['bits']==4, **how)
@@ -278,11 +281,12 @@ class Child:
             path.append(xformers)
             env['LD_LIBRARY_PATH'] = os.pathsep.join(filter(None, [f'{xformers}/lib', env.get('LD_LIBRARY_PATH')]))
         r,w = os.pipe()
-        self.log = open(f"{spec['folder']}/log.{spec['name'].replace(' ', '_').replace(',', '')}", 'w+')
-        # Unsloth writes what it compiles into the working directory
+        own = Path(spec['folder'], 'work', spec['name'].replace(' ', '_').replace(',', ''))
+        own.mkdir(parents=True, exist_ok=True)   # Unsloth writes what it compiles into the working directory
+        self.log = open(own/'log', 'w+')
         self.process = subprocess.Popen(command(spec, w), stdin=subprocess.PIPE, stdout=self.log, stderr=self.log,
                                         text=True, pass_fds=[w], env=env | dict(PYTHONPATH=os.pathsep.join(path)),
-                                        cwd=spec['folder'], start_new_session=True)
+                                        cwd=own, start_new_session=True)
         os.close(w)
         self.pipe,self.rest = r,b''
 
