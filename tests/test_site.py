@@ -115,6 +115,17 @@ def test_registered_names_have_a_line(site):
     assert len(rows)>80
     assert 'random sparse tuning' in dict(rows)['uniform_sampler']
 
+@pytest.mark.parametrize('hosted,to', [('False', 'nbs/00_tour.ipynb'), ('True', 'https://a.io/b/tour.html')])
+def test_links_of_the_readme_work_where_it_is_read(hosted, to):
+    "In the repository, until the site is hosted; what is no page is always in the repository"
+    from types import SimpleNamespace as Of
+    root = Path(build_docs.__file__).parent.parent
+    cfg = Of(config_path=root, nbs_path=root/'nbs', doc_host='https://a.io', doc_baseurl='/b', hosted=hosted,
+             readme_nb='index.ipynb')
+    pages = build_docs.Pages(cfg, [Path('00_tour.ipynb')])
+    assert build_docs.relink('[x](00_tour.ipynb#why) [y](../LICENSE)', pages.readme)==f'[x]({to}#why) [y](LICENSE)'
+    with pytest.raises(SystemExit, match='nothing at'): pages.readme('gone.ipynb')
+
 def test_the_build_says_what_it_built(tmp_path, monkeypatch):
     "How many pages, where from here, and how to look at them"
     monkeypatch.chdir(tmp_path)
