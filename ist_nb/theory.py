@@ -258,13 +258,13 @@ def freezing_seconds(
     "Seconds of freezing from below over those of a dense run with the same rates a layer (Proposition 9; ours)"
     return break_even(share, back)*(1+share)/(2*share)
 
-# %% ../nbs/theory/convergence.ipynb #1e22be42
+# %% ../nbs/theory/convergence.ipynb #d6a0cf53
 def best_gates(
     slope:Tensor, # $c$, gradient in the gates where all of them are 1, float [N]
     hessian:Tensor, # $H$, in the gates, positive definite, float [N, N]
     span:Tensor|None=None, # $U$ [N, k], what gates may be moved along; None: freely
 ) -> tuple[Tensor,Tensor]: # Gates [N]; by how much they lower the quadratic, scalar
-    "The gates that are best for a quadratic: free, one number for all (a column of ones), a line (Proposition 10; ours)"
+    "The best gates for a quadratic: free, one number for all (a column of ones), a line (Proposition 10; ours)"
     U = torch.eye(len(slope), dtype=slope.dtype) if span is None else span
     move = -torch.linalg.solve(U.T@hessian@U, U.T@slope)
     return 1+U@move, -(slope@U@move)/2
