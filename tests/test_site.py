@@ -121,7 +121,7 @@ def test_links_of_the_readme_work_where_it_is_read(hosted, to):
     from types import SimpleNamespace as Of
     root = Path(build_docs.__file__).parent.parent
     cfg = Of(config_path=root, nbs_path=root/'nbs', doc_host='https://a.io', doc_baseurl='/b', hosted=hosted,
-             readme_nb='index.ipynb')
+             home_nb='index.ipynb')
     pages = build_docs.Pages(cfg, [Path('00_tour.ipynb')])
     assert build_docs.relink('[x](00_tour.ipynb#why) [y](../LICENSE)', pages.readme)==f'[x]({to}#why) [y](LICENSE)'
     with pytest.raises(SystemExit, match='nothing at'): pages.readme('gone.ipynb')
@@ -136,3 +136,37 @@ def test_the_build_says_what_it_built(tmp_path, monkeypatch):
     assert build_docs.write_readme(tmp_path/'README.md', 'a').endswith('anew')
     assert (tmp_path/'README.md').read_text()=='a'
     assert build_docs.write_readme(tmp_path/'README.md', 'a').endswith('up to date')
+
+_quarto = '''#!{python}
+"As Quarto does: first the project's pre-render command, and nothing more where that fails"
+import subprocess,sys,yaml
+first = yaml.safe_load(open('_quarto.yml'))['project']['pre-render']
+sys.exit(subprocess.run(first.replace('python', sys.executable, 1), shell=True).returncode)
+'''
+
+def test_nbdev_commands_leave_the_tree_clean(tmp_path):
+    "nbdev_prepare works; nbdev_docs and nbdev_preview say what to type instead; nbdev's own settings are up to date"
+    import os,shutil
+    repo,tools = tmp_path/'repo',tmp_path/'bin'
+    (repo/'nbs').mkdir(parents=True); (repo/'tools').mkdir(); tools.mkdir()
+    for o in '''.gitignore settings.ini pyproject.toml setup.py README.md tools/no_quarto.py nbs/28_config.ipynb
+                nbs/index.ipynb'''.split():
+        shutil.copy(root/o, repo/o)
+    for o in (root/'nbs').glob('*.*'):
+        if o.suffix in ('.yml', '.css') and o.name!='sidebar.yml': shutil.copy(o, repo/'nbs')
+    shutil.copytree(root/'ist_nb', repo/'ist_nb', ignore=shutil.ignore_patterns('__pycache__', 'assets'))
+    shutil.copytree(root/'benchmarks'/'results', repo/'benchmarks'/'results')       # the home page shows a run
+    (tools/'quarto').write_text(_quarto.format(python=sys.executable))
+    (tools/'quarto').chmod(0o755)
+    env = os.environ | dict(PATH=os.pathsep.join([str(tools), str(Path(sys.executable).parent), os.environ['PATH']]),
+                            PYTHONPATH=str(repo))
+    def run(*cmd): return subprocess.run(cmd, cwd=repo, env=env, capture_output=True, text=True)
+    def git(*args): return run('git', '-c', 'user.name=a', '-c', 'user.email=a@b.c', *args).stdout
+    git('init', '-q'); git('add', '-A'); git('commit', '-qm', 'as it is')
+    os.utime(repo/'README.md', (0, 0))      # older than its notebook, as a fresh clone may have it
+    for cmd in 'nbdev_prepare nbdev_docs nbdev_preview'.split():
+        res = run(cmd)
+        said = res.stdout+res.stderr
+        assert 'python tools/build_docs.py' in said and 'Traceback' not in said, (cmd, said)
+        if cmd=='nbdev_prepare': assert res.returncode==0 and 'Success' in said, said
+        assert not git('status', '--short'), (cmd, git('status', '--short'), git('diff'))
