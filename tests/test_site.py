@@ -137,6 +137,36 @@ def test_the_build_says_what_it_built(tmp_path, monkeypatch):
     assert (tmp_path/'README.md').read_text()=='a'
     assert build_docs.write_readme(tmp_path/'README.md', 'a').endswith('up to date')
 
+@needs_browser
+@pytest.mark.parametrize('width', [360, 768, 1280, 1920])
+def test_the_first_screen(site, width):
+    """What it is, two buttons and both loops, before the first heading; the loops move only for those who allow it,
+    and can be stopped"""
+    html = (site/'index.html').read_text()
+    assert html.count('images/keep.png')==1 and html.index('class="loops"')<html.index('<h2')
+    moving = "document.querySelector('.loops').getAnimations({subtree: true}).map(o => o.playState)"
+    seen = "[...document.querySelectorAll('.hero .md-button')].map(o => o.getBoundingClientRect().bottom)"
+    with check_site.served(site) as base, check_site.browser() as b:
+        for motion in ('reduce', 'no-preference'):
+            page = b.new_context(reduced_motion=motion, viewport=dict(width=width, height=900)).new_page()
+            page.goto(f'{base}index.html')
+            bottoms,states = page.evaluate(seen),page.evaluate(moving)
+            assert len(bottoms)==2 and max(bottoms)<800
+            assert bool(states)==(motion!='reduce') and set(states)<={'running'}
+        page.locator('.loops-box label').click()
+        assert set(page.evaluate(moving))=={'paused'}
+
+@needs_browser
+def test_pictures_are_no_light_slabs_on_a_dark_page(site):
+    "White turns into the page; a map of colours, which the page names, keeps them on a quiet panel"
+    how = """[...document.querySelectorAll('article img')].map(o => [o.classList.contains('map'),
+        getComputedStyle(o).mixBlendMode, getComputedStyle(o).filter.split('(')[0]])"""
+    with check_site.served(site) as base, check_site.browser() as b:
+        page = b.new_context(color_scheme='dark').new_page()
+        page.goto(f'{base}plot.html')
+        found = {tuple(o) for o in page.evaluate(how)}
+    assert found=={(True, 'normal', 'brightness'), (False, 'screen', 'invert')}
+
 _quarto = '''#!{python}
 "As Quarto does: first the project's pre-render command, and nothing more where that fails"
 import subprocess,sys,yaml
