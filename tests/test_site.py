@@ -126,6 +126,19 @@ def test_links_of_the_readme_work_where_it_is_read(hosted, to):
     assert build_docs.relink('[x](00_tour.ipynb#why) [y](../LICENSE)', pages.readme)==f'[x]({to}#why) [y](LICENSE)'
     with pytest.raises(SystemExit, match='nothing at'): pages.readme('gone.ipynb')
 
+def test_every_link_of_the_readme_is_there():
+    "Files, and headings in them, as the repository has them"
+    slug = lambda s: re.sub(r'[^\w\- ]', '', s.lower()).strip().replace(' ', '-')
+    links = [o for o in re.findall(r'\]\(([^)\s]+)\)', (root/'README.md').read_text()) if not re.match(r'\w+:', o)]
+    for f,_,anchor in (o.partition('#') for o in links):
+        assert (root/f).exists(), f
+        if not anchor: continue
+        cells = json.loads((root/f).read_text())['cells']
+        heads = [slug(h) for c in cells if c['cell_type']=='markdown'
+                 for h in re.findall(r'^#+ +(.*)$', ''.join(c['source']), re.M)]
+        assert anchor in heads, (f, anchor)
+    assert len(links)>20
+
 def test_the_build_says_what_it_built(tmp_path, monkeypatch):
     "How many pages, where from here, and how to look at them"
     monkeypatch.chdir(tmp_path)
