@@ -17,6 +17,7 @@ from benchmarks import record
 
 length,rows_a_step = 256,16
 freezing = dict(sampler='top', schedule='shrink', n_active=0.4)
+fast,timed = dict(sampler='uniform', n_active=1., fast='compile'),dict(lr=2e-3, timed=1)
 # ---------------------------------------------------------------------------------------------------------- the data
 def lines(path):
     with (gzip.open if path.suffix=='.gz' else open)(path, 'rt') as f: return [json.loads(o) for o in f]
@@ -178,8 +179,8 @@ def measure(model, found, task, kept, judge, device, full=False, **about):
 # --------------------------------------------------------------------------------------------------------- one run
 def run(job, base, found, own, judge, device):
     "Train an adapter as `job` says, and judge it, and what can be made of it afterwards"
-    start,task,steps,seed,lr = time.time(),job['task'],job['steps'],job['seed'],job['lr']
-    torch.manual_seed(seed)
+    start,task = time.time(),job['task']
+    torch.manual_seed(job['seed'])
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     model.config.use_cache = False
     r = job.get('r', 16)
@@ -188,25 +189,41 @@ def run(job, base, found, own, judge, device):
     for p in model.parameters():
         if p.requires_grad: p.data = p.data.float()
     layers,amp = find_layers(model),torch.autocast(device.split(':')[0], torch.bfloat16)
-    N,points,d = len(layers),[],found['tasks'][task]
+    points,d = [],found['tasks'][task]
+    def note(name, full=False, **kw):
+        with amp: points.append(measure(model, found, task, own[judge], judge, device, full, name=name, **kw))
+    if job.get('base'):
+        with model.disable_adapter(): note('before', full=True)
+    if job.get('timed'): # compile at each number of layers that are trained; no second of it counts
+        begun = [p.detach().clone() for o in layers for p in o.params]
+        descend(job, model, layers, d, own, 24, amp, device)
+        for p,o in zip((p for o in layers for p in o.params), begun): p.data.copy_(o)
+    took = descend(job, model, layers, d, own, job['steps'], amp, device, note)
+    note('trained', full=True)
+    after(job, model, d, own, note, amp, device)
+    if job.get('base') and judge=='test': job['doc_tokens'] = per_document(d['test'], torch.zeros(len(d['test'])))[1]
+    return job | dict(points=points, train_seconds=took, seconds=time.time()-start)
+
+def descend(job, model, layers, d, own, steps, amp, device, note=None):
+    "Train; the seconds that it took, without those of `note`"
+    N,lr,seed = len(layers),job['lr'],job['seed']
     rates = [lr*job.get('falling', 1)**(N-1-i) for i in range(N)]
     groups = [dict(params=o.params, lr=v) for o,v in zip(layers, rates)]
-    opt = torch.optim.AdamW(groups, weight_decay=job.get('decay', 0.))
+    opt = torch.optim.AdamW(groups, weight_decay=job.get('decay', 0.), fused='timed' in job)
     warm = max(1, min(20, steps//5))
     schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda t: min((t+1)/warm, max(0., (steps-t)/(steps-warm))))
-    settings = job.get('ist', dict(sampler='uniform', n_active=1.))
-    ist = IST(model, ISTConfig(**settings, seed=seed), n_steps=steps, parts=[])
+    config = ISTConfig(**job.get('ist', dict(sampler='uniform', n_active=1.)), seed=seed)
+    ist = IST(model, config, n_steps=steps, parts=None if config.fast else [])
     if job.get('keep'): ist.add(Keep(own['pick'], job['keep'], job.get('every', 4)))
     train = d['all'] if 'all' in d and not job.get('apart') else d['train']     # `apart`: some rows choose gates
     def order(n): # of rows, epoch after epoch
         g = torch.Generator().manual_seed(seed)
         while True: yield from torch.randperm(n, generator=g).tolist()
-    rows,took = order(len(train)),time.time()
+    def clock():
+        if device!='cpu': torch.cuda.synchronize()
+        return time.perf_counter()
+    rows,took,begun = order(len(train)),0.,clock()
     if share := job.get('replay', 0): again = order(len(own['pick']['input_ids']))
-    def note(name, full=False, **kw):
-        with amp: points.append(measure(model, found, task, own[judge], judge, device, full, name=name, **kw))
-    if job.get('base'):
-        with model.disable_adapter(): note('before', full=True)
     for t in range(steps):
         b = train.batch(torch.tensor([next(rows) for _ in range(rows_a_step)]), device)
         model.train()
@@ -217,13 +234,13 @@ def run(job, base, found, own, judge, device):
                 (share*4*F.cross_entropy(*labelled(model, b))).backward()
             torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], 1.)
             opt.step(); schedule.step(); opt.zero_grad()
-        if t+1 in {round(steps*o) for o in job.get('stops', ())}: note('stopped early', at=(t+1)/steps)
-    took = time.time()-took
+        if note and t+1 in {round(steps*o) for o in job.get('stops', ())}:
+            took += clock()-begun
+            note('stopped early', at=(t+1)/steps)
+            begun = clock()
+    took += clock()-begun
     ist.close()
-    note('trained', full=True)
-    after(job, model, d, own, note, amp, device)
-    if job.get('base') and judge=='test': job['doc_tokens'] = per_document(d['test'], torch.zeros(len(d['test'])))[1]
-    return job | dict(points=points, train_seconds=took, seconds=time.time()-start)
+    return took
 
 def labelled(model, b):
     counts = b['labels'][:, 1:]!=-100
@@ -295,6 +312,10 @@ plans = dict(
         dict(name='shorter', lr=2e-3, part=0.35, post='s'), dict(name='rank 4', lr=2e-3, r=4, post='s'),
         dict(name='rates falling', lr=2e-3, falling=0.9, post='s'), dict(name='LoRA', lr=5e-4, post='s', **early),
         dict(name='rsLoRA', lr=5e-4, rslora=True, post='s'), dict(name='weight decay', lr=2e-3, decay=0.1, post='s')],
+    seconds=[ # one run at a time on each GPU: give as many workers as GPUs
+        dict(name='LoRA', **timed), *(dict(name='LoRA, fast', part=o, ist=fast, **timed) for o in (0.2, 0.35, 0.6, 1)),
+        *(dict(name='recommended, fast', part=o, ist=freezing | dict(fast=True), **timed) for o in (0.6, 1, 1.6)),
+        *(dict(name='keep 1, fast', part=o, ist=fast, keep=1., **timed) for o in (0.35, 0.6, 1))],
     judge=[ # what `choose` has chosen
         dict(name='LoRA', lr=2e-3, post='slgh'), dict(name='LoRA', lr=1e-3, post='slgh'), *short,
         *(dict(name=f'keep {w}', keep=float(w), **keep) for w in (1, 3, 10)),
@@ -342,7 +363,7 @@ def main(
     data:Path='',         # Folder with `domains`, `commonsense`, `math`, `textbooks` and `textbooks_research`
     model:str="HuggingFaceTB/SmolLM2-135M-Instruct", # A causal language model of the hub, or its folder
     files:str='',         # Tasks of your own in place of DATA: name=FILE, separated by semicolons
-    plan:str='choose',    # choose: many settings; judge: the chosen, on fresh documents; smoke: a few steps
+    plan:str='choose',    # choose: many settings; judge: the chosen, on fresh documents; seconds; smoke: a few steps
     tasks:str='german chat cloze python few', # Which tasks
     seeds:str='0',        # Seeds
     workers:int=1,        # Processes side by side, spread over the GPUs

@@ -125,7 +125,7 @@ def run(switches, data, batch, steps, config, names, checkpointing, seed, folder
     # accelerate's autocast, which it puts around a model once
     for k in ('forward', '_original_forward', '_is_accelerate_prepared'): model.__dict__.pop(k, None)
     t = clock.times
-    res = dict(seconds=(t[-1]-t[warm])/(len(t)-1-warm), peak=max(clock.peaks[warm:], default=None), depth=1.,
+    res = dict(seconds=(t[-1]-t[warm])/(len(t)-1-warm), peak=max(clock.peaks, default=None), depth=1.,
                active=len(switches.layers), share=0.)
     if config is not None:
         d = callbacks[-1]
@@ -146,7 +146,8 @@ def floors(model, tokens, flops):
                 block_bytes=tokens*(4*h+2*kv+2*f)*(2 if gpu else 4))
 
 ours = dict(sampler='depth', scorer='fisher', score_interval=20)
-budget = ours | dict(activation_budget=0.28)   # of what LoRA takes
+budget = dict(activation_budget=0.28)   # of what LoRA takes
+recommended = dict(sampler='top', schedule='shrink', n_active=0.4)     # its first steps train all layers
 lora = LoraConfig(r=32, lora_alpha=64, lora_dropout=0.05, target_modules=where, task_type='CAUSAL_LM')
 variants = {   # name: settings of IST (None: all layers), optimisations, checkpointing
     'LoRA':(None, '', False), 'LoRA, compile+ahead':(None, 'compile ahead', False),
@@ -155,7 +156,9 @@ variants = {   # name: settings of IST (None: all layers), optimisations, checkp
     'RST':(dict(sampler='uniform'), '', False), 'RST, compile+ahead':(dict(sampler='uniform'), 'compile ahead', False),
     'ours':(ours, '', False), 'ours, fold':(ours, 'fold', False), 'ours, fold+compile':(ours, 'fold compile', False),
     'ours, fold+compile+ahead':(ours, 'fold compile ahead', False),
-    'ours, fold+compile+ahead, budget':(budget, 'fold compile ahead', False),
+    'ours, fold+compile+ahead, budget':(ours | budget, 'fold compile ahead', False),
+    'recommended, fold+compile+ahead':(recommended, 'fold compile ahead', False),
+    'recommended, fold+compile+ahead, budget':(recommended | budget, 'fold compile ahead', False),
     'ours, fold+compile+ahead+loss':(ours, 'fold compile ahead loss', False),
     'ours, fold+compile+ahead+fp8':(ours, 'fold compile ahead fp8', False),
     'LoRA, checkpointing':(None, '', True),

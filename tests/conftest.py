@@ -31,11 +31,11 @@ def text_once(monkeypatch):
     text depends on nothing but this key, and that writing it moves no random number"""
     import ist_nb.keep,torch
     real = ist_nb.keep.own_text
-    def own_text(model, tokenizer, *args):
-        key = blake2b(repr((args, tokenizer.chat_template, model.config.to_dict())).encode())
-        for p in model.parameters():
-            if not p.requires_grad: key.update(p.detach().flatten().view(torch.uint8).numpy())
+    def own_text(model, tokenizer, *args, **kwargs):
+        key = blake2b(repr((args, kwargs, tokenizer.chat_template, model.config.to_dict())).encode())
+        for n,p in model.named_parameters():
+            if 'lora_' not in n: key.update(p.detach().flatten().view(torch.uint8).numpy())
         key = key.digest()
-        if key not in texts: texts[key] = real(model, tokenizer, *args)
+        if key not in texts: texts[key] = real(model, tokenizer, *args, **kwargs)
         return {k:v.clone() for k,v in texts[key].items()}
     monkeypatch.setattr(ist_nb.keep, 'own_text', own_text)

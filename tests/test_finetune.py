@@ -1,5 +1,5 @@
 "The command line: bad input is answered by a sentence, good input by a run"
-import errno,json,os,re,shutil,subprocess,sys,time,pytest
+import errno,json,os,re,shutil,subprocess,sys,pytest
 from pathlib import Path
 from types import SimpleNamespace
 from ist_nb import finetune,model,run_folder,runs
@@ -190,9 +190,11 @@ def test_status_and_no_traceback(here, capsys):
     assert main(['--scorer', 'x'])==2 and "scorer='x' is unknown" in capsys.readouterr().err
 
 def test_help_is_fast(here):
-    start = time.perf_counter()
+    "In seconds of the processor, which other work on this machine does not change"
+    def spent(): return sum(os.times()[2:4])    # by children
+    start = spent()
     r = subprocess.run([sys.executable, '-m', 'ist_nb.finetune', '--help'], capture_output=True, text=True)
-    assert time.perf_counter()-start < 3
+    assert spent()-start < 2
     assert r.returncode==0
     assert all(f'--{o} ' in r.stdout for o in ('model', 'data', 'n_active', 'explore', 'output_dir', 'help_all'))
 

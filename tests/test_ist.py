@@ -3,6 +3,7 @@ import pytest,torch
 from peft import LoraConfig,get_peft_model
 from torch import nn
 from ist_nb import IST,ISTCallback,ISTConfig,ISTError
+from ist_nb.config import shrunk
 
 class Block(nn.Module):
     def __init__(self): super().__init__(); self.up = nn.Linear(4, 4)
@@ -36,6 +37,19 @@ def test_every_layer_gets_its_share():
     pi,n = inclusion_probabilities(torch.sigmoid(ist.importance), 2),4000
     f = steps(ist, n).times_active/n
     assert ((f-pi).abs() <= 4.5*(pi*(1-pi)/n).sqrt()).all(), (f, pi)
+
+def test_the_callback_knows_how_long_the_run_is(tmp_path):
+    "With schedule='shrink' the number of layers falls over the steps of the Trainer, not over more or fewer"
+    from datasets import Dataset
+    from transformers import Trainer,TrainingArguments
+    from benchmarks.kill_points import rows,tiny_model
+    args = TrainingArguments(str(tmp_path), max_steps=6, report_to='none', save_strategy='no', use_cpu=True,
+                             disable_tqdm=True)
+    cb = ISTCallback(ISTConfig(n_active=2, sampler='top', schedule='shrink'))
+    Trainer(tiny_model(), args, train_dataset=Dataset.from_list(rows()), callbacks=[cb]).train()
+    want = torch.zeros(4, dtype=torch.long)
+    for t in range(6): want[-shrunk(2, 4, t, 6):] += 1
+    assert torch.equal(cb.ist.times_active, want)
 
 def test_callback_refuses_a_model_without_adapters():
     with pytest.raises(ISTError, match='get_peft_model'):

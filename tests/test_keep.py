@@ -221,6 +221,7 @@ def test_a_price_that_makes_no_sense_is_refused(price):
 def test_the_benchmark_runs(tmp_path):
     "On a model and a task of one's own, from the command line; a run that is known is not made again"
     import json,subprocess,sys
+    from collections import Counter
     from ist_nb.model import assets
     file,out = tmp_path/'sun.jsonl',tmp_path/'out.json'
     rows = [dict(text=f'The sun is a star and the moon is not. {i} '*50) for i in range(60)]
@@ -230,9 +231,12 @@ def test_the_benchmark_runs(tmp_path):
     said = [subprocess.run(command, check=True, capture_output=True, text=True).stdout for _ in range(2)]
     run, = json.loads(out.read_text())['runs']
     assert '1 runs, data ready' in said[0] and '0 runs, data ready' in said[1]
-    names = 'before; trained; faded; faded, one gate a layer; the same, layers shuffled; faded, modules shuffled'
-    assert [o['name'] for o in run['points']]==names.split('; ') and run['points'][0]['kl']==0<run['points'][1]['kl']
-    assert len(run['points'][2]['gates'])==16*7
+    made = Counter(o['name'] for o in run['points'])
+    assert made==Counter({'before':1, 'trained':1, 'scaled':5, 'line, top kept':3, 'line, bottom kept':3,
+        'two numbers':6, 'faded':1, 'faded, one gate a layer':1, 'the same, layers shuffled':1,
+        'faded, modules shuffled':1})
+    assert run['points'][0]['kl']==0<run['points'][1]['kl']
+    assert len(next(o for o in run['points'] if o['name']=='faded')['gates'])==16*7
 
 def test_zero_grad_before_backward_is_refused():
     "It would take away what Keep has added, without a word"

@@ -446,12 +446,14 @@ def test_optimizer_state_resumes(how):
                   optimizer=opt)
         if how=='offload':
             ist.moments = OptimizerState(opt, ist.layers, how, away=torch.clone, back=lambda t, home: t.clone())
+            ist.add(ist.moments)
         return model,opt,ist
     def go(model, opt, ist, steps):
         for t in steps:
             torch.manual_seed(t)
             with ist.step(): model(**batch(seed=t)).loss.backward(); opt.step(); opt.zero_grad()
     first = start(); go(*first, range(7))
+    assert how!='offload' or first[2].moments.resting
     saved = copy.deepcopy((first[0].state_dict(), first[1].state_dict(), first[2].state_dict()))
     trained = {i for i,n in enumerate(first[2].times_active) if n}
     held = len(saved[1]['state'])//len(first[2].layers[0].params)
