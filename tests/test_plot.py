@@ -188,17 +188,17 @@ def made(importance, times=None, t=100, **kw):
 def test_titles_follow_the_numbers():
     def title(fig): return fig.get_suptitle().replace('\n', ' ')
     def times(*counts): return title(P.plot_times_active(made([0.]*4, list(counts), 2000)))
-    assert title(P.plot_importance(made([-2., 0., 0., 3., 3.1])))=='Layers 3 and 4 matter most, layer 0 least'
-    assert times(100, 900, 500, 500)=='Layer 1 more often, layer 0 less often than by chance'
-    assert times(500, 510, 490, 500)=='Every layer was trained about as often as by chance'
+    assert title(P.plot_importance(made([-2., 0., 0., 3., 3.1])))=='No layer stands out from chance'
+    assert times(100, 900, 500, 500)=='Trained more often than by chance: layer 1; less often: layer 0'
+    assert times(500, 510, 490, 500)=='No layer stands out from chance'
     frozen = made([0.]*4, [1, 4, 9, 20], 20, config=dict(sampler='top'), history=[])
-    assert title(P.plot_times_active(frozen))=='Layer 3 in 20 of 20 steps, layer 0 in 1: lower layers are frozen'
+    assert title(P.plot_times_active(frozen))=='Lower layers are frozen: layer 3 in 20 of 20 steps, layer 0 in 1'
     # nothing was scored: no empty half, and no word of chance
     alone = P.plot_importance(frozen, 'a run')
     assert len(alone.axes)==1
     assert alone.axes[0].get_title('left')=='a run'
     assert 'chance' not in alone.axes[0].get_legend_handles_labels()[1][0]
-    assert 'importance' not in P.layer_table(frozen) and P.layer_table(frozen).splitlines()[-1].split()[:2]==['3', '20']
+    assert 'importance' not in P.layer_table(frozen) and P.layer_table(frozen).splitlines()[-2].split()[:2]==['3', '20']
 
 def test_uniform_sampling_stays_within_the_band():
     "Of runs of RST, 95 in 100 have all layers inside; a little more, as the counts of the layers are not independent"
@@ -209,6 +209,29 @@ def test_uniform_sampling_stays_within_the_band():
         count = np.bincount(n.ravel(), minlength=16)
         inside += ((low<=count) & (count<=high)).all()
     assert 0.93*300<=inside<300
+
+def drawn(sampler, importance, t=300, n=4, **kw):
+    "The state of a run of `t` steps in which `sampler` met this importance at every step"
+    import torch
+    from ist_nb.config import ISTConfig,samplers
+    cfg,g = ISTConfig(sampler=sampler, n_active=n, **kw),torch.Generator().manual_seed(0)
+    I,count = torch.tensor(importance),torch.zeros(len(importance), dtype=torch.long)
+    for _ in range(t): count[samplers[sampler](I, n, cfg, g)] += 1
+    return made(importance, count.tolist(), t, config=dict(sampler=sampler, n_active=n, explore=cfg.explore,
+                                                           depth=cfg.depth))
+
+@pytest.mark.parametrize('sampler', ['uniform', 'importance', 'depth'])
+def test_what_stands_out_from_chance(sampler):
+    "Equal importance, or importance that no draw follows, is chance; a planted layer is named"
+    equal = drawn(sampler, [0.]*16)
+    said = [P._finding(equal), P._live_line(equal | dict(importance=range(16))), P.layer_table(equal),
+            P.plot_importance(equal).get_suptitle(), P.plot_times_active(equal).get_suptitle()]
+    assert all('no layer stands out from chance' in o.lower() for o in said), said
+    assert P._finding(equal | dict(importance=[5.]+[-5.]*15))==P._finding(equal)
+    planted = drawn('importance', [0.]*5+[4.]+[0.]*10)
+    found = P._finding(planted)
+    assert found.startswith('Trained more often than by chance: layer 5'), (found, planted['times_active'])
+    assert P.layer_table(planted).endswith(found)
 
 def test_stacks_with_budgets_of_their_own():
     s = made([0.]*4, [50, 50, 100, 100], 100) | dict(layers=['encoder.0', 'encoder.1', 'decoder.0', 'decoder.1'],
@@ -223,7 +246,7 @@ def test_stacks_with_budgets_of_their_own():
 def test_states_at_the_edge(s):
     for f in (P.plot_importance, P.plot_times_active): f(s).canvas.draw()
     for f in (P.layer_table, P._live_line): assert f(s)
-    assert len(P.layer_table(s).splitlines())==1+len(s['layers'])
+    assert len(P.layer_table(s).splitlines())==2+len(s['layers'])
 
 # --- live pictures
 def test_live_picture_is_replaced_in_place(monkeypatch):

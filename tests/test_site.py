@@ -121,10 +121,23 @@ def test_links_of_the_readme_work_where_it_is_read(hosted, to):
     from types import SimpleNamespace as Of
     root = Path(build_docs.__file__).parent.parent
     cfg = Of(config_path=root, nbs_path=root/'nbs', doc_host='https://a.io', doc_baseurl='/b', hosted=hosted,
-             readme_nb='index.ipynb')
+             home_nb='index.ipynb')
     pages = build_docs.Pages(cfg, [Path('00_tour.ipynb')])
     assert build_docs.relink('[x](00_tour.ipynb#why) [y](../LICENSE)', pages.readme)==f'[x]({to}#why) [y](LICENSE)'
     with pytest.raises(SystemExit, match='nothing at'): pages.readme('gone.ipynb')
+
+def test_every_link_of_the_readme_is_there():
+    "Files, and headings in them, as the repository has them"
+    slug = lambda s: re.sub(r'[^\w\- ]', '', s.lower()).strip().replace(' ', '-')
+    links = [o for o in re.findall(r'\]\(([^)\s]+)\)', (root/'README.md').read_text()) if not re.match(r'\w+:', o)]
+    for f,_,anchor in (o.partition('#') for o in links):
+        assert (root/f).exists(), f
+        if not anchor: continue
+        cells = json.loads((root/f).read_text())['cells']
+        heads = [slug(h) for c in cells if c['cell_type']=='markdown'
+                 for h in re.findall(r'^#+ +(.*)$', ''.join(c['source']), re.M)]
+        assert anchor in heads, (f, anchor)
+    assert len(links)>20
 
 def test_the_build_says_what_it_built(tmp_path, monkeypatch):
     "How many pages, where from here, and how to look at them"
@@ -136,3 +149,67 @@ def test_the_build_says_what_it_built(tmp_path, monkeypatch):
     assert build_docs.write_readme(tmp_path/'README.md', 'a').endswith('anew')
     assert (tmp_path/'README.md').read_text()=='a'
     assert build_docs.write_readme(tmp_path/'README.md', 'a').endswith('up to date')
+
+@needs_browser
+@pytest.mark.parametrize('width', [360, 768, 1280, 1920])
+def test_the_first_screen(site, width):
+    """What it is, two buttons and both loops, before the first heading; the loops move only for those who allow it,
+    and can be stopped"""
+    html = (site/'index.html').read_text()
+    assert html.count('images/keep.png')==1 and html.index('class="loops"')<html.index('<h2')
+    moving = "document.querySelector('.loops').getAnimations({subtree: true}).map(o => o.playState)"
+    seen = "[...document.querySelectorAll('.hero .md-button')].map(o => o.getBoundingClientRect().bottom)"
+    with check_site.served(site) as base, check_site.browser() as b:
+        for motion in ('reduce', 'no-preference'):
+            page = b.new_context(reduced_motion=motion, viewport=dict(width=width, height=900)).new_page()
+            page.goto(f'{base}index.html')
+            bottoms,states = page.evaluate(seen),page.evaluate(moving)
+            assert len(bottoms)==2 and max(bottoms)<800
+            assert bool(states)==(motion!='reduce') and set(states)<={'running'}
+        page.locator('.loops-box label').click()
+        assert set(page.evaluate(moving))=={'paused'}
+
+@needs_browser
+def test_pictures_are_no_light_slabs_on_a_dark_page(site):
+    "White turns into the page; a map of colours, which the page names, keeps them on a quiet panel"
+    how = """[...document.querySelectorAll('article img')].map(o => [o.classList.contains('map'),
+        getComputedStyle(o).mixBlendMode, getComputedStyle(o).filter.split('(')[0]])"""
+    with check_site.served(site) as base, check_site.browser() as b:
+        page = b.new_context(color_scheme='dark').new_page()
+        page.goto(f'{base}plot.html')
+        found = {tuple(o) for o in page.evaluate(how)}
+    assert found=={(True, 'normal', 'brightness'), (False, 'screen', 'invert')}
+
+_quarto = '''#!{python}
+"As Quarto does: first the project's pre-render command, and nothing more where that fails"
+import subprocess,sys,yaml
+first = yaml.safe_load(open('_quarto.yml'))['project']['pre-render']
+sys.exit(subprocess.run(first.replace('python', sys.executable, 1), shell=True).returncode)
+'''
+
+def test_nbdev_commands_leave_the_tree_clean(tmp_path):
+    "nbdev_prepare works; nbdev_docs and nbdev_preview say what to type instead; nbdev's own settings are up to date"
+    import os,shutil
+    repo,tools = tmp_path/'repo',tmp_path/'bin'
+    (repo/'nbs').mkdir(parents=True); (repo/'tools').mkdir(); tools.mkdir()
+    for o in '''.gitignore settings.ini pyproject.toml setup.py README.md tools/no_quarto.py nbs/28_config.ipynb
+                nbs/index.ipynb'''.split():
+        shutil.copy(root/o, repo/o)
+    for o in (root/'nbs').glob('*.*'):
+        if o.suffix in ('.yml', '.css') and o.name!='sidebar.yml': shutil.copy(o, repo/'nbs')
+    shutil.copytree(root/'ist_nb', repo/'ist_nb', ignore=shutil.ignore_patterns('__pycache__', 'assets'))
+    shutil.copytree(root/'benchmarks'/'results', repo/'benchmarks'/'results')       # the home page shows a run
+    (tools/'quarto').write_text(_quarto.format(python=sys.executable))
+    (tools/'quarto').chmod(0o755)
+    env = os.environ | dict(PATH=os.pathsep.join([str(tools), str(Path(sys.executable).parent), os.environ['PATH']]),
+                            PYTHONPATH=str(repo))
+    def run(*cmd): return subprocess.run(cmd, cwd=repo, env=env, capture_output=True, text=True)
+    def git(*args): return run('git', '-c', 'user.name=a', '-c', 'user.email=a@b.c', *args).stdout
+    git('init', '-q'); git('add', '-A'); git('commit', '-qm', 'as it is')
+    os.utime(repo/'README.md', (0, 0))      # older than its notebook, as a fresh clone may have it
+    for cmd in 'nbdev_prepare nbdev_docs nbdev_preview'.split():
+        res = run(cmd)
+        said = res.stdout+res.stderr
+        assert 'python tools/build_docs.py' in said and 'Traceback' not in said, (cmd, said)
+        if cmd=='nbdev_prepare': assert res.returncode==0 and 'Success' in said, said
+        assert not git('status', '--short'), (cmd, git('status', '--short'), git('diff'))

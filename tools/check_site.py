@@ -51,7 +51,7 @@ _look = """() => {
   out.broken_formulas = document.querySelectorAll('.katex-error').length
   const pics = [...document.querySelectorAll('article img, article svg[role=img]')]
   out.pictures = pics.length
-  out.no_alt = pics.filter(o => !(o.getAttribute('alt') || '').trim()).map(o => o.getAttribute('src'))
+  out.no_alt = pics.filter(o => !(o.getAttribute('alt') || o.ariaLabel || '').trim()).map(o => o.getAttribute('src'))
   out.not_loaded = [...document.querySelectorAll('img')].filter(o => o.loading != 'lazy' && !o.naturalWidth)
     .map(o => o.getAttribute('src'))
   out.unlabelled = [...document.querySelectorAll('article input:not([type=checkbox])')].length
