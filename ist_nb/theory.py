@@ -143,13 +143,13 @@ def guarantee(
         raise ISTError(f"Nothing is known of sampler={sampler!r}: find its smallest probability and use "
                        "corollary1_bound.")
     stacks = [(config.n_active[k], N[k]) for k in N] if several else [(config.n_active, N)]
-    kappa = _least_ratio(config, sum(o for _,o in stacks), m) if sampler=='importance' else 0.
-    found = []
+    total,found = sum(o for _,o in stacks),[]
     for n,N in stacks:
         mean = _layer_count(n, N)
         n = 1 if config.schedule=='shrink' else mean   # the fewest of any step
         pi = (n/N if sampler=='uniform' else config.explore*n/N if sampler=='depth'   # the steps that train all
-              else float(n==N) if sampler=='top' else floor_probability(config.explore, n, N, kappa))   # top: for good
+              else float(n==N) if sampler=='top'   # the lowest layer freezes for good
+              else floor_probability(config.explore, n, N, _least_ratio(config, total, m)))
         found.append((n, pi, mean/N))
     n,pi,rst = zip(*found)
     return dict(n=sum(n), pi_min=min(pi), rst=min(rst), constant=min(rst)/min(pi) if min(pi) else math.inf)

@@ -230,6 +230,8 @@ def test_theorem6_without_momentum():
     with pytest.raises(ValueError, match='the theorem needs'): momentum_bound(1., 1., 0.5, 1, 0., 0.5, 0.25)
     assert near(momentum_bound(1., 1., 0.5, 1, 0., 0.5, 1.), 4/(1.5-0.5-0.5))
     with pytest.raises(ValueError, match='the theorem needs'): momentum_bound(1., 1., -0.5, 1, 0., 0.5, 1.)
+    assert momentum_bound(1., 1., 0.66, 1, 0., 0.5, 1.)>0                      # γ + 2γ < 2 ends at 2/3
+    with pytest.raises(ValueError, match='the theorem needs'): momentum_bound(1., 1., 0.67, 1, 0., 0.5, 1.)
 
 def test_line6_attained():
     "A constant gradient without noise: in the long run the momentum is the gradient, and line 6 is an equality"
