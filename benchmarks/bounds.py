@@ -46,8 +46,8 @@ def changes(node):
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.args and node.func.attr in (
             'sqrt', 'log1p', 'expm1', 'exp'): yield f'without {node.func.attr}',node.args[0]
 
-def mutants(source):
-    "The name of a function, what was changed, and the new text of the function"
+def mutants(source, texts=True):
+    "The name of a function, what was changed, and the new text of the function, unless no `texts` are wanted"
     for f in functions(ast.parse(source)):
         if f.name in exact: continue
         for at,(_,_,_,node) in enumerate(places(f)):
@@ -55,12 +55,16 @@ def mutants(source):
             if isinstance(node, ast.Return) and not ast.unparse(node.value).startswith('dict('):
                 found += [(f'result times {k}', ast.Return(times(node.value, k))) for k in (0.5, 2)]
             for what,new in found:
+                said = f'{what}, in {ast.unparse(node)[:80]}'
+                if not texts:
+                    yield f.name,said,None
+                    continue
                 g = copy.deepcopy(f)
                 parent,name,j,_ = next(o for k,o in enumerate(places(g)) if k==at)
                 if parent is None: g.body[f.body.index(node)] = new
                 elif j is None: setattr(parent, name, new)
                 else: getattr(parent, name)[j] = new
-                yield f.name,f'{what}, in {ast.unparse(node)[:80]}',ast.unparse(ast.fix_missing_locations(g))
+                yield f.name,said,ast.unparse(ast.fix_missing_locations(g))
 
 def tests_of(name, source, text):
     "The tests of `text` that use a function, or one that calls it; all of them for ''"

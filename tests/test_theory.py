@@ -371,3 +371,12 @@ def test_one_number_for_all_is_best():
     assert best_gates(c, H)[0].tolist()==[0., 1.] and best_gates(c, H)[1]==0.5
     gates,gain = best_gates(c, H, torch.ones(2, 1))
     assert gates.tolist()==[0.75, 0.75] and gain==0.125
+
+def test_every_planted_change_was_seen():
+    "`python -m benchmarks bounds` has planted all that it would plant today, and a test saw each"
+    from benchmarks import bounds,record
+    rows = record.read('bounds')['rows']
+    source = (record.root/'ist_nb'/'theory.py').read_text()
+    planted = {(name, what) for name,what,_ in bounds.mutants(source, texts=False)}
+    assert {(o['function'], o['change']) for o in rows}==planted, 'run python -m benchmarks bounds'
+    assert [o for o in rows if o['outcome']!='killed']==[]
