@@ -1,4 +1,4 @@
-"What a frozen prefix costs: steps of pico that train the layers from k up, from the text and from the states entering k"
+"What a frozen prefix costs: steps of pico that train the layers from k up, from the text and from the states below"
 import statistics,time
 from pathlib import Path
 import torch
