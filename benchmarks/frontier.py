@@ -8,7 +8,7 @@ import numpy as np
 from scipy.stats import t as student,ttest_1samp
 from benchmarks.record import read,results
 
-def _plain(r): return not r.get('keep') and not r.get('replay')
+def _plain(r): return not (r.get('keep') or r.get('replay') or r.get('ist'))
 def _held(r): return r.get('keep') and not r.get('ist')
 families = {    # by name: which runs, and which of their points beside the adapter as trained
     'LoRA':                  (_plain, ('stopped early',)),
@@ -22,6 +22,7 @@ families = {    # by name: which runs, and which of their points beside the adap
     'replay':                (lambda r: r.get('replay'), ('scaled',)),
     'Keep':                  (_held, ('scaled',)),
     'Keep, faded':           (_held, ('faded',)),
+    'freezing':              (lambda r: r.get('ist') and not r.get('keep'), ('scaled',)),
     'Keep and freezing':     (lambda r: r.get('keep') and r.get('ist'), ('scaled',))}
 
 def setting(r): # of a run, without its seed and what it led to
@@ -137,7 +138,8 @@ said = {
     'LoRA, by depth': 'LoRA, scaled by depth (as LiNeS)', 'LoRA, faded': 'LoRA, `fade`: a gate a module',
     'gates shuffled': 'the same gates, shuffled', 'a gate a layer': 'a gate a layer',
     'LoRA, trained on': 'LoRA, 16 or 64 more steps with the penalty', 'replay': 'LoRA with replay',
-    'Keep': 'LoRA with `Keep`', 'Keep and freezing': 'progressive freezing with `Keep`'}
+    'freezing': 'progressive freezing, scaled', 'Keep': 'LoRA with `Keep`',
+    'Keep and freezing': 'progressive freezing with `Keep`'}
 
 def table_of(model, give_up=0.05, beside='LoRA, scaled', have=tuple(tasks)):
     "Markdown: the divergence of each family at equal task loss, and its ratio to one of them"
@@ -188,3 +190,14 @@ def picture(model, shown=drawn, have=tuple(tasks), width=8.):
         for ax in np.atleast_1d(axes): seen |= dict(zip(*reversed(ax.get_legend_handles_labels())))
         fig.legend(seen.values(), seen.keys(), loc='outside lower left', ncols=3)
     return fig
+
+def main(
+    model:str='SmolLM2-135M-Instruct', # Whose runs
+    tasks:str='german chat', # Which tasks
+):
+    "Draw the picture of the home page"
+    from PIL import Image
+    from benchmarks.record import root
+    out = root/'nbs'/'images'/'keep.png'
+    picture(model, have=tasks.split()).savefig(out, dpi=150)
+    Image.open(out).convert('P', palette=Image.Palette.ADAPTIVE, colors=64).save(out, optimize=True)
