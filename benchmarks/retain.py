@@ -316,6 +316,8 @@ plans = dict(
         dict(name='LoRA', **timed), *(dict(name='LoRA, fast', part=o, ist=fast, **timed) for o in (0.2, 0.35, 0.6, 1)),
         *(dict(name='recommended, fast', part=o, ist=freezing | dict(fast=True), **timed) for o in (0.6, 1, 1.6)),
         *(dict(name='keep 1, fast', part=o, ist=fast, keep=1., **timed) for o in (0.35, 0.6, 1))])
+found_out = 'points', 'doc_tokens', 'train_seconds', 'seconds', 'call'     # of a run, beside what the job says
+
 def jobs(plan, tasks, seeds, name=''):
     "What is run, all of one seed and then of the next; the first of each task also looks at the model before"
     res,seen = [],set()
@@ -345,12 +347,12 @@ def chosen_jobs(name, task, give_up=(0.05, 0.1)):
     if not any('base' in r for r in runs): sys.exit(f'Nothing is chosen for {task} and {name}: first `--plan choose`.')
     post = {'LoRA, scaled':'s', 'LoRA, by depth':'l', 'LoRA, trained on':'h', 'LoRA, faded':'g', 'a gate a layer':'g',
             'gates shuffled':'g', 'LoRA':'', 'Keep, faded':None}
-    left = 'points', 'doc_tokens', 'train_seconds', 'seconds', 'seed', 'base', 'task'
     res = {}
     for family in frontier.families:
         if (letter := post.get(family, 's')) is None: continue
         for k in filter(None, (frontier.chosen(runs, family, task, o) for o in give_up)):
             res.setdefault(k, set()).update(letter)
+    left = *found_out,'seed','base','task'
     by = {frontier.setting(r):{k:v for k,v in r.items() if k not in left} for r in runs}
     jobs = [by[k] | dict(post=''.join(o for o in 'slgh' if o in v)) for k,v in res.items()]
     return sorted(jobs, key=heavy, reverse=True)
@@ -398,8 +400,8 @@ def main(
     files = dict(o.split('=', 1) for o in files.split(';') if o)
     if not files and not data: sys.exit('Give DATA, or --files name=FILE.')
     out = out or record.results/f"retain_{plan}_{model.rstrip('/').split('/')[-1]}.json"
-    runs = json.loads(out.read_text())['runs'] if out.exists() else []
-    found_out = 'points', 'doc_tokens', 'train_seconds', 'seconds'
+    earlier = json.loads(out.read_text()) if out.exists() else dict(runs=[], calls=[])
+    runs,calls = earlier['runs'],earlier['calls']
     def key(job): return json.dumps({k:job[k] for k in sorted(job) if k not in found_out})
     known = set(map(key, runs))
     todo = jobs(plan, list(files) or tasks.split(), list(map(int, seeds.split())), model.rstrip('/').split('/')[-1])
@@ -413,7 +415,8 @@ def main(
     for o in pool: o.start()
     head = record.about('Loss on a task and divergence from the model before, of adapters trained, scaled and faded in '
                         'many ways', gpu=n_gpus>0, DATA=str(data), MODEL=model)
-    head['model'] = model.rstrip('/').split('/')[-1]
+    calls.append({k:head[k] for k in ('command', 'date', 'hardware', 'versions')})
+    head = {k:earlier.get(k, v) for k,v in head.items()} | dict(model=model.rstrip('/').split('/')[-1], calls=calls)
     while True:
         left = seconds-(time.time()-start)
         while flying<workers and (o := next((o for o in todo if longest[heavy(o)]<left), None)):
@@ -424,7 +427,7 @@ def main(
         r = done.get()
         flying -= 1
         if 'error' in r: print('FAILED', r['job'], r['error'], flush=True); continue
-        runs.append(r)
+        runs.append(r | dict(call=len(calls)-1))
         longest[heavy(r)] = max(0.9*longest[heavy(r)], r['seconds'])
         record.save(out, head, indent=None, runs=runs)
         o = next(o for o in r['points'] if o['name']=='trained')
