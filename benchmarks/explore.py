@@ -7,7 +7,7 @@ import torch
 from scipy.stats import t as student
 from ist_nb.config import ISTConfig,samplers,shrunk
 from ist_nb.probe import generator_for
-from benchmarks.quality import contenders,every
+from benchmarks.quality import chosen,contenders,every
 from benchmarks.record import read
 
 N = 16      # layers of both models
@@ -30,13 +30,6 @@ texts = [('larger', 'domain', 'Anatomy', False), ('larger', 'book', 'History', F
          ('pico', 'book', 'Physics', False), ('pico', 'domain', 'History', False),
          ('larger', 'book', 'History', True), ('larger', 'domain', 'Anatomy', True),
          ('pico', 'book', 'Physics', True)]
-
-def chosen(bench, task, regime):
-    "Runs by method and seed, each method at the learning rate that was best on the first seed's validation rows"
-    runs,rate = [r for r in bench['runs'] if (r['task'], r['regime'])==(task, regime)],{}
-    for r in sorted(runs, key=lambda r: -r['stopped']['valid']):
-        if r['seed']==0: rate[r['method']] = r['lr']
-    return {m:{r['seed']:r for r in runs if (r['method'], r['lr'])==(m, lr)} for m,lr in rate.items()}
 
 def settings_of(method): return ISTConfig(**(contenders[method][0] or every))
 
@@ -83,7 +76,7 @@ def one_text(scale, task, title, few):
     "All runs of one model on one text that have three seeds or more"
     bench = read(f'quality_{scale}')
     s,regime = bench['settings'],'repeated' if few else 'full'
-    found = [chosen(bench, task, o) for o in ([regime] if few else [regime, 'short'])]
+    found = [chosen(bench)[task, o] for o in ([regime] if few else [regime, 'short'])]
     lora = list(found[0]['LoRA'].values())
     # LoRA's seconds by the call of the bench: a run is compared with LoRA on the same machine
     unit = {c:mean(r['seconds'] for r in lora if r['call']==c) for c in {r['call'] for r in lora}}

@@ -3,7 +3,7 @@ import json,re,pytest,torch
 from pathlib import Path
 from statistics import mean
 from benchmarks import explore
-from benchmarks.quality import contenders
+from benchmarks.quality import best_rates,contenders
 from benchmarks.record import read
 from ist_nb import IST,ISTConfig
 from test_numbers import quality
@@ -43,8 +43,14 @@ def test_losses_and_memory():
         else: assert r['memory'][0]==pytest.approx(mean(o['peak'] for o in runs.values())
                                                    /mean(o['peak'] for o in lora.values()), abs=1e-4)
 
+def test_learning_rates():
+    "Each is the one whose best step was best on validation rows, with the first seed"
+    for t,given,r in cells:
+        run = runs_of(given, r)[0][0]
+        assert r['rate']==best_rates(read(f'quality_{given[0]}')['runs'])[run['method'], run['task'], run['regime']]
+
 def test_time():
-    "As the page on quality has it, where a run is as long as the whole run of LoRA; LoRA itself is 1"
+    "As the page on two small models has it, where a run is as long as the whole run of LoRA; LoRA itself is 1"
     seen = 0
     for t,given,r in cells:
         runs,*_ = runs_of(given, r)

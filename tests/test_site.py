@@ -99,6 +99,18 @@ def test_alt_text():
     assert build_docs.alt_text({}, above)=='What the floor does to x'
     assert build_docs.alt_text({}, '')==''
 
+def test_tables_of_numbers():
+    "A column of numbers is aligned right unless its author aligned one; a folded output is a folded note"
+    table = ('| a | b | c | d |\n|---|---|---|---|\n| x, 2.0 | -0.129 ± 0.004 * | | 3 of 4 |\n'
+             '| y | 12% | 1.5x | never |\n')
+    want = table.replace('|---|---|---|---|', '|---|---:|---:|---|')
+    assert build_docs.aligned(table+'\ntext')==want+'\ntext'
+    assert build_docs.aligned(own := table.replace('---|---|\n', '---:|---|\n'))==own
+    cell = dict(cell_type='code', source='#| echo: false\n#| output-fold: All of it', metadata={},
+                outputs=[dict(output_type='display_data', data={'text/markdown':table})])
+    from fastcore.all import dict2obj
+    assert build_docs.cell2md(dict2obj(cell), 'page', None, 0).startswith('??? table "All of it"\n\n    | a | b')
+
 def test_outputs():
     "Long lines of an output are broken, and what says nothing about a function is not said"
     out = lambda text: build_docs.out2md(dict(output_type='stream', text=text), 'a', None, '0', False)
