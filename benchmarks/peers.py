@@ -101,6 +101,7 @@ def data_of(spec, packed=False, labels=False):
 def arguments(cls, spec, steps, **kwargs):
     cuda = spec['device']=='cuda'
     shared = dict(max_steps=steps, per_device_train_batch_size=spec['batch'], learning_rate=1e-4, bf16=cuda,
+                  gradient_accumulation_steps=1,   # Unsloth's default is 2
                   gradient_checkpointing=spec['checkpointing'], report_to='none', logging_steps=10, disable_tqdm=True,
                   save_strategy='no', seed=0, use_cpu=not cuda)
     kwargs = shared | kwargs
@@ -146,6 +147,8 @@ def all_steps(spec): return warm+spec['rounds']*(spec['steps']+settle)
 
 def told(spec, turn, trainer):
     "The whole run of a trainer whose clock hands over between rounds"
+    rows = trainer.args.per_device_train_batch_size*trainer.args.gradient_accumulation_steps
+    if rows!=spec['batch']: raise ValueError(f"a step has {rows} rows in place of {spec['batch']}")
     found = quiet(trainer).train()
     turn.tell(done=True, loss=found.training_loss)
 

@@ -5,6 +5,7 @@ few rows. On a CPU it runs on pico; with a GPU it first pretrains a model of 50 
 DATA holds `textbooks`, `textbooks_research` and `commonsense`. Runs go side by side in processes, results are saved as
 they come, and a run that is known is not run again. `--plan alone --workers 1` measures seconds and bytes."""
 import gzip,json,statistics,sys,tempfile,time
+from collections import defaultdict
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
@@ -409,6 +410,17 @@ plans = dict(
     alone=plan_of((alone, 2)), optimisations=plan_of((optimisations, 5)))
 
 def key_of(r): return r['method'],r['task'],r['regime'],r['lr'],r['seed']
+
+def chosen(bench):
+    "Runs by (task, regime), method and seed, each method at the learning rate at which its best step is best"
+    rate,res = {},defaultdict(lambda: defaultdict(dict))
+    for r in bench['runs']:
+        k = r['task'],r['regime'],r['method']
+        if r['seed']==0 and (k not in rate or r['stopped']['valid']<rate[k][0]): rate[k] = r['stopped']['valid'],r['lr']
+    for r in bench['runs']:
+        k = r['task'],r['regime'],r['method']
+        if r['lr']==rate[k][1]: res[k[:2]][k[2]][r['seed']] = r
+    return res
 
 def main(
     data:Path,            # Folder with `textbooks`, `textbooks_research` and `commonsense`

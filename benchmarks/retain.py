@@ -315,24 +315,49 @@ plans = dict(
     seconds=[ # one run at a time on each GPU: give as many workers as GPUs
         dict(name='LoRA', **timed), *(dict(name='LoRA, fast', part=o, ist=fast, **timed) for o in (0.2, 0.35, 0.6, 1)),
         *(dict(name='recommended, fast', part=o, ist=freezing | dict(fast=True), **timed) for o in (0.6, 1, 1.6)),
-        *(dict(name='keep 1, fast', part=o, ist=fast, keep=1., **timed) for o in (0.35, 0.6, 1))],
-    judge=[ # what `choose` has chosen
-        dict(name='LoRA', lr=2e-3, post='slgh'), dict(name='LoRA', lr=1e-3, post='slgh'), *short,
-        *(dict(name=f'keep {w}', keep=float(w), **keep) for w in (1, 3, 10)),
-        dict(name='rank 4', lr=2e-3, r=4, post='s'), dict(name='LoRA', lr=5e-4, post='s'),
-        dict(name='freezing, keep 1', keep=1., ist=freezing, **keep)])
-def jobs(plan, tasks, seeds):
+        *(dict(name='keep 1, fast', part=o, ist=fast, keep=1., **timed) for o in (0.35, 0.6, 1))])
+found_out = 'points', 'doc_tokens', 'train_seconds', 'seconds', 'call'     # of a run, beside what the job says
+
+def jobs(plan, tasks, seeds, name=''):
     "What is run, all of one seed and then of the next; the first of each task also looks at the model before"
     res,seen = [],set()
+    found = {t:chosen_jobs(name, t) for t in tasks} if plan=='judge' else {t:wanted(plan, t) for t in tasks}
     for seed in seeds:
-        for o in plans[plan]:
-            part,on = o.get('part', 1),o.get('on', 'many')
+        for i in range(max(map(len, found.values()))):
             for t in tasks:
-                if ('few' if t=='few' else 'many') not in on: continue
-                job = {k:v for k,v in o.items() if k not in ('part', 'on')}
-                res.append(dict(task=t, steps=round(standard.get(t, 250)*part), seed=seed) | job)
+                if i>=len(found[t]): continue
+                res.append(dict(task=t, seed=seed) | found[t][i])
                 if t not in seen: res[-1]['base'] = 1; seen.add(t)
     return res
+
+def wanted(plan, task):
+    "The jobs of a plan that are for a task"
+    res = []
+    for o in plans[plan]:
+        job = {k:v for k,v in o.items() if k not in ('part', 'on')} | dict(
+            steps=round(standard.get(task, 250)*o.get('part', 1)))
+        if ('few' if task=='few' else 'many') in o.get('on', 'many'): res.append(job)
+    return res
+
+def chosen_jobs(name, task, give_up=(0.05, 0.1)):
+    "What stands for some family of `frontier`, by the runs of `choose`, at a level; no more is done after training"
+    from benchmarks import frontier
+    runs,_ = frontier.found(name)
+    runs = [r for r in runs or () if r['task']==task]
+    if not any('base' in r for r in runs): sys.exit(f'Nothing is chosen for {task} and {name}: first `--plan choose`.')
+    post = {'LoRA, scaled':'s', 'LoRA, by depth':'l', 'LoRA, trained on':'h', 'LoRA, faded':'g', 'a gate a layer':'g',
+            'gates shuffled':'g', 'LoRA':'', 'Keep, faded':None}
+    res = {}
+    for family in frontier.families:
+        if (letter := post.get(family, 's')) is None: continue
+        for k in filter(None, (frontier.chosen(runs, family, task, o) for o in give_up)):
+            res.setdefault(k, set()).update(letter)
+    left = *found_out,'seed','base','task'
+    by = {frontier.setting(r):{k:v for k,v in r.items() if k not in left} for r in runs}
+    jobs = [by[k] | dict(post=''.join(o for o in 'slgh' if o in v)) for k,v in res.items()]
+    return sorted(jobs, key=heavy, reverse=True)
+
+def heavy(job): return bool(set('gh') & set(job.get('post', '')))     # takes the most time
 
 def work(queue, done, cached, base, judge, gpu):
     torch.set_num_threads(1)
@@ -375,29 +400,35 @@ def main(
     files = dict(o.split('=', 1) for o in files.split(';') if o)
     if not files and not data: sys.exit('Give DATA, or --files name=FILE.')
     out = out or record.results/f"retain_{plan}_{model.rstrip('/').split('/')[-1]}.json"
-    runs = json.loads(out.read_text())['runs'] if out.exists() else []
-    found_out = 'points', 'doc_tokens', 'train_seconds', 'seconds'
+    earlier = json.loads(out.read_text()) if out.exists() else dict(runs=[], calls=[])
+    runs,calls = earlier['runs'],earlier['calls']
     def key(job): return json.dumps({k:job[k] for k in sorted(job) if k not in found_out})
     known = set(map(key, runs))
-    todo = [o for o in jobs(plan, list(files) or tasks.split(), list(map(int, seeds.split()))) if key(o) not in known]
+    todo = jobs(plan, list(files) or tasks.split(), list(map(int, seeds.split())), model.rstrip('/').split('/')[-1])
+    todo = [o for o in todo if key(o) not in known]
     cached = Path(tempfile.mkdtemp())/'data.pt'
     torch.save(prepare(model, Path(data), files, **(dict(rows=22, most=4) if plan=='smoke' else {})), cached)
     print(f'{len(todo)} runs, data ready after {time.time()-start:.0f} s', flush=True)
-    queue,done,flying,longest = mp.Queue(),mp.Queue(),0,60.
+    queue,done,flying,longest = mp.Queue(),mp.Queue(),0,{False:60., True:120.}
     args = queue,done,cached,model,'test' if plan=='judge' else 'choose'
     pool = [mp.Process(target=work, args=(*args, i%n_gpus if n_gpus else None), daemon=True) for i in range(workers)]
     for o in pool: o.start()
     head = record.about('Loss on a task and divergence from the model before, of adapters trained, scaled and faded in '
                         'many ways', gpu=n_gpus>0, DATA=str(data), MODEL=model)
-    head['model'] = model.rstrip('/').split('/')[-1]
+    calls.append({k:head[k] for k in ('command', 'date', 'hardware', 'versions')})
+    head = {k:earlier.get(k, v) for k,v in head.items()} | dict(model=model.rstrip('/').split('/')[-1], calls=calls)
     while True:
-        while flying<workers and todo and time.time()-start+longest<seconds: queue.put(todo.pop(0)); flying += 1
+        left = seconds-(time.time()-start)
+        while flying<workers and (o := next((o for o in todo if longest[heavy(o)]<left), None)):
+            todo.remove(o)
+            queue.put(o)
+            flying += 1
         if not flying: break
         r = done.get()
         flying -= 1
         if 'error' in r: print('FAILED', r['job'], r['error'], flush=True); continue
-        runs.append(r)
-        longest = max(0.9*longest, r['seconds'])
+        runs.append(r | dict(call=len(calls)-1))
+        longest[heavy(r)] = max(0.9*longest[heavy(r)], r['seconds'])
         record.save(out, head, indent=None, runs=runs)
         o = next(o for o in r['points'] if o['name']=='trained')
         print(f"[{time.time()-start:.0f}] {r['name']} {r['task']} lr {r['lr']:g} seed {r['seed']}: "

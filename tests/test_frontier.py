@@ -68,3 +68,19 @@ def test_committed_runs_can_be_read():
     table = frontier.table_of('SmolLM2-135M-Instruct', have=('german', 'chat'))
     assert all(o in table for o in frontier.said.values()) and 'nothing is judged yet' in table
     assert divergences({0:[dict(task=1., kl=2.)]}, 1.5, (2., 0.))=={0:1.}
+
+def test_what_stands_for_a_family_is_judged(monkeypatch):
+    "Of three rates the two that are best for a family, with all their settings, scaled only where that was chosen"
+    from benchmarks import retain
+    runs = [run(0, [('before', 3., 0), ('trained', 1., 2.), ('scaled', 1.1, 0.5)], base=1, stops=[0.5], post='slgh'),
+            run(0, [('trained', 1., 1.5), ('scaled', 1.1, 0.9)], lr=2e-3, post='s'),
+            run(0, [('trained', 1., 9.), ('scaled', 1.1, 9.)], lr=4e-3, post='s'),
+            run(0, [('trained', 1., 9.), ('scaled', 1.1, 9.)], name='keep 1', keep=1., post='sg')]
+    monkeypatch.setattr(frontier, 'found', lambda name: (runs, None))
+    jobs = retain.jobs('judge', ['chat'], [1, 2], 'some model')
+    first,other = (dict(task='chat', name='LoRA', steps=10, lr=o) for o in (2e-3, 1e-3))
+    assert jobs[0]==first | dict(post='', seed=1, base=1) and jobs[3]==first | dict(post='', seed=2)
+    assert jobs[1]==other | dict(post='s', stops=[0.5], seed=1) and jobs[2]['post']=='s' and jobs[2]['keep']==1.
+    assert len(jobs)==6 and all('points' not in o for o in jobs)
+    with pytest.raises(SystemExit, match='Nothing is chosen for german'):
+        retain.jobs('judge', ['chat', 'german'], [1], 'some model')
