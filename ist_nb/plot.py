@@ -222,8 +222,9 @@ def plot_importance(
 
 # %% ../nbs/27_plot.ipynb #1a3eec3f
 def _times_map(fig, ax, state):
-    "Draw the share of the steps between two measurements that trained each layer, as a heat map"
-    history = [o for o in state['history'] if o['step']<state['t']]+[dict(step=state['t'], **state)]
+    "Draw the share of the steps that trained each layer over the run, as a heat map of at most 40 columns"
+    every = 1+len(state['history'])//40
+    history = [o for o in state['history'][every-1::every] if o['step']<state['t']]+[dict(step=state['t'], **state)]
     edges = [0, *(o['step'] for o in history)]
     n = np.diff([[0]*len(state['layers']), *(o['times_active'] for o in history)], axis=0).T       # [N, updates]
     im = ax.pcolormesh(edges, np.arange(len(n)+1)-0.5, n/np.diff(edges), cmap=_heat, vmin=0, rasterized=True)
@@ -233,7 +234,7 @@ def _times_map(fig, ax, state):
 
 def _loss_curve(ax, losses, held_out=()):
     "Draw training losses by step, and the held-out loss before and after"
-    ax.plot(*zip(*losses), '.-', color=palette['blue'], lw=1.4, label='training')
+    ax.plot(*zip(*losses), '.-' if len(losses)<60 else '-', color=palette['blue'], lw=1.4, label='training')
     if held_out: ax.plot([0, losses[-1][0]], held_out, 's--', color=palette['red'], lw=1, label='held out')
     ax.set(xlabel='step', ylabel='loss, nats per token')
     ax.legend()

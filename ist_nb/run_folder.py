@@ -309,9 +309,9 @@ def _layer_parts(state):
                         'the adapter of a layer raises the loss. Yellow: above zero; blue: below.'),
             counts:('Bars of how often each layer was trained', 'How often each layer was trained.' + chance*
                     ' The grey band holds the counts in 95 of 100 runs that draw layers at random.')}
-    height = 1+0.15*min(max(len(layers), 10), 40)
+    height = 1+0.15*min(max(len(layers), 10), 30)
     numbers = {'layer':layers, 'steps that trained it':state['times_active']}
-    if chance: numbers['by chance'] = [f'{low:.0f} to {high:.0f}' for _,low,high in _by_chance(state)]
+    if chance: numbers['by chance'] = [f'{low:.0f}–{high:.0f}' for _,low,high in _by_chance(state)]
     if any(state['importance']): numbers['importance'] = [f'{o:.2f}' for o in state['importance']]
     return *(_figure(k, *v, height) if history or k==counts else None for k,v in told.items()),_table(**numbers)
 
@@ -322,18 +322,18 @@ def _sections(began, res, state):
     yield H1((_ended if done else _stopped).format(**res, which=which))
     facts = dict(Model=f"{o['model']}, with a {_kind(o['peft'])} adapter", Method=_methods[o['method']],
                  Data=res['data'] if done else o['data'])
-    if done: facts |= dict(Time=f"{res['seconds']:.0f} s, {res['score_seconds']:.1f} s of them to measure importance",
-                           Memory=f"{res['peak_memory_bytes']/2**20:,.0f} MiB at most")
+    scored = f", {res['score_seconds']:.1f} s of them to measure importance" if res.get('score_seconds') else ''
+    if done: facts |= dict(Time=f"{res['seconds']:.0f} s{scored}", Memory=f"{res['peak_memory_bytes']/2**20:,.0f} MiB")
     yield Dl(*(x for k,v in facts.items() for x in (Dt(k), Dd(v))))
     hint = () if o['keep'] else (' A run with ', Code('--keep 1'), ' holds it closer.')
     yield _section('What it forgot', lost and P(f'The model is {_distance(lost)}.', *hint))
     held_out = (res['loss_before'], res['loss_after']) if done else ()
     yield _section('The loss', _loss_figure(res.get('training_loss', ()), held_out))
-    shown = _layer_parts(state) if state and 'sampler' in o else None
-    yield _section('What was trained, step by step', P(_trained(res)), shown and shown[0])
-    if shown: yield _section('Importance, beside chance' if shown[1] else 'How often each layer was trained',
-                             P(Strong(_finding(state)+'.')), Div(*shown[1:3], cls='pair'),
-                             Details(Summary('The layers in numbers'), shown[3]))
+    when,importance,counts,numbers = _layer_parts(state) if state and 'sampler' in o else [None]*4
+    yield _section('What was trained, step by step', P(_trained(res)), when)
+    if counts: yield _section('Importance, beside chance' if importance else 'How often each layer was trained',
+                              P(Strong(_finding(state)+'.')), Div(importance, counts, cls='pair'),
+                              Details(Summary('The layers in numbers'), numbers))
     used = {k:json.dumps(v, ensure_ascii=False) for k,v in sorted(o.items()) if v is not None}
     package,command = began['versions'],[_code(began['command'])] if 'command' in began else ()
     yield _section('Settings', Details(
