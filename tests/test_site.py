@@ -192,6 +192,64 @@ def test_pictures_are_no_light_slabs_on_a_dark_page(site):
         found = {tuple(o) for o in page.evaluate(how)}
     assert found=={(True, 'normal', 'brightness'), (False, 'screen', 'invert')}
 
+tried = 'results/explore.html'
+
+@needs_browser
+def test_moving_the_controls(site):
+    """Layers, schedule, length and text each change the words and the drawings, with mouse and keyboard; no move leads
+    to a run that was not measured, and a dense run to compare with is always named"""
+    said,seen = [],dict(console=[], outside=[])
+    with check_site.served(site) as base, check_site.browser() as b:
+        page = b.new_context(viewport=dict(width=400, height=800)).new_page()
+        page.on('console', lambda m: seen['console'].append(m.text))
+        page.on('pageerror', lambda e: seen['console'].append(str(e)))
+        page.on('request', lambda r: r.url.startswith(base) or seen['outside'].append(r.url))
+        page.goto(base+tried)
+        at = page.locator
+        def shown(): return [at('.said').inner_text(), *(at(f'.{o}').inner_html() for o in ('grid', 'chart', 'bars'))]
+        def changes(move):
+            "Everything that a reader sees is another; what a screen reader is told too"
+            before,alt = shown(),at('svg.grid').get_attribute('aria-label')
+            move()
+            said.append(shown()[0])
+            assert all(a!=c for a,c in zip(before, shown())) and at('svg.grid').get_attribute('aria-label')!=alt
+        changes(lambda: at('#try-schedule').select_option(label='Random layers, new ones at each step'))
+        changes(lambda: at('#try-layers').press('ArrowRight'))
+        changes(lambda: at('#try-length').press('ArrowRight'))
+        changes(lambda: at('#try-text').select_option('2'))
+        assert at('#try-layers').get_attribute('aria-valuetext')==at('#try-layers ~ *, label[for=try-layers] output'
+                                                                     ).first.inner_text()
+        for text in range(at('#try-text option').count()):
+            at('#try-text').select_option(str(text))
+            for o in page.eval_on_selector_all('#try-schedule option', 'l => l.map(o => o.value)'):
+                at('#try-schedule').select_option(o)
+                said += shown()[:1]
+                assert not re.search('NaN|undefined|Infinity', at('#try').inner_html())
+            for o in ('layers', 'length'):
+                for key in ('Home', *['ArrowRight']*6):
+                    if at(f'#try-{o}').is_enabled(): at(f'#try-{o}').press(key)
+                    said += shown()[:1]
+            assert not page.evaluate(check_site._too_wide)
+    assert len(set(said))>70 and all('dense' in o for o in said) and sum('not measured' in o for o in said)>5
+    assert seen==dict(console=[], outside=[])
+
+@needs_browser
+def test_the_controls_can_be_read(site):
+    "Contrast and the other criteria of WCAG, light and dark, wide and narrow; without JavaScript the table is left"
+    with check_site.served(site) as base, check_site.browser() as b:
+        page = b.new_context(color_scheme='light', reduced_motion='reduce').new_page()
+        found = check_site.look(page, base, tried)
+        assert not list(check_site.report({tried:found}, {})) and found['pictures']==2
+        plain = b.new_context(java_script_enabled=False).new_page()
+        plain.goto(base+tried)
+        assert plain.locator('#try table.runs').is_visible() and not plain.locator('#try form').is_visible()
+        assert plain.locator('#try tbody tr').count()>80
+
+def test_no_scripts_in_the_markdown(site):
+    "Programs that read the site get the table, not the script"
+    assert 'ResizeObserver' not in (site/'llms-full.txt').read_text()
+    assert 'class="runs"' in (site/f'{tried}.md').read_text()
+
 _quarto = '''#!{python}
 "As Quarto does: first the project's pre-render command, and nothing more where that fails"
 import subprocess,sys,yaml
