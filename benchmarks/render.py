@@ -25,7 +25,7 @@ def mean_difference(a, b, interval=True):
     return f'{statistics.mean(d):+.3f} ± {student.ppf(0.975, len(d)-1)*error:.3f}'
 
 # -- seconds and bytes
-best,same = 'ours, fold+compile+ahead','LoRA, compile+loss+ahead'
+best,same = 'ours, fold+compile+ahead','LoRA, compile+liger+ahead'
 def shape(name): return next(o for f in ('speed_gpu', 'speed_cpu') for o in read(f)['shapes'] if o['shape']==name)
 def ratio(of, a, b, what='seconds'): return of['variants'][a][what]['median']/of['variants'][b][what]['median']
 def share(x): return f'{x:.2f}' if x>0.05 else f'{x:.1%}'
@@ -103,7 +103,7 @@ def speed_changes():
               'Norms, rotations, gates and sums between the products are fused.'),
              ('A host that runs ahead', best, 'ours, fold+compile',
               'Otherwise the Trainer waits for the GPU twice a step, and then the GPU waits for the Trainer.'),
-             ('Fused loss', best+'+loss', best, 'The logits are never formed, which saves memory, but the tokens are '
+             ('Fused loss', best+'+liger', best, 'The logits are never formed, which saves memory, but the tokens are '
               'counted and waited for, which costs time.'),
              ('Products in 8 bits', best+'+fp8', best,
               'The products take half the time, but the casts give the host more to queue than the GPU has to do.'),

@@ -12,7 +12,7 @@ from transformers import (AutoModelForCausalLM,LlamaConfig,LlamaForCausalLM,Trai
 from transformers.trainer_callback import PrinterCallback,ProgressCallback
 from ist_nb import ISTCallback,ISTConfig,find_layers
 from ist_nb.activations import kept_bytes
-from ist_nb.speed import _blocks_of,compile_blocks,fold,_to_fp8,unfold
+from ist_nb.speed import _blocks_of,compile_blocks,compile_loss,fold,_to_fp8,unfold
 from benchmarks import estimate,record
 from benchmarks.small import lm_batch,pico_path,spread
 
@@ -64,6 +64,9 @@ class Switches:
         self.model,self.layers = model,find_layers(model)
         self.blocks,self.base = _blocks_of(model, self.layers),model.get_base_model()
         self.compiled = self.swaps = self.fused = None
+        self.plain = self.base.loss_function
+        compile_loss(self.model)
+        self.lean = self.base.loss_function
     def set(self, names):
         unfold(self.model)
         if 'fold' in names: fold(self.model)
@@ -71,11 +74,12 @@ class Switches:
             compile_blocks(self.model, self.layers)
             self.compiled = [o._compiled_call_impl for o in self.blocks]
         for i,o in enumerate(self.blocks): o._compiled_call_impl = self.compiled[i] if 'compile' in names else None
-        if 'loss' in names and not self.fused:
+        if 'liger' in names and not self.fused:
             fuse_loss(self.model)
             self.fused = self.base.__dict__['forward']
+        self.base.loss_function = self.lean if 'loss' in names else self.plain
         self.base.__dict__.pop('forward', None)
-        if 'loss' in names: self.base.__dict__['forward'] = self.fused
+        if 'liger' in names: self.base.__dict__['forward'] = self.fused
         if 'fp8' in names and not self.swaps:
             before = {n:m for n,m in self.model.named_modules() if type(m) is torch.nn.Linear}
             _to_fp8(self.model, self.layers)
@@ -152,14 +156,16 @@ lora = LoraConfig(r=32, lora_alpha=64, lora_dropout=0.05, target_modules=where, 
 variants = {   # name: settings of IST (None: all layers), optimisations, checkpointing
     'LoRA':(None, '', False), 'LoRA, compile+ahead':(None, 'compile ahead', False),
     'LoRA, compile+loss+ahead':(None, 'compile loss ahead', False),
+    'LoRA, compile+liger+ahead':(None, 'compile liger ahead', False),
     'released IST':(dict(scorer='paper', explore=0., sampler='importance'), '', False),
     'RST':(dict(sampler='uniform'), '', False), 'RST, compile+ahead':(dict(sampler='uniform'), 'compile ahead', False),
     'ours':(ours, '', False), 'ours, fold':(ours, 'fold', False), 'ours, fold+compile':(ours, 'fold compile', False),
     'ours, fold+compile+ahead':(ours, 'fold compile ahead', False),
     'ours, fold+compile+ahead, budget':(ours | budget, 'fold compile ahead', False),
     'recommended, fold+compile+ahead':(recommended, 'fold compile ahead', False),
+    'recommended, fold+compile+loss+ahead':(recommended, 'fold compile loss ahead', False),
     'recommended, fold+compile+ahead, budget':(recommended | budget, 'fold compile ahead', False),
-    'ours, fold+compile+ahead+loss':(ours, 'fold compile ahead loss', False),
+    'ours, fold+compile+ahead+liger':(ours, 'fold compile ahead liger', False),
     'ours, fold+compile+ahead+fp8':(ours, 'fold compile ahead fp8', False),
     'LoRA, checkpointing':(None, '', True),
     'ours, fold+compile+ahead, checkpointing':(ours, 'fold compile ahead', True),
@@ -240,7 +246,7 @@ def bench(shape, batch, length, steps, reps, only, seconds, save):
     data = [lm_batch(o) for o in torch.randint(5, model.config.vocab_size, (256, length), generator=g).tolist()]
     rates = machine_rates(8192 if gpu else 1024)
     chosen = [k for k in variants if (not only or k in only) and (gpu or 'fp8' not in k)
-              and ('loss' not in variants[k][1] or liger(model))]
+              and ('liger' not in variants[k][1] or liger(model))]
     runs,failed,dense,took,more = {k:[] for k in chosen},{},None,0,{}
     for rep in range(-1, reps):   # round -1 compiles and warms up, and is not counted
         begun,first = time.perf_counter(),rep<0
@@ -264,7 +270,7 @@ def bench(shape, batch, length, steps, reps, only, seconds, save):
         if rep==0:
             more = dict(kept=kept(switches, batch, length))
             sets = dict.fromkeys(variants[k][1].replace(' ahead', '') for k in chosen if k not in failed)
-            if gpu: more |= dict(profile={o:profile(switches, batch, length, o) for o in sets if 'loss' not in o})
+            if gpu: more |= dict(profile={o:profile(switches, batch, length, o) for o in sets if 'liger' not in o})
         save(result(shape, batch, length, steps, model, runs, failed, rates) | more)
     found = result(shape, batch, length, steps, model, runs, failed, rates) | more
     return found | dict(estimate=estimated(found))

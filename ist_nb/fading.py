@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 from .cli import _parse_known, _plain_parser, _quiet, during, plain_errors
 from .config import ISTError
 from .evaluate import _base_of, _checked_folder, _dtypes, _put_on, _versions
-from .finetune import _check_path, _check_rows, _distance, _held_out, _measured, _sft_trainer, _texts
+from .finetune import _check_path, _check_rows, _held_out, _measured, _sft_trainer, _texts
 from .model import _check_here, assets, load_model
 
 # %% ../nbs/26_fading.ipynb #38e0d7cb
@@ -178,6 +178,7 @@ def main(
     args = _parse(argv)
     with _quiet():
         from ist_nb.data import load_data
+        from ist_nb.run_folder import _distance
         data = args.data and load_data(args.data, test_fraction=0.5, max_rows=args.max_rows, seed=args.seed)
         general = args.general and load_data(args.general, max_rows=500, seed=args.seed)
         if data: print(f'Data: {data.report}')

@@ -6,7 +6,7 @@
 __all__ = ['main', 'parse', 'make_trainer', 'train', 'report']
 
 # %% ../nbs/23_finetune.ipynb #b4355096
-import json,math,os,sys
+import json,math,os,re,shlex,sys
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from pathlib import Path
 from fastcore.docments import docments
@@ -122,6 +122,7 @@ def parse(
         _check_training(sft)
         cfg = _ist_config(args, {k:_number(v) for k,v in asdict(given).items() if v is not None}, sft.seed)
         _join_processes(sft)
+    args.command = re.sub(r'(--[\w-]*token[= ])\S+', r'\1...', shlex.join(['ist_finetune', *argv]))
     return args,cfg,sft
 
 def _number(s):
@@ -388,8 +389,8 @@ def report(
 ) -> dict: # What is in `results.json`
     "Write the run's folder and print the summary"
     from ist_nb.callback import ISTCallback
-    from ist_nb.plot import _try_picture, layer_table, plot_importance
-    from ist_nb.run_folder import model_card
+    from ist_nb.plot import _attempt, _try_picture, layer_table, plot_importance
+    from ist_nb.run_folder import _losses, model_card, write_report
     from ist_nb.runs import _write_json
     folder,cb = Path(trainer.args.output_dir),_callback(trainer, ISTCallback)
     state = cb.ist.state_dict() if cb else dict(importance=None, times_active=None, n_dropped=0)
@@ -397,7 +398,8 @@ def report(
     res = losses | dict(seconds=_guard(trainer).seconds, steps=trainer.state.global_step,
                         peak_memory_bytes=_peak_memory(), importance=state['importance'],
                         times_active=state['times_active'], probes_dropped=state['n_dropped'],
-                        score_seconds=cb.ist.score_seconds if cb else 0., data=data.report, versions=_versions(),
+                        score_seconds=cb.ist.score_seconds if cb else 0.,
+                        training_loss=_losses(trainer.state.log_history), data=data.report, versions=_versions(),
                         config=dict(finetune=asdict(args), ist=asdict(cfg) if cfg else None, training=training))
     if not trainer.is_world_process_zero(): return res
     (folder/'README.md').write_text(model_card(res, folder.absolute().name), encoding='utf-8')
@@ -407,19 +409,17 @@ def report(
         title = f"{args.model}, {args.method}: {res['steps']} steps"
         _try_picture(lambda: plot_importance(state, title), folder/'importance.png')
         print(f'{cb.ist}\n{layer_table(state)}')
+    page = None
+    with _attempt('report.html'): page = write_report(folder)
     names = sorted(p.name+'/'*p.is_dir() for p in folder.iterdir() if p.name!='.ist_lock')
     print(_summary.format(**res, told=_told(res), folder=folder, names=', '.join(names)))
+    if page: print(f'Open {page} in a browser to see the run: losses, layers against chance, settings.')
     return res
 
 def _told(res):
+    from ist_nb.run_folder import _distance
     if not (o := res['forgotten']): return ''
     return f"Forgotten: {_distance(o)}{'' if res['config']['finetune']['keep'] else '; --keep 1 holds it'}\n"
-
-def _distance(o):
-    "What `_forgotten` found, in words"
-    own = o['text']=='sampled from the model'
-    return (f"{o['divergence']:.3f} nats a token away from the model before, on {o['rows']} rows "
-            f"{'that it wrote itself' if own else 'of '+o['text']} (0: it predicts as before)")
 
 _summary = '''Held-out loss: {loss_before:.4f} -> {loss_after:.4f} in {steps} steps and {seconds:.0f} s
 {told}Saved in {folder}: {names}

@@ -6,10 +6,11 @@
 __all__ = ['palette', 'style', 'save_picture', 'plot_times_active', 'layer_table', 'plot_importance', 'Live', 'plot_losses']
 
 # %% ../nbs/27_plot.ipynb #b534b106
-import time,warnings
+import re,time,warnings
 import numpy as np
 from contextlib import contextmanager
 from fastcore.basics import patch
+from html import escape
 from io import BytesIO
 from itertools import groupby
 from math import isfinite
@@ -20,6 +21,7 @@ from .config import ISTError
 
 # %% ../nbs/27_plot.ipynb #af114924
 palette = dict(blue='#004488', red='#CC3311', teal='#3EA392', black='#000000', sand='#DDCC77')
+_grey = '#E4E4E4'                        # of the band of chance
 _heat = 'cividis'                         # colour map: lightness changes in one direction only
 _marks,_dashes = 'os^Dv','- -- -. :'.split()+[(0, (5, 1, 1, 1, 1, 1))]
 _look = {f'{o}.labelsize':8 for o in ('axes', 'xtick', 'ytick')} | {
@@ -66,19 +68,24 @@ def save_picture(
     return path
 
 # %% ../nbs/27_plot.ipynb #b7a754c7
-def _try_picture(make, path):
-    "Draw and save the figure that `make` returns, close it, and warn if any of that fails"
+@contextmanager
+def _attempt(name):
+    "Warn if something fails that nothing else depends on, and close the figures that it leaves open"
     import matplotlib.pyplot as plt
     before = set(plt.get_fignums())
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')     # about letters that the font lacks
-            return save_picture(make(), path)
+            yield
     except Exception as e:
-        warnings.warn(f"{Path(path).name} could not be drawn ({type(e).__name__}: {' '.join(str(e).split())[:200]}). "
+        warnings.warn(f"{name} could not be drawn ({type(e).__name__}: {' '.join(str(e).split())[:200]}). "
                       "Nothing else depends on it.")
     finally:
         for k in set(plt.get_fignums())-before: plt.close(k)
+
+def _try_picture(make, path):
+    "Draw and save the figure that `make` returns; the path, or None if that fails"
+    with _attempt(Path(path).name): return save_picture(make(), path)
 
 # %% ../nbs/27_plot.ipynb #04af53c3
 def _chance_band(t, p, n_layers=1, level=0.95):
@@ -144,7 +151,7 @@ def _times(ax, state):
     if not progressive:
         edges = np.repeat(y, 2)+np.tile([-0.5, 0.5], len(y))
         low2,high2 = np.repeat(low, 2),np.repeat(high, 2)
-        ax.fill_betweenx(edges, low2, high2, color='#E4E4E4', lw=0, label='chance (95% of runs)')
+        ax.fill_betweenx(edges, low2, high2, color=_grey, lw=0, label='chance (95% of runs)')
     ax.barh(y, n, height=0.62, color=palette['blue'] if progressive else colours)
     ax.step(np.append(mean, mean[-1]), np.append(y, len(n))-0.5, '--k', where='post', lw=0.9, label='uniform (RST)')
     ax.set(xlabel='steps that trained it', xlim=(0, max(n.max(), high.max())*1.04 or 1))
@@ -212,6 +219,38 @@ def plot_importance(
     a.set_title(_plain(title), color='0.35')
     _title(fig, _plain(_finding(state)), width)
     return fig
+
+# %% ../nbs/27_plot.ipynb #1a3eec3f
+def _times_map(fig, ax, state):
+    "Draw the share of the steps between two measurements that trained each layer, as a heat map"
+    history = [o for o in state['history'] if o['step']<state['t']]+[dict(step=state['t'], **state)]
+    edges = [0, *(o['step'] for o in history)]
+    n = np.diff([[0]*len(state['layers']), *(o['times_active'] for o in history)], axis=0).T       # [N, updates]
+    im = ax.pcolormesh(edges, np.arange(len(n)+1)-0.5, n/np.diff(edges), cmap=_heat, vmin=0, rasterized=True)
+    ax.set(xlabel='step')
+    _layer_axis(ax, state['layers'])
+    fig.colorbar(im, ax=ax, pad=0.02, aspect=30, label='share of the steps that trained it')
+
+def _loss_curve(ax, losses, held_out=()):
+    "Draw training losses by step, and the held-out loss before and after"
+    ax.plot(*zip(*losses), '.-', color=palette['blue'], lw=1.4, label='training')
+    if held_out: ax.plot([0, losses[-1][0]], held_out, 's--', color=palette['red'], lw=1, label='held out')
+    ax.set(xlabel='step', ylabel='loss, nats per token')
+    ax.legend()
+
+@style()
+def _svg(draw, alt, height=2.6):
+    "What `draw(fig, ax)` draws, as SVG to stand in a page, which may set its colours: --blue, --band, ..."
+    import matplotlib.pyplot as plt
+    plt.rcParams['svg.hashsalt'] = alt                 # names of shapes are made from it
+    (fig,ax),out = plt.subplots(figsize=(4., height)),BytesIO()
+    draw(fig, ax)
+    fig.savefig(out, format='svg', transparent=True, metadata=dict.fromkeys(('Date', 'Creator', 'Format', 'Type')))
+    plt.close(fig)
+    svg = re.sub(r' id="[\w.]+_\d+"', '', out.getvalue().decode())     # names of groups, which nothing refers to
+    for k,colour in (palette | dict(band=_grey)).items():
+        svg = svg.replace(colour.lower(), f'var(--{k}, {colour})')
+    return svg[svg.index('<svg'):].replace('<svg', f'<svg role="img" aria-label="{escape(alt)}"', 1)
 
 # %% ../nbs/27_plot.ipynb #7123d4fa
 def _blocks(values, low=None):

@@ -6,7 +6,7 @@ import house
 package = Path(house.root/'ist_nb')
 # a module may import those before it
 order = ('config layers suppression scorers samplers state probe ist callback guard activations memory moments '
-         'processes speed parts keep files data runs cli model questions evaluate run_folder plot finetune fading '
+         'processes speed parts keep files data runs cli model questions evaluate plot run_folder finetune fading '
          'theory adapters').split()
 # found by name when they are first needed: what fills a registry, what accompanies a step, and a picture
 late = {('config', 'scorers'), ('config', 'samplers'), ('config', 'speed'), ('ist', 'parts'), ('callback', 'plot')}
@@ -34,7 +34,7 @@ def test_the_walk_sees():
 def test_size():
     "Who adds lines or names raises the number here, and says why in the commit"
     have = house.totals(house.measure())
-    assert have['lines']<=7047 and have['names']<=122, have
+    assert have['lines']<=7222 and have['names']<=124, have
     assert have['longest']<=450 and have['widest']<=120, have
 
 def test_no_line_is_too_long():

@@ -227,8 +227,8 @@ def test_moving_the_controls(site):
         of = lambda m, lr, k: mean(r[k] for r in runs
                                    if (r['task'], r['regime'], r['method'], r['lr'])==('book', 'full', m, lr))
         (time,dense),(peak,most) = ((of('static top', 0.002, k), of('LoRA', 0.001, k)) for k in ('seconds', 'peak'))
-        assert (f"takes {time/dense:.2f} of LoRA's time and {peak/most:.2f} of its peak of memory, and its held-out loss is "
-                f"{of('static top', 0.002, 'test'):.3f}") in shown()[0]
+        assert (f"takes {time/dense:.2f} of LoRA's time and {peak/most:.2f} of its peak of memory, and its held-out "
+                f"loss is {of('static top', 0.002, 'test'):.3f}") in shown()[0]
         for text in range(at('#try-text option').count()):
             at('#try-text').select_option(str(text))
             for o in page.eval_on_selector_all('#try-schedule option', 'l => l.map(o => o.value)'):

@@ -177,6 +177,31 @@ def selections(seed, n):
 
 @pytest.mark.slow
 @compiler
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_compiled_loss(compiled, dtype):
+    "The loss and its gradient are the same, and nothing of the size of the logits is kept beside them"
+    from ist_nb.activations import kept_bytes
+    from transformers.loss.loss_utils import ForCausalLMLoss as plain
+    lean = speed._Compiled(plain)
+    logits,labels = torch.randn(2, 48, 2048).to(dtype),torch.randint(0, 2048, (2, 48))
+    labels[:, :9] = -100
+    found,kept = [],[]
+    for f in (plain, lean):
+        for items in (None, torch.tensor(77)):
+            x = logits.clone().requires_grad_()
+            kept.append(kept_bytes(lambda: f(x, labels, 2048, num_items_in_batch=items), torch.nn.Module()))
+            loss = f(x, labels, 2048, num_items_in_batch=items)
+            loss.backward()
+            found.append((loss.item(), x.grad))
+    for (a,g),(b,h) in zip(found[:2], found[2:]):
+        assert a==pytest.approx(b, rel=1e-6) and g.dtype==h.dtype==dtype
+        torch.testing.assert_close(g, h, rtol=2e-2 if dtype==torch.bfloat16 else 1e-5, atol=1e-9)
+    per = [o/logits.numel() for o in kept]
+    assert max(per[2:])<logits.element_size()+0.05 and min(per[:2])>=4     # the logits themselves and no copy
+    for n in (20, 31): lean(logits[:, :n].clone().requires_grad_(), labels[:, :n], 2048)     # any length
+
+@pytest.mark.slow
+@compiler
 @pytest.mark.parametrize('dora', [False, True])
 @pytest.mark.parametrize('first', [[0, 1, 2, 3, 4, 5], [4]])
 def test_compiled_selections(dora, first, compiled):
@@ -480,7 +505,7 @@ def test_folded_4bit_evaluated():
 def test_optimisations_that_cannot_be_applied(monkeypatch):
     model = tiny(); layers = find_layers(model)
     with pytest.raises(ISTError, match="optimisation='fold-all' is unknown.*did you mean 'fold'.*Allowed: fold, "
-                       "compile, fp8"):
+                       "compile, fp8, loss"):
         apply_optimisations(model, layers, 'fold,fold-all')
     with pytest.raises(ISTError, match="optimisation='turbo' is unknown"): ISTConfig(fast='fold,turbo')
     assert not any(isinstance(m, _Folded) for m in model.modules()) and not getattr(model, 'ist_optimisations', [])
@@ -489,7 +514,8 @@ def test_optimisations_that_cannot_be_applied(monkeypatch):
     missing = lambda name, real=speed.find_spec: None if name=='torchao' else real(name)
     monkeypatch.setattr(speed, 'find_spec', missing)
     # a notebook that ran in this process has registered its own
-    for o,f in dict(fold=speed.fold, compile=speed.compile_blocks, fp8=speed._to_fp8).items():
+    mine = dict(fold=speed.fold, compile=speed.compile_blocks, fp8=speed._to_fp8, loss=speed.compile_loss)
+    for o,f in mine.items():
         monkeypatch.setitem(speed.optimisations.entries, o, f)
     with pytest.raises(ISTError, match='pip install torchao.*leave .fp8. out'):
         apply_optimisations(model, layers, 'fp8')
