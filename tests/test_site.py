@@ -2,6 +2,7 @@
 import json,re,subprocess,sys,pytest
 from filelock import FileLock
 from pathlib import Path
+from statistics import mean
 import build_docs,check_site
 
 root = Path(__file__).parent.parent
@@ -219,6 +220,15 @@ def test_moving_the_controls(site):
         changes(lambda: at('#try-text').select_option('2'))
         assert at('#try-layers').get_attribute('aria-valuetext')==at('#try-layers ~ *, label[for=try-layers] output'
                                                                      ).first.inner_text()
+        # what is said is what the file has
+        at('#try-text').select_option(label='History: the larger model')
+        at('#try-schedule').select_option(label='Always the same: the top layers')
+        runs = json.loads((root/'benchmarks/results/quality_larger.json').read_text())['runs']
+        of = lambda m, lr, k: mean(r[k] for r in runs
+                                   if (r['task'], r['regime'], r['method'], r['lr'])==('book', 'full', m, lr))
+        (time,dense),(peak,most) = ((of('static top', 0.002, k), of('LoRA', 0.001, k)) for k in ('seconds', 'peak'))
+        assert (f"takes {time/dense:.2f} of LoRA's time and {peak/most:.2f} of its peak of memory, and its held-out "
+                f"loss is {of('static top', 0.002, 'test'):.3f}") in shown()[0]
         for text in range(at('#try-text option').count()):
             at('#try-text').select_option(str(text))
             for o in page.eval_on_selector_all('#try-schedule option', 'l => l.map(o => o.value)'):
