@@ -272,8 +272,7 @@ def _read_run(folder):
 
 def _losses(log): return [[o['step'], o['loss']] for o in log if 'loss' in o]       # of a Trainer
 
-_stopped = ('The run was stopped. Its newest checkpoint is of step {steps} of {max_steps}, and the same command with '
-            '--resume continues from there.')
+_stopped = 'The run was stopped. Its newest checkpoint is of step {steps} of {max_steps}.'
 _ended = ('The held-out loss went from {loss_before:.4f} to {loss_after:.4f} in {steps} steps and {seconds:.0f} s, '
           'with {which} trained at a step.')
 
@@ -320,6 +319,7 @@ def _sections(began, res, state):
     o,n,lost,done = began['settings'],res['times_active'],res.get('forgotten'),'loss_after' in res
     which = f"{sum(n)/res['steps']:.3g} of {len(n)} layers" if n else 'every layer'
     yield H1((_ended if done else _stopped).format(**res, which=which))
+    if not done: yield P('The same command with ', Code('--resume'), ' continues from there.')
     facts = dict(Model=f"{o['model']}, with a {_kind(o['peft'])} adapter", Method=_methods[o['method']],
                  Data=res['data'] if done else o['data'])
     scored = f", {res['score_seconds']:.1f} s of them to measure importance" if res.get('score_seconds') else ''

@@ -114,7 +114,7 @@ def test_a_stopped_run_and_its_resumption(run, tmp_path, monkeypatch):
     text = write_report(d).read_text()
     Page(text)
     assert re.findall('<h2>(.*?)</h2>', text)==[*always[1:], often, 'Settings']       # nothing was measured yet
-    assert 'step 2 of 4' in text and 'Held-out' not in text
+    assert 'step 2 of 4.' in text and '--resume' in text and 'Held-out' not in text
     assert main([*quick, '--data', evil, '--output_dir', d.name, '--resume'])==0
     changes = r'<dd>[\d.]+ s, .*|<dd>.* MiB|and \d+ s'      # seconds and bytes
     assert re.sub(changes, '', (d/'report.html').read_text())==re.sub(changes, '', (whole/'report.html').read_text())
