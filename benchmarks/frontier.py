@@ -139,7 +139,7 @@ said = {
     'gates shuffled': 'the same gates, shuffled', 'a gate a layer': 'a gate a layer',
     'LoRA, trained on': 'LoRA, 16 or 64 more steps with the penalty', 'replay': 'LoRA with replay',
     'freezing': 'progressive freezing, scaled', 'Keep': 'LoRA with `Keep`',
-    'Keep and freezing': 'progressive freezing with `Keep`'}
+    'Keep, faded': 'LoRA with `Keep`, then `fade`', 'Keep and freezing': 'progressive freezing with `Keep`'}
 
 def table_of(model, give_up=0.05, beside='LoRA, scaled', have=tuple(tasks)):
     "Markdown: the divergence of each family at equal task loss, and its ratio to one of them"

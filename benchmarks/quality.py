@@ -200,7 +200,7 @@ def half_of_lora(model, batch, amp, gpu):
     meter.restart()
     before = meter.now()
     with amp, nullcontext() if gpu else meter: model(**batch).loss.backward()
-    budget = f'{(meter.peak()-before)//2}B'
+    budget = f'{(meter.peak()-before)/2**21:.2f}MiB'
     meter.stop()
     model.zero_grad()
     return budget
