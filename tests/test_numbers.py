@@ -109,7 +109,8 @@ words = [
 given = '''in at most 0.60 of its seconds|a correlation of at least 0.80, for at most 3% of the time
 CC BY 4.0|Apache licence 2.0|95% interval|LoRA that makes 0.6 of its steps|until 0.8 is reached
 measured to 3%|factor 0.25|dropout 0.05|torch 2.12|a model of 3.7 million parameters|3,270 of BoolQ|-0.1 ± 0.02
-both have given back 5% of LoRA's gain|is 0.1 lower|diverges 30% less than the best rival|at which 5% of LoRA's gain is given back
+both have given back 5% of LoRA's gain
+is 0.1 lower|diverges 30% less than the best rival|at which 5% of LoRA's gain is given back
 diverges at least 75% less|p < 0.05 after Holm|diverges at least 30% less|15 to 30% less|less than 20% less
 within 20% of it'''.replace('\n', '|').split('|')
 
