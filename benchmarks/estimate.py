@@ -61,16 +61,16 @@ def step_cost(s, active, tokens, seq, rates, names=(), budget=inf, e=2, mask=1, 
     compiled,T,k,n = 'compile' in names,tokens,s.n-min(active, default=s.n),len(active)
     rest = 'folded' if 'fold' in names and T*(s.sin+2*s.sout)>2*s.P_a else 'frozen'
     kept = T*kept_per_token(s, rest, compiled, e, mask)*(k-n) + T*kept_per_token(s, 'trained', compiled, e, mask)*n
-    head = T*s.vocab*(2 if 'loss' in names else 12)
+    head = T*s.vocab*(2 if 'liger' in names else 12)
     freed = kept/k-e*s.h*T if k else 0   # by a block that keeps only its input
     again = k if checkpointing else min(k, ceil((kept+head-budget)/freed)) if kept+head>budget else 0
     move = lambda kind: T*moved_per_token(s, kind, compiled, e) + (2*e*s.P_a if kind=='folded' else 0)
-    moved = move('trained')*2.2*n + move(rest)*(s.n-n+1.2*(k-n)+again) + T*s.vocab*(10 if 'loss' in names else 42)
-    products = 2*T*s.P*(s.n+k+again) + 2*T*s.h*s.vocab*(3 if 'loss' in names else 2) + 2*T*seq*s.h*(s.n+2.5*k)
+    moved = move('trained')*2.2*n + move(rest)*(s.n-n+1.2*(k-n)+again) + T*s.vocab*(10 if 'liger' in names else 42)
+    products = 2*T*s.P*(s.n+k+again) + 2*T*s.h*s.vocab*(3 if 'liger' in names else 2) + 2*T*seq*s.h*(s.n+2.5*k)
     folded = rest=='folded'
     small = 2*T*s.rank*(s.sin+s.sout)*((n if folded else s.n)+(n if folded else k)+n)
     if 'fp8' in names: products,moved = products/2,moved+5*(s.P+T*s.P/s.h)*(s.n+k+again)
-    waits = 'loss' in names or 'fp8' in names or checkpointing or 'ahead' not in names   # the host has more to do
+    waits = 'liger' in names or 'fp8' in names or checkpointing or 'ahead' not in names   # the host has more to do
     seconds = products/(0.9*rates[0]) + small/(0.3*rates[0]) + moved/(0.75*rates[1]) + (wait*s.n if waits else 0)
     return seconds,kept-again*freed+head
 
