@@ -164,7 +164,7 @@ def test_the_build_says_what_it_built(tmp_path, monkeypatch):
     assert build_docs.write_readme(tmp_path/'README.md', 'a').endswith('up to date')
 
 @needs_browser
-@pytest.mark.parametrize('width', [360, 768, 1280, 1920])
+@pytest.mark.parametrize('width', [360, *(pytest.param(o, marks=pytest.mark.slow) for o in (768, 1280)), 1920])
 def test_the_first_screen(site, width):
     """What it is, two buttons and both loops, before the first heading; the loops move only for those who allow it,
     and can be stopped"""
@@ -267,6 +267,7 @@ first = yaml.safe_load(open('_quarto.yml'))['project']['pre-render']
 sys.exit(subprocess.run(first.replace('python', sys.executable, 1), shell=True).returncode)
 '''
 
+@pytest.mark.slow
 def test_nbdev_commands_leave_the_tree_clean(tmp_path):
     "nbdev_prepare works; nbdev_docs and nbdev_preview say what to type instead; nbdev's own settings are up to date"
     import os,shutil
