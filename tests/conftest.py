@@ -39,3 +39,14 @@ def text_once(monkeypatch):
         if key not in texts: texts[key] = real(model, tokenizer, *args, **kwargs)
         return {k:v.clone() for k,v in texts[key].items()}
     monkeypatch.setattr(ist_nb.keep, 'own_text', own_text)
+
+@pytest.fixture(autouse=True)
+def no_page(request, monkeypatch):
+    "Drawing the page of a run takes a second, in some 150 runs; the tests of the page and the notebooks draw it"
+    import sys
+    if 'ist_nb.finetune' not in sys.modules or request.module.__name__ in ('test_report', 'test_nbs'): return
+    def write_report(folder):
+        page = Path(folder)/'report.html'
+        page.write_text('<!doctype html>')
+        return page
+    monkeypatch.setattr('ist_nb.run_folder.write_report', write_report)

@@ -371,6 +371,7 @@ def test_resume(pico, folder, tmp_path, monkeypatch):
         (tmp_path/'AQuA.json').write_text(broken)
         with pytest.raises(ISTError, match=says): e.evaluate(*pico, 'AQuA', **kw)
 
+@pytest.mark.slow
 def test_run_is_evaluated(folder, tmp_path, capsys):
     "From ist_finetune to ist_evaluate: a run's folder is found with its base model; what it was taught, it says"
     quiet = '--disable_tqdm true --logging_strategy no --save_strategy no --seed 0'

@@ -34,6 +34,7 @@ def test_kill_points(ctx, tmp_path, want):
     assert all(r['died'] for r in res)
     assert [r['left'][-1] for r in res]==['checkpoint-5', 'checkpoint-10', 'checkpoint-15']
 
+@pytest.mark.slow
 def test_kill_points_accelerate(ctx, tmp_path):
     res = check(kp.kill_points(ctx, kp.accelerate_loop, kp.accelerate_points(3), tmp_path))
     assert all(r['died'] for r in res) and 'state.part' in res[1]['left'] and 'state.old' in res[2]['left']
