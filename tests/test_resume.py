@@ -27,6 +27,7 @@ def check(results):
     assert all(r['ok'] for r in results), [r for r in results if not r['ok']]
     return results
 
+@pytest.mark.slow
 def test_kill_points(ctx, tmp_path, want):
     "In a step, and inside two of the files of a checkpoint"
     res = check(kp.kill_points(ctx, kp.train, [(8, 'on_optimizer_step'), (7, 'state_half'), (12, 'optimizer')],
