@@ -263,27 +263,33 @@ def _to_fp8(model, layers, **emulated):
 # %% ../nbs/14_speed.ipynb #b4239ff2
 class _Compiled:
     "A function that is compiled; a copy or a pickle of it is the plain function"
-    def __init__(self, f, **kwargs): self.f,self.compiled = f,torch.compile(f, **kwargs)
+    def __init__(self, f, **kwargs): self.f,self.compiled,self.__name__ = f,torch.compile(f, **kwargs),f.__name__
     def __call__(self, *args, **kwargs): return self.compiled(*args, **kwargs)
     def __reduce__(self): return copy.copy,(self.f,)
+
+def _loss_of(model):
+    "The model of transformers, and its loss if that is one over a vocabulary, else None"
+    base = model.get_base_model() if hasattr(model, 'get_base_model') else model
+    f = getattr(base, 'loss_function', None)
+    return base,f if getattr(f, '__name__', '') in ('ForCausalLMLoss', 'ForMaskedLMLoss') else None
 
 @optimisations.register('loss', 'The loss is compiled, and keeps no copy of the logits in 32 bits')
 def compile_loss(
     model, # A model of transformers, with PEFT adapters or not
     layers=None, # Not needed
     **kwargs, # For `torch.compile`
-) -> bool: # Whether the model has a loss function that can be exchanged
-    "Compile the loss that the model computes from its logits"
-    base = model.get_base_model() if hasattr(model, 'get_base_model') else model
-    f = getattr(base, 'loss_function', None)
-    if f is None: return False
+):
+    "Compile the loss that the model computes from its logits; raises `ISTError` if there is none to exchange"
+    base,f = _loss_of(model)
+    if f is None: raise ISTError("The optimisation 'loss' needs a model of transformers that computes its loss from "
+                                 "logits over a vocabulary, which this one does not. Leave 'loss' out.")
     if not isinstance(f, _Compiled): base.loss_function = _Compiled(f, **kwargs)
-    return True
 
 # %% ../nbs/14_speed.ipynb #6cc75f34
 def _safe(model):
     "What `fast=True` means; on a CPU compiling takes a minute, which a run rarely wins back"
-    return ['fold', 'compile', 'loss'] if next(model.parameters()).device.type=='cuda' else ['fold']
+    if next(model.parameters()).device.type!='cuda': return ['fold']
+    return ['fold', 'compile', *(['loss'] if _loss_of(model)[1] else [])]
 
 def apply_optimisations(
     model, # A model with PEFT adapters

@@ -106,6 +106,8 @@ def test_tables_of_numbers():
              '| y | 12% | 1.5x | never |\n')
     want = table.replace('|---|---|---|---|', '|---|---:|---:|---|')
     assert build_docs.aligned(table+'\ntext')==want+'\ntext'
+    text = table.replace('3 of 4', '1'*40+' and so on')      # at once, however long the number
+    assert build_docs.aligned(text)==want.replace('3 of 4', '1'*40+' and so on')
     assert build_docs.aligned(own := table.replace('---|---|\n', '---:|---|\n'))==own
     cell = dict(cell_type='code', source='#| echo: false\n#| output-fold: All of it', metadata={},
                 outputs=[dict(output_type='display_data', data={'text/markdown':table})])

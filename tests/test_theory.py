@@ -380,3 +380,24 @@ def test_every_planted_change_was_seen():
     planted = {(name, what) for name,what,_ in bounds.mutants(source, texts=False)}
     assert {(o['function'], o['change']) for o in rows}==planted, 'run python -m benchmarks bounds'
     assert [o for o in rows if o['outcome']!='killed']==[]
+
+def test_what_is_measured_of_gates():
+    "Gradients in the gates and their Hessian are those of finite differences, and the model stays as it is"
+    from benchmarks.gates import Measured
+    from benchmarks.small import lm_batch,tiny_lora
+    model = tiny_lora(3).double()
+    for n,p in model.named_parameters():
+        if 'lora_B' in n: torch.nn.init.normal_(p, std=0.3, generator=torch.Generator().manual_seed(0))
+    rows = torch.randint(0, 64, (4, 12), generator=torch.Generator().manual_seed(0))
+    before = {n:p.clone() for n,p in model.named_parameters()}
+    f = Measured(model, [lm_batch(o) for o in rows[:2].split(1)], [lm_batch(o) for o in rows[2:].split(1)])
+    at,h = torch.tensor([1., 0.5, 0.8]),1e-2
+    for k in (0, 1):
+        slope = [(f(at+h*e)[k][0]-f(at-h*e)[k][0])/(2*h) for e in torch.eye(3)]
+        assert slope==pytest.approx(f(at)[k][1].tolist(), rel=2e-2, abs=1e-4)
+        H,one = f.hessians()[k],torch.ones(3)
+        e = torch.eye(3)
+        mixed = (f(one+h*(e[0]+e[1]))[k][0]-f(one+h*e[0])[k][0]-f(one+h*e[1])[k][0]+f(one)[k][0])/h**2
+        assert mixed==pytest.approx(H[0, 1].item(), rel=0.1, abs=2e-2) and torch.equal(H, H.T)
+    assert f(0*at)[0][0]==pytest.approx(0, abs=1e-6)      # without adapters nothing diverges
+    assert all(torch.equal(before[n], p) for n,p in model.named_parameters())
