@@ -52,20 +52,27 @@ class Turn:
             torch.cuda.empty_cache()   # others run meanwhile
         if sys.stdin.readline().strip()!='go': sys.exit(0)
 
-def make_folder(spec):
-    "A model of the true shape with random weights, made on the device, and pico's tokenizer, as any local folder"
+def random_model(spec, device, **kwargs):
+    "A Llama of the true shape with random weights, made on the device"
     import torch
-    from transformers import AutoTokenizer,LlamaConfig,LlamaForCausalLM
-    from ist_nb.finetune import assets
+    from transformers import LlamaConfig,LlamaForCausalLM
     v,h,f,n,a,kv,tied = shapes[spec['shape']]
-    tok = AutoTokenizer.from_pretrained(str(assets/'pico'))
     config = LlamaConfig(vocab_size=v, hidden_size=h, intermediate_size=f, num_hidden_layers=n, num_attention_heads=a,
                          num_key_value_heads=kv, tie_word_embeddings=tied, max_position_embeddings=8192,
-                         rope_parameters=dict(rope_type='default', rope_theta=500000.), rms_norm_eps=1e-5,
-                         bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id)
+                         rope_parameters=dict(rope_type='default', rope_theta=500000.), rms_norm_eps=1e-5, **kwargs)
     torch.manual_seed(0)
     torch.set_default_dtype(dtype_of(spec))
-    with torch.device(spec['device']): model = LlamaForCausalLM(config)
+    try:
+        with torch.device(device): return LlamaForCausalLM(config)
+    finally: torch.set_default_dtype(torch.float32)
+
+def make_folder(spec):
+    "A model with random weights and pico's tokenizer, as any local folder"
+    from transformers import AutoTokenizer
+    from ist_nb.finetune import assets
+    tok = AutoTokenizer.from_pretrained(str(assets/'pico'))
+    model = random_model(spec, spec['device'], bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id,
+                         pad_token_id=tok.pad_token_id)
     model.save_pretrained(spec['folder'], max_shard_size='4GB')
     tok.save_pretrained(spec['folder'])
 

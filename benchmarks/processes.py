@@ -575,15 +575,16 @@ def launch(cases, size, seconds=600):
                 done.append(dict(kind=kind, name=name, ok=False, error='a process died or hung', where=log[-1500:]))
     return done + [dict(kind=k, name=n, ok=None, error='not run: out of time') for k,n in cases[len(done):]]
 
-def _processes(d, size, until):
-    "One launch; what it printed"
+def _processes(d, size, until, module='benchmarks.processes', **more):
+    "One launch, with `more` of an environment; what it printed"
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
+    path = os.pathsep.join(filter(None, [str(record.root), os.environ.get('PYTHONPATH')]))
     env = dict(os.environ, MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), WORLD_SIZE=str(size),
-               LOCAL_WORLD_SIZE=str(size), PYTHONWARNINGS='ignore', PYTHONPATH=str(record.root))
+               LOCAL_WORLD_SIZE=str(size), PYTHONWARNINGS='ignore', PYTHONPATH=path) | more
     def start(rank, log):
-        return subprocess.Popen([sys.executable, '-m', 'benchmarks.processes', str(d), str(rank), str(size)],
+        return subprocess.Popen([sys.executable, '-m', module, str(d), str(rank), str(size)],
                                 env=env | dict(RANK=str(rank), LOCAL_RANK=str(rank)), stdout=log, stderr=log)
     with open(d/'log', 'w') as log:
         procs = [start(r, log) for r in range(size)]

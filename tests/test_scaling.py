@@ -1,0 +1,61 @@
+"The bench on several GPUs: its arithmetic on made-up numbers, processes that die, and all of it on a CPU"
+import json,subprocess,sys
+import pytest
+from benchmarks import processes,scaling
+from benchmarks.scaling import launch,line,variant
+from pathlib import Path
+
+root = Path(__file__).parent.parent
+
+def test_share_of_linear():
+    "Two processes at the time of one are linear; half as fast is half of that; without one process nothing is known"
+    found = dict(seconds=[1., 3., 2.], peak=[2**30]*3)
+    one = variant(found, 1, 100)
+    assert (one['tokens_a_second'], one['of_linear'], one['seconds']['max'], one['rounds'])==(50, 1, 3, 3)
+    assert variant(found, 2, 100, one)['of_linear']==1 and variant(found, 2, 100)['of_linear'] is None
+    slow = variant(dict(seconds=[4.], peak=[None]), 4, 100, one)
+    assert (slow['tokens_a_second'], slow['of_linear'], slow['peak'])==(100, 0.5, None)
+    case = dict(engine='DDP', processes=4, variants=dict(a=slow, b=one), failed=dict(c='no GPU'))
+    assert ' 4000.0 ms' in line('a', case) and '50.0% of linear' in line('a', case) and 'GiB' not in line('a', case)
+    assert '1.00 GiB' in line('b', case) and line('c', case).endswith('failed: no GPU')
+
+def test_the_others_run_where_one_dies(monkeypatch):
+    """Of two processes the second fails first and the first because of it; then one dies without a word. Each launch
+    begins with what is left"""
+    begun,a,d = [],dict(name='a', seconds=[1.]),dict(name='d', seconds=[2.])
+    told = [([a, dict(name='b', failed='no answer', at=2.)],
+             [a | dict(seconds=[9.]), dict(name='b', failed='full', at=1.)]),
+            ([], []), ([d], [d])]
+    def died(folder, size, until, module, **more):
+        for r,lines in enumerate(told[len(begun)]):
+            (folder/f'{r}.jsonl').write_text(''.join(json.dumps(o)+'\n' for o in lines))
+        begun.append(json.loads((folder/'spec.json').read_text())['names'])
+        return 'Segmentation fault'
+    monkeypatch.setattr(processes, '_processes', died)
+    found = launch(dict(names=list('abcd'), limit=9, end=2**40), 2)
+    assert begun==[list('abcd'), list('cd'), ['d']]
+    assert (found['a'], found['d'], found['b']['failed'])==(a, d, 'full')
+    assert found['c']==dict(failed='a process died or hung', where='Segmentation fault')
+    told.append(([], []))
+    late = dict(failed=scaling.no_time)
+    assert launch(dict(names=['x', 'y'], limit=9, end=0), 2)==dict(x=late, y=late)
+
+@pytest.mark.slow
+def test_on_a_cpu(tmp_path):
+    "One process, and two by each engine; what is refused is recorded, and the contender after it runs"
+    out = tmp_path/'scaling.json'
+    only = ['LoRA', 'recommended, fp8', 'recommended']
+    command = [sys.executable, '-m', 'benchmarks', 'scaling', '--shape', 'tiny', '--rows', '4x64', '--sizes', '1 2',
+               '--steps', '2', '--rounds', '2', '--only', ';'.join(only), '--out', str(out)]
+    res = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert res.returncode==0, res.stdout+res.stderr
+    cases = json.loads(out.read_text())['cases']
+    assert [(c['engine'], c['processes']) for c in cases]==[('one process', 1), ('DDP', 2), ('FSDP2', 2)]
+    for c in cases:
+        assert set(c['failed'])=={'recommended, fp8'} and set(c['variants'])=={'LoRA', 'recommended'}, c
+        for k,v in c['variants'].items():
+            assert v['rounds']==2 and 0<v['seconds']['min']<=v['seconds']['median']
+            assert v['tokens_a_second']==pytest.approx(c['processes']*4*64/v['seconds']['median'])
+            one = cases[0]['variants'][k]['tokens_a_second']
+            assert v['of_linear']==pytest.approx(v['tokens_a_second']/(c['processes']*one))
+    assert 'torchao' in cases[0]['failed']['recommended, fp8'] and 'FSDP2' in cases[2]['failed']['recommended, fp8']
