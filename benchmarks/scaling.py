@@ -151,7 +151,8 @@ def variant(found, n, rows, one=None):
     from benchmarks.small import spread
     s = spread(found['seconds'])
     rate = n*rows/s['median']
-    return dict(seconds=s, tokens_a_second=rate, peak=spread(found['peak']), rounds=len(found['seconds']), held=found.get('held'),
+    return dict(seconds=s, tokens_a_second=rate, peak=spread(found['peak']), held=found.get('held'),
+                rounds=len(found['seconds']),
                 of_linear=1. if n==1 else rate/(n*one['tokens_a_second']) if one else None)
 
 def line(name, case):
