@@ -1,12 +1,12 @@
-"""The runs of the home page: `ist_finetune` as a newcomer types it, the same by three other methods, and ARC-Easy.
+"""The runs of the home page: `ist_finetune` as a newcomer types it, the same by four methods, and ARC-Easy.
 ARC-Easy is part of the collection of LLM-Adapters: give its folder as --data, or in the environment as IST_NB_DATA;
 without it that run stays in the file as it is."""
 import json,os,subprocess,sys,tempfile
 from pathlib import Path
 from benchmarks import record
 
-runs = {'ist':'', 'paper':'--method paper', 'rst':'--method rst', 'dense':'--method dense',
-        'arc':'--data ARC-Easy/train.json --max_steps 40 --max_rows 600 --output_dir arc'}
+runs = {'default':'', 'ist':'--method ist', 'paper':'--method paper', 'rst':'--method rst', 'dense':'--method dense',
+        'arc':'--method ist --data ARC-Easy/train.json --max_steps 40 --max_rows 600 --output_dir arc'}
 
 def run(line, cwd):
     "What a command line of `ist_finetune` printed, and its results"
@@ -32,6 +32,6 @@ def main(
             if k=='arc': (Path(d)/'ARC-Easy').symlink_to(Path(data).resolve()/'commonsense'/'ARC-Easy')
             found[k] = dict(command=f'ist_finetune {line}'.strip(), load=round(load, 1)) | run(line, d)
         print(f"{k}: {found[k]['loss_after']:.4f} in {found[k]['seconds']:.0f} s")
-    what = ('ist_finetune without arguments, by three other methods, and on ARC-Easy; one seed each. '
+    what = ('ist_finetune without arguments, by four methods, and on ARC-Easy; one seed each. '
             '`load` is the load average before a run')
     record.save(out, record.about(what, threads=1), runs=found)

@@ -54,7 +54,7 @@ class _Arguments:
     test_data:str|None = None # Data for the held-out loss; by default the test split of the data, or a share of it
     test_fraction:float = 0.1 # The share that is held out if there is no test data
     max_rows:int|None = None # Use at most so many rows of the data
-    method:str = _arg('ist', choices=['ist', 'recommended', 'paper', 'rst', 'dense']) # rst: random layers; dense: all
+    method:str|None = _arg(None, choices=['dense', 'ist', 'recommended', 'paper', 'rst']) # dense: every layer; rst: random
     peft:str = 'lora' # The kind of adapter: lora, dora, bottleneck, oft, ia3, or any other method of PEFT
     peft_options:str|None = None # Settings of that method as JSON, such as '{"oft_block_size": 16}'
     lora_r:int = 32 # Rank of the adapter, for lora and dora
@@ -62,7 +62,7 @@ class _Arguments:
     lora_dropout:float = 0.05 # Dropout on the input of the adapter
     lora_target_modules:list[str]|None = _arg(None, '--target_modules') # Ends of names, a pattern, or all-linear
     stack:str|None = None # Which stack of blocks, for models that have several
-    keep:float = 0. # Weight of a penalty for moving away from the model before; 0 only measures how far it moved
+    keep:float|None = None # Weight of a penalty on moving away from the model before; 1, or 0 if a method is named
     general:str|None = None # A file with text to measure and hold it on, in place of what the model itself writes
     overwrite:bool = False # Allow a run to replace an earlier run in its folder
     resume:bool = False # Continue from the last intact checkpoint in the folder
@@ -75,15 +75,18 @@ _recipe = dict(learning_rate=2e-4, per_device_train_batch_size=16, per_device_ev
 _recipe_pico = dict(learning_rate=3e-3, max_length=256)
 _recipe_demo = dict(max_steps=60, per_device_train_batch_size=8, max_length=128)
 
-def _defaults(args):
-    "Our defaults for the training arguments of a run"
+def _defaults(args, rest=()):
+    "Our defaults for a run: what `args` do not name, and training arguments; `rest` is what else was typed"
     import torch
     from ist_nb.run_folder import _new_folder
+    given = {o.split('=')[0].lstrip('-').replace('-', '_') for o in rest if o.startswith('--')}
+    named = args.method or ('ist' if given & ({f.name for f in fields(ISTConfig)}-{'seed'}) else None)
+    args.method,args.keep = named or 'dense',args.keep if args.keep is not None else 0. if named else 1.
     pico,one = args.model=='pico',torch.accelerator.is_available() or os.environ.get('WORLD_SIZE', '1')=='1'
     res = _recipe | (_recipe_pico if pico else {}) | (_recipe_demo if pico and args.data=='physics' else {})
     if not one: res['use_cpu'] = True      # or the Trainer does not see the other processes
     bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    return res | dict(bf16=bf16, output_dir=str(_new_folder(args)))
+    return res | dict(method=args.method, keep=args.keep, bf16=bf16, output_dir=str(_new_folder(args)))
 
 def _parser():
     "All three groups; the fields of `ISTConfig` are None until given, and `seed` is one of the training arguments"
@@ -106,10 +109,10 @@ def parse(
     _check_names('ist_finetune', argv, _names())
     with _quiet():
         ours = _make_parser('ist_finetune', _Arguments)
-        first = ours.parse_args_into_dataclasses(argv, return_remaining_strings=True)[0]    # for our defaults
+        first,rest = ours.parse_args_into_dataclasses(argv, return_remaining_strings=True)    # for our defaults
         for o in ('model', 'data', 'test_data', 'general'): _check_path(f'--{o}', getattr(first, o))
         parser = _parser()
-        parser.set_defaults(**_defaults(first))
+        parser.set_defaults(**_defaults(first, rest))
         try: args,given,sft,rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
         except ISTError: raise
         except (ValueError, TypeError, ImportError) as e:
@@ -183,11 +186,13 @@ def _join_processes(sft):
          f'torchrun --nproc_per_node={n} -m ist_nb.finetune.')
 
 # %% ../nbs/23_finetune.ipynb #1bae304b
-_examples = '''Fine-tune a language model with Importance-aware Sparse Tuning (IST).
+_examples = '''Fine-tune a language model: LoRA on every layer, held close to what the model was (--keep 1), unless you name a
+method or a setting of Importance-aware Sparse Tuning (IST).
 
   ist_finetune                                        a small model on a physics text, both in this package
   ist_finetune --model MODEL --data FILE              your model (hub id or folder) on your data
-  ist_finetune --data FILE --method dense             the same without IST, to compare with
+  ist_finetune --data FILE --method ist               the layers that matter most at each step, by importance
+  ist_finetune --data FILE --method dense             plain LoRA, to compare with
   ist_finetune --config run.yaml --lora_r 8           settings from a file, some of them overruled
   ist_finetune --peft oft                             another method of PEFT; --peft_options are its settings
   ist_finetune --output_dir FOLDER --resume           continue from the last intact checkpoint
@@ -343,10 +348,13 @@ def _kept_text(trainer, args, general):
         if general: text = text_rows(_texts(general, trainer.processing_class), trainer.processing_class, n, length)
         else: text = own_text(trainer.model, trainer.processing_class, n, length, trainer.args.seed)
     except (ISTError, RuntimeError, ValueError, NotImplementedError) as e:
-        if args.keep or args.general: raise ISTError(f"--{'keep' if args.keep else 'general'}: {e}") from e
+        if args.keep: raise ISTError(f"--keep {args.keep:g}: {str(e).rstrip('.')}. To train without this penalty, give --keep 0.") from e
+        if args.general: raise ISTError(f"--general: {e}") from e
         return _say(f'What the model forgets is not measured: {e}')
     if not args.keep: return text
     _callback(trainer, ISTCallback).parts.append(Keep({k:v[1::2] for k,v in text.items()}, args.keep))
+    rows = f"{len(text['labels'])//2} rows {'of '+args.general if args.general else 'that it wrote itself'}"
+    _say(f'Held by a penalty of weight {args.keep:g} on how far it moves from the model before, on {rows}')
     return {k:v[::2] for k,v in text.items()}
 
 def _texts(data, tokenizer): # strings
@@ -392,7 +400,7 @@ def report(
     from ist_nb.plot import _attempt, _try_picture, layer_table, plot_importance
     from ist_nb.run_folder import _losses, model_card, write_report
     from ist_nb.runs import _write_json
-    folder,cb = Path(trainer.args.output_dir),_callback(trainer, ISTCallback)
+    folder,cb = Path(trainer.args.output_dir),_callback(trainer, ISTCallback) if cfg else None    # dense: only `Keep`
     state = cb.ist.state_dict() if cb else dict(importance=None, times_active=None, n_dropped=0)
     training = json.loads(trainer.args.to_json_string())
     res = losses | dict(seconds=_guard(trainer).seconds, steps=trainer.state.global_step,
@@ -413,7 +421,7 @@ def report(
     with _attempt('report.html'): page = write_report(folder)
     names = sorted(p.name+'/'*p.is_dir() for p in folder.iterdir() if p.name!='.ist_lock')
     print(_summary.format(**res, told=_told(res), folder=folder, names=', '.join(names)))
-    if page: print(f'Open {page} in a browser to see the run: losses, layers against chance, settings.')
+    if page: print(f'Open {page} in a browser to see the run: losses, layers, what was forgotten, settings.')
     return res
 
 def _told(res):

@@ -231,6 +231,7 @@ def model_card(
                          base_model=None if pico or os.path.exists(model) else model)
     names = 'learning_rate per_device_train_batch_size gradient_accumulation_steps max_length seed'
     shown = {k:sft[k] for k in names.split()}
+    if args['keep']: shown['keep'] = args['keep']
     if peft in ('lora', 'dora'): shown |= {k:args[k] for k in ('lora_r', 'lora_alpha', 'lora_dropout')}
     if ist: shown |= {k:ist[k] for k in 'n_active sampler scorer score_interval schedule explore'.split()}
     return _card.format(**res | dict(
@@ -320,8 +321,11 @@ def _sections(began, res, state):
     which = f"{sum(n)/res['steps']:.3g} of {len(n)} layers" if n else 'every layer'
     yield H1((_ended if done else _stopped).format(**res, which=which))
     if not done: yield P('The same command with ', Code('--resume'), ' continues from there.')
-    facts = dict(Model=f"{o['model']}, with a {_kind(o['peft'])} adapter", Method=_methods[o['method']],
-                 Data=res['data'] if done else o['data'])
+    rank = f" of rank {o['lora_r']}" if o['peft'] in ('lora', 'dora') else ''
+    held = f", held by a penalty of weight {o['keep']:g}" if o['keep'] else ''
+    facts = dict(Model=f"{o['model']}, with a {_kind(o['peft'])} adapter{rank}", Method=_methods[o['method']]+held,
+                 Data=res['data'] if done else o['data'], Steps=f"learning rate {o['learning_rate']:g}, "
+                 f"{o['per_device_train_batch_size']*o['gradient_accumulation_steps']} rows a step on each device")
     scored = f", {res['score_seconds']:.1f} s of them to measure importance" if res.get('score_seconds') else ''
     if done: facts |= dict(Time=f"{res['seconds']:.0f} s{scored}", Memory=f"{res['peak_memory_bytes']/2**20:,.0f} MiB")
     yield Dl(*(x for k,v in facts.items() for x in (Dt(k), Dd(v))))

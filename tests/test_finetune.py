@@ -473,7 +473,32 @@ def test_keep_holds_the_model(here, method):
     free,held = (run(line+o, here/o.strip('- ')) for o in (' --keep 0', ' --keep 5'))
     assert held['forgotten']['text']=='mine.jsonl' and held['config']['finetune']['keep']==5
     assert held['forgotten']['divergence']<0.7*free['forgotten']['divergence']
-    assert held['times_active'] and (free['times_active'] is None)==(method=='dense')
+    for o in (held, free): assert (o['times_active'] is None)==(method=='dense')
+
+def test_what_is_run_if_no_method_is_named(here, capsys):
+    "The same as with `--method dense --keep 1`, and nothing of IST is written"
+    line = '--data good.jsonl --output_dir '
+    assert main([*quick, *(line+'out').split()])==0
+    said = capsys.readouterr().out
+    assert 'Held by a penalty of weight 1 on how far it moves' in said and 'importance' not in said
+    same = run(line.removesuffix('--output_dir ')+'--method dense --keep 1', here/'same')
+    assert weights(here/'out')==weights(here/'same')!=weights_of(here, '--method dense')
+    assert not {'ist_state.json', 'importance.png'} & {p.name for p in (here/'out').iterdir()}
+    assert same['config']['ist'] is None and same['importance'] is None
+    assert '| `keep` | 1.0 |' in (here/'out'/'README.md').read_text()
+
+def weights_of(here, line):
+    run('--data good.jsonl '+line, here/'other')
+    return weights(here/'other')
+
+def test_a_model_that_cannot_be_held_is_refused(here, capsys, monkeypatch):
+    "By default too, with what to do; and `--keep 0` then trains"
+    def no_text(*args): raise RuntimeError('probability tensor contains nan.')
+    monkeypatch.setattr('ist_nb.keep.own_text', no_text)
+    assert main([*quick, '--data', 'good.jsonl', '--output_dir', 'out'])==2 and not (here/'out').exists()
+    said = capsys.readouterr().err
+    assert '--keep 1: probability tensor contains nan. To train without this penalty, give --keep 0.' in said
+    assert main([*quick, '--data', 'good.jsonl', '--output_dir', 'out', '--keep', '0'])==0
 
 def test_a_held_run_resumes_bit_for_bit(here):
     line = '--data good.jsonl --keep 1 --save_steps 2 --max_steps 6'

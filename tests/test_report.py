@@ -65,8 +65,9 @@ def test_every_kind_of_run_has_a_page(run, line):
                f"{res['training_loss'][0][1]:.4f} at step 1, {res['training_loss'][-1][1]:.4f} at step 4"]
     for o in numbers: assert o in said, o
     assert len(res['training_loss'])==4
-    assert said.count('with every layer trained')==('dense' in line and 'keep' not in line)
-    assert ('--keep 1 holds' in said)==('keep' not in line)
+    assert said.count('with every layer trained')==('dense' in line)
+    assert ('--keep 1 holds' in said)==('keep' not in line)==('held by a penalty of weight 1' not in said)
+    assert 'learning rate 0.003, 2 rows a step' in said and ('of rank 2' in said)==('bottleneck' not in line)
     assert ('merge_and_unload' in said)==('bottleneck' not in line)
     assert all(f"{k} {json.dumps(v, ensure_ascii=False)}" in said for k,v in res['config']['finetune'].items()
                if v not in (None, False))
