@@ -74,7 +74,11 @@ def levels(runs, task, give_up):
 
 def divergences(by_seed, loss, start):
     "By seed, where the loss is reached"
-    res = {s:at(hull(pairs(o)+[start]), loss) for s,o in by_seed.items()}
+    return divergences_of({s:pairs(o) for s,o in by_seed.items()}, loss, start)
+
+def divergences_of(by_seed, loss, start):
+    "The same of pairs of task loss and divergence"
+    res = {s:at(hull(o+[start]), loss) for s,o in by_seed.items()}
     return {s:v for s,v in res.items() if v is not None}
 
 def chosen(runs, family, task, give_up):
@@ -108,22 +112,28 @@ def holm(ps):
         res[j] = most
     return res
 
-def over_documents(a, b, loss, tokens, draws=1000, seed=0):
-    "A 95% interval of the ratio of two curves, by seed, when the documents and the rows that judge are drawn again"
-    rng,tokens,found = np.random.default_rng(seed),np.array(tokens, float),[]
-    def again(points, docs, rows):
-        w = tokens[docs]
-        return [((np.array(p['documents'])[docs]*w).sum()/w.sum(), np.array(p['kl_rows'])[rows].mean())
-                for p in points if 'documents' in p]
+def over_documents(choose, judge, ours, theirs, task, give_up, draws=1000, seed=0):
+    """A 95% interval of the ratio of two families at a level, when the documents and the rows that judge are drawn
+    again, and the level with them"""
+    of = {f:curves(judge, f)[task] for f in {ours, theirs, 'LoRA', 'LoRA, scaled'}}
+    a,b = (of[f].get(chosen(choose, f, task, give_up), {}) for f in (ours, theirs))
+    plain = [(s, o) for f in ('LoRA', 'LoRA, scaled') for by_seed in of[f].values() for s,o in by_seed.items()]
+    mine = [r for r in judge if r['task']==task]
+    start = next(p for r in mine for p in r['points'] if p['name']=='before')
+    tokens = np.array(next(r['doc_tokens'] for r in mine if 'doc_tokens' in r), float)
+    rng,n,res = np.random.default_rng(seed),len(start['kl_rows']),[]
     for _ in range(draws):
-        docs,rows,d = rng.integers(len(tokens), size=len(tokens)),None,[]
-        for s in a:
-            if s not in b: continue
-            if rows is None: n = len(a[s][0]['kl_rows']); rows = rng.integers(n, size=n)
-            u,v = (at(hull(again(o[s], docs, rows)), loss) for o in (a, b))
-            if u and v: d.append(log(u/v))
-        if d: found.append(exp(mean(d)))
-    return tuple(np.quantile(found, (0.025, 0.975)))
+        docs,rows = rng.integers(len(tokens), size=len(tokens)),rng.integers(n, size=n)
+        def loss(p): return np.average(np.array(p['documents'])[docs], weights=tokens[docs])
+        def again(points): return [(loss(p), np.array(p['kl_rows'])[rows].mean()) for p in points if 'documents' in p]
+        best,before = defaultdict(list),loss(start)
+        for s,o in plain: best[s] += [x for x,_ in again(o)]
+        best = mean(map(min, best.values()))
+        at_level = [divergences_of({s:again(o) for s,o in k.items()}, best+give_up*(before-best), (before, 0.))
+                    for k in (a, b)]
+        d = [log(at_level[0][s]/at_level[1][s]) for s in at_level[0] if s in at_level[1]]
+        if d: res.append(exp(mean(d)))
+    return tuple(np.quantile(res, (0.025, 0.975)))
 
 def found(model):
     "The runs that chose and those that judged a model; the latter are None until they are made"
@@ -148,12 +158,12 @@ def table_of(model, give_up=0.05, beside='LoRA, scaled', have=tuple(tasks)):
     runs,head = judge or choose,read(f"retain_{'judge' if judge else 'choose'}_{model}")
     have = [t for t in have if any(p['name']=='before' for r in runs if r['task']==t for p in r['points'])]
     values = {(f, t):judged(choose, runs, f, t, give_up)[1] for f in said for t in have}
-    n = len({r['seed'] for r in runs})
+    ran = {(f, t):len(curves(runs, f)[t].get(judged(choose, runs, f, t, give_up)[0], {})) for f,t in values}
     compare = {k:ratio(v, values[beside, k[1]]) for k,v in values.items() if k[0]!=beside}
     sure = {f:holm([compare[f, t][3] for t in have if (o := compare.get((f, t))) and o[3] is not None]) for f in said}
     def cell(f, t):
         v,o = values[f, t],compare.get((f, t))
-        if len(v)<n: return 'not reached'
+        if not v or len(v)<ran[f, t]: return 'not reached'
         res = f'{mean(v.values()):.3f}'
         if not o: return res
         if o[1] is None: return f'{res} ({o[0]:.2f})'
@@ -161,8 +171,10 @@ def table_of(model, give_up=0.05, beside='LoRA, scaled', have=tuple(tasks)):
         return f"{res} ({o[0]:.2f}, {o[1]:.2f} to {o[2]:.2f}{', *' if ps[t]<0.05 else ''})"
     rows = [(said[f], *(cell(f, t) for t in have)) for f in said if any(values[f, t] for t in have)]
     limits = '; '.join(f'{tasks[t]} {levels(runs, t, give_up):.3f}' for t in have)
-    by = (f'{n} seeds on documents that chose nothing; interval of 95%, * where p < 0.05 (paired t-test of logs, Holm '
-          'over tasks)' if judge else 'one seed, on the documents that chose the settings: nothing is judged yet')
+    n = sorted(set(ran.values())-{0})
+    by = (f"{' to '.join(map(str, sorted({n[0], n[-1]})))} seeds on documents that chose nothing; interval "
+          'of 95%, * where p < 0.05 (paired t-test of logs, Holm over tasks)' if judge else
+          'one seed, on the documents that chose the settings: nothing is judged yet')
     return table(['way', *(tasks[t]+':' for t in have)], rows)+'\n\n'+made_by(head, (
         f'{head["model"]}; divergence from the model before, nats a token, at the task loss at which {give_up:.0%} of '
         f'what LoRA gained is given back ({limits}), and in brackets its ratio to that of {said[beside]}; {by}'))

@@ -57,17 +57,44 @@ def test_holm():
     assert holm([0.01, 0.04, 0.03])==pytest.approx([0.03, 0.06, 0.06]) and holm([0.9, 0.8])==[1., 1.] and holm([])==[]
 
 def test_documents_drawn_again():
-    "Half of the divergence on every row is half, whatever is drawn; and rows that differ widen the interval"
-    def points(by): return {s:[dict(documents=[1., 1., 1.], kl_rows=[by*v for v in (1., 2., 3., 4.)])] for s in (1, 2)}
-    assert over_documents(points(0.5), points(1.), 1., [5, 1, 1], draws=50)==pytest.approx((0.5, 0.5))
-    other = {s:[dict(documents=[1.]*3, kl_rows=[4., 1., 1., 1.])] for s in (1, 2)}
-    low,high = over_documents(other, points(1.), 1., [5, 1, 1], draws=200)
-    assert low<7/10<high
+    """Half of the divergence on every row is half, whatever is drawn; rows that differ widen the interval, and harder
+    documents move the level with them"""
+    def runs(rows, documents=(1., 1., 1.)):
+        def point(name, by, off): return dict(name=name, task=2.+off, kl=by*2.5, kl_rows=[by*o for o in rows],
+                                              documents=[o+off for o in documents])
+        start = point('before', 0., 1.) | dict(name='before')
+        plain = dict(name='LoRA', lr=1., steps=1, task='chat', doc_tokens=[5, 1, 1], points=[
+            start, point('trained', 1., 0.), point('scaled', 0.3, 0.25)])
+        held = plain | dict(name='keep 1', keep=1., points=[point('trained', 0.5, 0.), point('scaled', 0.15, 0.25)])
+        return [o | dict(seed=s) for s in (1, 2) for o in (plain, held)]
+    def interval(o): return over_documents(o, o, 'Keep', 'LoRA, scaled', 'chat', 0.25, draws=60)
+    assert interval(runs((1., 2., 3., 4.)))==pytest.approx((0.5, 0.5))
+    assert interval(runs((1., 2., 3., 4.), (0.1, 1., 7.)))==pytest.approx((0.5, 0.5))
+    other = runs((1., 2., 3., 4.))
+    for p in other[1]['points']: p['kl_rows'] = p['kl_rows'][::-1]     # of both seeds, which share the list
+    low,high = interval(other)
+    assert low<0.45 and 0.55<high
 
 def test_committed_runs_can_be_read():
     table = frontier.table_of('SmolLM2-135M-Instruct', have=('german', 'chat'))
-    assert all(o in table for o in frontier.said.values()) and 'nothing is judged yet' in table
+    judged = set(frontier.said)-{'Keep, faded'}     # which never stood for anything where it was chosen
+    assert all(frontier.said[o] in table for o in judged) and 'on documents that chose nothing' in table
     assert divergences({0:[dict(task=1., kl=2.)]}, 1.5, (2., 0.))=={0:1.}
+
+def test_seed_that_was_not_run_is_not_missed(monkeypatch):
+    "A family that ran with fewer seeds than another has a number; one that missed the loss in one of its runs has none"
+    base = [('before', 3., 0), ('trained', 1., 2.), ('scaled', 1.1, 1.)]
+    held = [run(s, [('trained', 1., 0.4), ('scaled', 1.1, 0.2)], keep=1.) for s in (1, 2, 3)]
+    judge = [run(s, base[:2]+[('scaled', 1.1, 1+s/100)]) for s in (1, 2, 3, 4)]+held
+    choose = [run(0, base), run(0, [('trained', 1., 0.4), ('scaled', 1.1, 0.2)], keep=1.)]
+    monkeypatch.setattr(frontier, 'found', lambda model: (choose, judge))
+    monkeypatch.setattr(frontier, 'read', lambda name: dict(model='m', hardware='', versions={}, command=''))
+    def row(): return next(o for o in frontier.table_of('m').splitlines() if 'with `Keep`' in o)
+    assert '| 0.200 (0.20, 0.19 to 0.20, *) |' in row()
+    held[0]['points'][:] = [dict(name='trained', task=2.5, kl=0.1), dict(name='scaled', task=2.6, kl=0.1)]
+    assert 'not reached' in row()
+    monkeypatch.setattr(frontier, 'found', lambda model: (choose, None))
+    assert 'nothing is judged yet' in frontier.table_of('m')
 
 def test_what_stands_for_a_family_is_judged(monkeypatch):
     "Of three rates the two that are best for a family, with all their settings, scaled only where that was chosen"
