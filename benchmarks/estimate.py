@@ -8,9 +8,14 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoModelForCausalLM
 from ist_nb import ISTConfig,find_layers
-from ist_nb.config import _layer_count,samplers,scorers
+from ist_nb.config import _layer_count,samplers,scorers,shrunk
 from ist_nb.probe import generator_for
 from ist_nb.speed import _blocks_of
+from benchmarks import peers
+
+# variants of `peers`: settings, and what the Trainer and `fast=True` apply
+fast,dense = 'fold compile loss ahead',ISTConfig.rst(n_active=1.)
+planned = {'PEFT':(dense, ''), 'LoRA, fast':(dense, fast), 'recommended':(ISTConfig.recommended(), fast)}
 
 @dataclass
 class Shape:
@@ -23,8 +28,11 @@ class Shape:
     P:int     # Weights of the linear layers of a block
     P_a:int   # Of those with adapters
     sin:int   # Numbers a token that layers with adapters read
+    read:int  # The same, if what several of them read counts once
     sout:int  # That they write
     rank:int
+    trained:int # Weights of all adapters
+    frozen:int  # All others
 
 def shape_of(c, lora):
     "The shape of a configuration of transformers with LoRA; it costs no memory"
@@ -33,17 +41,23 @@ def shape_of(c, lora):
     adapted = [m for m in blocks[0].modules() if isinstance(m, LoraLayer)]
     inside = {id(o) for m in adapted for o in m.modules()}-{id(m.base_layer) for m in adapted}
     linears = [m for m in blocks[0].modules() if isinstance(m, nn.Linear) and not isinstance(m, LoraLayer)]
-    head = getattr(c, 'head_dim', None) or c.hidden_size//c.num_attention_heads
+    head,inputs = getattr(c, 'head_dim', None) or c.hidden_size//c.num_attention_heads,{}
+    for m in adapted: m.register_forward_pre_hook(lambda m, args: inputs.update({id(args[0]):args[0]}))
+    model(torch.zeros(1, 1, dtype=torch.long, device='meta'), use_cache=True)   # without, it looks for rows in rows
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return Shape(len(blocks), c.hidden_size, c.num_key_value_heads*head, c.intermediate_size, c.vocab_size,
                  sum(m.weight.numel() for m in linears if id(m) not in inside),
                  sum(m.in_features*m.out_features for m in adapted), sum(m.in_features for m in adapted),
-                 sum(m.out_features for m in adapted), lora.r)
+                 sum(x.shape[-1] for x in inputs.values()), sum(m.out_features for m in adapted), lora.r, trained,
+                 sum(p.numel() for p in model.parameters())-trained)
 
 def kept_per_token(s, kind, compiled, e, mask):
-    "Bytes that a block ('trained', 'frozen' or 'folded') keeps of a token for its backward pass"
+    """Bytes that a block ('trained', 'frozen' or 'folded') keeps of a token for its backward pass. An adapter keeps
+    what it reads; without dropout (`mask=0`) compiled code keeps it once where several read the same"""
     base = e*(4*s.h+2*s.kv+2*s.f) if compiled else 8*s.h+e*(2*s.h+2*s.kv+3*s.f)
-    if compiled: mask = 1
-    return base + dict(trained=e+mask, frozen=mask, folded=0)[kind]*s.sin
+    if compiled: mask = min(mask, 1)
+    own = e*(s.read if compiled and not mask else s.sin)
+    return base + dict(trained=own+mask*s.sin, frozen=mask*s.sin, folded=0)[kind]
 
 def moved_per_token(s, kind, compiled, e):
     "Bytes that the operations of a block's forward pass move, products apart; norms and adapters work in 32 bits"
@@ -54,6 +68,11 @@ def moved_per_token(s, kind, compiled, e):
         own = (23*s.sin+12*s.sout) if cast else (17*s.sin+24*s.sout)
     return base + (0 if kind=='folded' else own)
 
+def logit_bytes(names, e):
+    """Bytes of a logit at the peak, which comes when the loss is known. Plain: its logarithm and two gradients in 32
+    bits. Compiled: itself and the copy in 32 bits that accelerate returns (or the gradient). Liger: pieces"""
+    return 2 if 'liger' in names else e+4 if 'loss' in names else 12
+
 def step_cost(s, active, tokens, seq, rates, names=(), budget=inf, e=2, mask=1, checkpointing=False, wait=1e-3):
     """Seconds and bytes of a step that trains the blocks `active` (none: a forward pass) on `tokens` in rows of `seq`.
     `e` and `mask` are bytes of a number and of an element of dropout's mask; `wait` is for how many seconds a block the
@@ -61,18 +80,29 @@ def step_cost(s, active, tokens, seq, rates, names=(), budget=inf, e=2, mask=1, 
     compiled,T,k,n = 'compile' in names,tokens,s.n-min(active, default=s.n),len(active)
     rest = 'folded' if 'fold' in names and T*(s.sin+2*s.sout)>2*s.P_a else 'frozen'
     kept = T*kept_per_token(s, rest, compiled, e, mask)*(k-n) + T*kept_per_token(s, 'trained', compiled, e, mask)*n
-    head = T*s.vocab*(2 if 'liger' in names else 12)
+    head = T*s.vocab*logit_bytes(names, e)
     freed = kept/k-e*s.h*T if k else 0   # by a block that keeps only its input
     again = k if checkpointing else min(k, ceil((kept+head-budget)/freed)) if kept+head>budget else 0
     move = lambda kind: T*moved_per_token(s, kind, compiled, e) + (2*e*s.P_a if kind=='folded' else 0)
-    moved = move('trained')*2.2*n + move(rest)*(s.n-n+1.2*(k-n)+again) + T*s.vocab*(10 if 'liger' in names else 42)
-    products = 2*T*s.P*(s.n+k+again) + 2*T*s.h*s.vocab*(3 if 'liger' in names else 2) + 2*T*seq*s.h*(s.n+2.5*k)
+    moved = move('trained')*2.2*n + move(rest)*(s.n-n+1.2*(k-n)+again)
+    # a compiled loss: written, read, copied in 32 bits, read and turned into the gradient, which is read
+    moved += T*s.vocab*(10 if 'liger' in names else 6*e+4 if 'loss' in names else 42)
+    products = 2*T*s.P*(s.n+k+again) + 2*T*s.h*s.vocab*(3 if 'liger' in names else 2)
+    tile,part = (128, 0.3) if e<4 else (0, 0.9)   # a GPU computes tiles on the diagonal whole; 0.3 is profiled
+    attention = 2*T*(seq+tile)*s.h*(s.n+2.5*k+again)/(part*rates[0])
     folded = rest=='folded'
     small = 2*T*s.rank*(s.sin+s.sout)*((n if folded else s.n)+(n if folded else k)+n)
     if 'fp8' in names: products,moved = products/2,moved+5*(s.P+T*s.P/s.h)*(s.n+k+again)
     waits = 'liger' in names or 'fp8' in names or checkpointing or 'ahead' not in names   # the host has more to do
-    seconds = products/(0.9*rates[0]) + small/(0.3*rates[0]) + moved/(0.75*rates[1]) + (wait*s.n if waits else 0)
+    seconds = products/(0.9*rates[0]) + small/(0.3*rates[0]) + attention + moved/(0.75*rates[1]) + wait*s.n*waits
     return seconds,kept-again*freed+head
+
+def drawn(s, o, steps):
+    "The layers that each step of a run trains"
+    def count(t):
+        return _layer_count(o.n_active, s.n) if o.schedule=='constant' else shrunk(o.n_active*s.n, s.n, t, steps)
+    return [samplers[o.sampler](torch.zeros(s.n), count(t), o, generator_for(o.seed, 'layers', t)).tolist()
+            for t in range(steps)]
 
 def estimated(found, lora, config_of, variants, steps=24):
     "Name of each variant in the JSON of a shape -> seconds and peak memory, as shares of LoRA's, of the steps it drew"
@@ -91,12 +121,19 @@ def estimated(found, lora, config_of, variants, steps=24):
         rows = []
         for seed in range(v['reps']):
             o = ISTConfig(**settings, seed=seed)
-            draw = samplers[o.sampler]
-            drawn = [draw(torch.zeros(s.n), _layer_count(o.n_active, s.n), o, generator_for(seed, 'layers', t)).tolist()
-                     for t in range(steps)]
-            costs = [step_cost(s, d, T, budget=budget, **how) for d in drawn[3:]]
+            costs = [step_cost(s, d, T, budget=budget, **how) for d in drawn(s, o, steps)[3:]]
             rows.append((statistics.mean(c[0] for c in costs)+probes(s, o, how), max(c[1] for c in costs)))
         res[name] = [statistics.median(r[i] for r in rows)/dense[i] for i in range(2)]
+    return res
+
+def beside(case, rates):
+    "Variant -> seconds and peak memory in a case of `peers`, the weights, the optimizer's moments and all included"
+    s,T,res = shape_of(peers.config_of(case['shape']), peers.lora()),case['batch']*case['length'],{}
+    fixed = 2*s.frozen+(4+2)*s.trained   # adapters are in 32 bits, with a copy in 16
+    for k,(o,names) in planned.items():
+        costs = [step_cost(s, d, T, case['length'], rates, names.split(), mask=0) for d in drawn(s, o, case['steps']+1)]
+        peaks = [fixed+b+8*s.trained*(t>0) for t,(_,b) in enumerate(costs)]   # AdamW's moments, after the first step
+        res[k] = statistics.mean(c for c,_ in costs[:-1]),max(peaks)
     return res
 
 def probes(s, config, how):

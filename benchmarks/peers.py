@@ -52,14 +52,18 @@ class Turn:
             torch.cuda.empty_cache()   # others run meanwhile
         if sys.stdin.readline().strip()!='go': sys.exit(0)
 
+def config_of(shape, **kwargs):
+    from transformers import LlamaConfig
+    v,h,f,n,a,kv,tied = shapes[shape]
+    return LlamaConfig(vocab_size=v, hidden_size=h, intermediate_size=f, num_hidden_layers=n, num_attention_heads=a,
+                       num_key_value_heads=kv, tie_word_embeddings=tied, max_position_embeddings=8192,
+                       rope_parameters=dict(rope_type='default', rope_theta=500000.), rms_norm_eps=1e-5, **kwargs)
+
 def random_model(spec, device, **kwargs):
     "A Llama of the true shape with random weights, made on the device"
     import torch
-    from transformers import LlamaConfig,LlamaForCausalLM
-    v,h,f,n,a,kv,tied = shapes[spec['shape']]
-    config = LlamaConfig(vocab_size=v, hidden_size=h, intermediate_size=f, num_hidden_layers=n, num_attention_heads=a,
-                         num_key_value_heads=kv, tie_word_embeddings=tied, max_position_embeddings=8192,
-                         rope_parameters=dict(rope_type='default', rope_theta=500000.), rms_norm_eps=1e-5, **kwargs)
+    from transformers import LlamaForCausalLM
+    config = config_of(spec['shape'], **kwargs)
     torch.manual_seed(0)
     torch.set_default_dtype(dtype_of(spec))
     try:

@@ -18,7 +18,7 @@ from ist_nb.finetune import assets
 from ist_nb.samplers import _depth_plan,depth_sampler,inclusion_by_depth
 from ist_nb.scorers import Probe
 from ist_nb.probe import model_loss
-from ist_nb.activations import kept_bytes
+from ist_nb.activations import LiveBytes,kept_bytes
 from ist_nb.speed import _Folded,fold,apply_optimisations,_to_fp8,unfold
 from ist_nb.suppression import suppress
 
@@ -648,3 +648,57 @@ def test_estimate_is_within_15_percent(name, n):
                 assert abs(r*lora[what]['median']/found['variants'][k][what]['median']-1)<0.15, (k, what)
         seen += 1
     assert seen==n
+
+def test_estimate_beside_other_libraries():
+    "Whole seconds and bytes; where the host sets the pace, the estimated seconds are less than the least"
+    from benchmarks.render import by_host,foreseen
+    found = foreseen()
+    for c,k,of in found:
+        (s,s_),(b,b_) = of['seconds'],of['peak']
+        assert abs(b_/b-1)<0.02, (c['shape'], c['length'], k)
+        least = c['variants'][k]['seconds']['min']
+        assert s_<least if by_host(c, k) else abs(s_/s-1)<0.15, (c['shape'], c['length'], k)
+    assert len(found)==10 and sum(by_host(c, k) for c,k,_ in found)==2
+    big = json.loads((results/'speed_gpu.json').read_text())['shapes'][0]
+    ms = next(o[1] for o in big['profile']['fold compile']['kernels'] if 'sdpa' in o[0])   # attention, forward
+    assert 2*16*256*(256+128)*4096*32/(ms*1e-3)==pytest.approx(0.3*big['matrix_flops'], rel=0.05)
+
+def test_estimate_of_the_loss():
+    "Bytes of a logit that are kept and at the peak, plain and compiled"
+    from benchmarks.estimate import logit_bytes
+    T,V = 64,4096
+    model = torch.nn.Linear(8, V, bias=False, dtype=torch.bfloat16)
+    x,labels = torch.randn(1, T, 8, dtype=torch.bfloat16),torch.randint(0, V, (1, T))
+    plain = pico().get_base_model().loss_function
+    lean = speed._Compiled(plain, backend='aot_eager_decomp_partition')
+    kept = lambda f: kept_bytes(lambda: f(model(x), labels, V), model)-x.nbytes
+    small = 8*(T+1)+4                              # the labels, and their number
+    assert kept(plain)==4*T*V+small and kept(lean)==2*T*V+small+8*T   # of a token, a maximum and a sum
+    assert logit_bytes(('loss',), 2)==2+torch.float32.itemsize        # accelerate returns logits in 32 bits
+    meter = LiveBytes()
+    meter.start()
+    try:
+        plain(model(x), labels, V).backward()
+        assert meter.peak()==pytest.approx(logit_bytes((), 2)*T*V, rel=0.01)
+    finally: meter.stop()
+
+@pytest.mark.parametrize('names,active', [('', [0, 1]), ('compile fold', [0, 1]), ('compile fold', [0])])
+def test_estimate_of_a_block(names, active):
+    "Every byte that a block with grouped heads keeps without dropout; the small ones are left out of the estimate"
+    from benchmarks.estimate import kept_per_token,shape_of
+    config = LlamaConfig(vocab_size=64, hidden_size=256, intermediate_size=896, num_hidden_layers=2,
+                         num_attention_heads=4, num_key_value_heads=1, use_cache=False)
+    lora = LoraConfig(r=1, target_modules='all-linear', task_type='CAUSAL_LM')
+    model = get_peft_model(LlamaForCausalLM(config).bfloat16(), lora)
+    layers,block = find_layers(model),model.get_base_model().model.layers[1]
+    if 'fold' in names: fold(model)
+    if 'compile' in names: speed.compile_blocks(model, layers, backend='aot_eager_decomp_partition')
+    layers.switch(active)
+    x = torch.randn(2, 256, 256, dtype=torch.bfloat16, requires_grad=True)
+    rotary = model.get_base_model().model.rotary_emb(x, torch.arange(256)[None])
+    with torch.autocast('cpu', torch.bfloat16): kept = kept_bytes(lambda: block(x, position_embeddings=rotary), model)
+    s,T,trained = shape_of(config, lora),512,1 in active
+    small = sum(o.nbytes for o in rotary) + 4*T*(4+2)                  # of each head and norm a number in 32 bits
+    if trained: small += 2*(7*T+sum(p.numel() for p in layers[1].params))   # what A gives; a copy of the adapters
+    kind = 'trained' if trained else 'folded'
+    assert kept==T*kept_per_token(s, kind, 'compile' in names, 2, 0)+small
