@@ -1,6 +1,6 @@
-"""What compiles a LoRA step best? Blocks one by one, with and without the loss, as CUDA graphs, or the model as a whole;
-and what a change of the trained layers costs, for which a graph may be recorded anew. A loop without a Trainer, at the
-true shapes with random weights."""
+"""What compiles a LoRA step best? Blocks one by one, with and without the loss, as CUDA graphs, or the whole model; and
+what a change of the trained layers costs, for which a graph may be recorded anew. A loop without a Trainer, at the true
+shapes with random weights."""
 import gc,time,traceback
 from statistics import median
 import torch
@@ -83,7 +83,7 @@ def main(
         except Exception as e:
             failed[name] = f'{type(e).__name__}: {" ".join(str(e).split())}'[:300]
             traceback.print_exc(limit=3)
-        else: print(name, *(f"{k}: {1e3*o['seconds']:.1f} ms, host {1e3*o['host']:.1f}, {(o['reserved'] or 0)/2**30:.1f} GiB"
-                            for k,o in found[name].items()), sep=' | ', flush=True)
+        else: print(name, *(f"{k}: {1e3*o['seconds']:.1f} ms, host {1e3*o['host']:.1f}, "
+                            f"{(o['reserved'] or 0)/2**30:.1f} GiB" for k,o in found[name].items()), sep=' | ')
         record.save(out, record.about('a LoRA step, its blocks compiled in several ways', gpu=cuda), shape=shape,
                     batch=batch, length=length, steps=steps, variants=found, failed=failed)

@@ -54,7 +54,7 @@ class _Arguments:
     test_data:str|None = None # Data for the held-out loss; by default the test split of the data, or a share of it
     test_fraction:float = 0.1 # The share that is held out if there is no test data
     max_rows:int|None = None # Use at most so many rows of the data
-    method:str|None = _arg(None, choices=['dense', 'ist', 'recommended', 'paper', 'rst']) # dense: every layer; rst: random
+    method:str|None = _arg(None, choices='dense ist recommended paper rst'.split()) # dense: every layer; rst: random
     peft:str = 'lora' # The kind of adapter: lora, dora, bottleneck, oft, ia3, or any other method of PEFT
     peft_options:str|None = None # Settings of that method as JSON, such as '{"oft_block_size": 16}'
     lora_r:int = 32 # Rank of the adapter, for lora and dora
@@ -186,8 +186,8 @@ def _join_processes(sft):
          f'torchrun --nproc_per_node={n} -m ist_nb.finetune.')
 
 # %% ../nbs/23_finetune.ipynb #1bae304b
-_examples = '''Fine-tune a language model: LoRA on every layer, held close to what the model was (--keep 1), unless you name a
-method or a setting of Importance-aware Sparse Tuning (IST).
+_examples = '''Fine-tune a language model: LoRA on every layer, held close to what the model was (--keep 1), unless
+you name a method or a setting of Importance-aware Sparse Tuning (IST).
 
   ist_finetune                                        a small model on a physics text, both in this package
   ist_finetune --model MODEL --data FILE              your model (hub id or folder) on your data
@@ -348,7 +348,8 @@ def _kept_text(trainer, args, general):
         if general: text = text_rows(_texts(general, trainer.processing_class), trainer.processing_class, n, length)
         else: text = own_text(trainer.model, trainer.processing_class, n, length, trainer.args.seed)
     except (ISTError, RuntimeError, ValueError, NotImplementedError) as e:
-        if args.keep: raise ISTError(f"--keep {args.keep:g}: {str(e).rstrip('.')}. To train without this penalty, give --keep 0.") from e
+        if args.keep:
+            raise ISTError(f"--keep {args.keep:g}: {str(e).rstrip('.')}. To train without it, give --keep 0.") from e
         if args.general: raise ISTError(f"--general: {e}") from e
         return _say(f'What the model forgets is not measured: {e}')
     if not args.keep: return text

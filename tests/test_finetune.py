@@ -497,7 +497,7 @@ def test_a_model_that_cannot_be_held_is_refused(here, capsys, monkeypatch):
     monkeypatch.setattr('ist_nb.keep.own_text', no_text)
     assert main([*quick, '--data', 'good.jsonl', '--output_dir', 'out'])==2 and not (here/'out').exists()
     said = capsys.readouterr().err
-    assert '--keep 1: probability tensor contains nan. To train without this penalty, give --keep 0.' in said
+    assert '--keep 1: probability tensor contains nan. To train without it, give --keep 0.' in said
     assert main([*quick, '--data', 'good.jsonl', '--output_dir', 'out', '--keep', '0'])==0
 
 def test_a_held_run_resumes_bit_for_bit(here):

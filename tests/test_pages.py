@@ -129,7 +129,8 @@ def test_newcomer():
     todo,again = newcomer.commands(),'run python -m benchmarks newcomer'
     ran = [o['command'] for o in res['stages']]
     assert [o for o in ran if not o.startswith("pip install 'torch")]==[*todo, 'python why.py'], again
-    assert todo[0]==f'git clone {get_config(path=root).git_url}' and todo[-2:]==['ist_finetune', 'ist_finetune --method ist']
+    assert todo[0]==f'git clone {get_config(path=root).git_url}'
+    assert todo[-2:]==['ist_finetune', 'ist_finetune --method ist']
     assert all(f'```sh\n{o}' in (root/'README.md').read_text() for o in todo[:1])
     found,said = res['explanation'],'\n'.join(res['said'])
     assert f"Layer {found['layer']} was trained in {found['trained']} of {found['steps']} steps" in said
