@@ -144,7 +144,8 @@ measured to 3%|factor 0.25|dropout 0.05|torch 2.12|a model of 3.7 million parame
 both have given back 5% of LoRA's gain
 is 0.1 lower|at least 30% less than the best rival|stays within 0.02 nats
 rises by up to 0.14|at which 5% of LoRA's gain is given back
-diverges at least 75% less|p < 0.05 after Holm|LoRA with 0.35 of the steps|diverges at least 30% less|15 to 30% less|less than 20% less
+diverges at least 75% less|p < 0.05 after Holm
+LoRA with 0.35 of the steps|diverges at least 30% less|15 to 30% less|less than 20% less
 within 20% of it'''.replace('\n', '|').split('|')
 
 @pytest.mark.parametrize('page,said,found', claims, ids=[f'{o[0]}: {o[1][:40]}' for o in claims])
