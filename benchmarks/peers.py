@@ -32,7 +32,9 @@ variants = {
     'Unsloth, packed, xformers':('unsloth', dict(packing='bfd', needs='unsloth xformers')),
     'LoRA, fast':('ours', dict(config=dict(fast=True))),
     'LoRA, fast, Liger loss':('ours', dict(config=dict(fast=True), liger=True, needs='liger_kernel')),
+    'LoRA, fast, budget':('ours', dict(config=dict(fast=True))),    # of `--budget`, as large as a peer's peak, say
     'recommended':('ours', dict(config=dict(recommended=True))),
+    'recommended, budget':('ours', dict(config=dict(recommended=True))),
     'recommended, fp8':('ours', dict(config=dict(recommended=True, fast='fold,compile,fp8'), needs='torchao')),
     'recommended, Liger loss':('ours', dict(config=dict(recommended=True), liger=True, needs='liger_kernel')),
 }
@@ -225,6 +227,7 @@ def ours(spec, turn, config, liger=False):
     from transformers import Trainer,TrainingArguments,default_data_collator
     from ist_nb import ISTCallback,ISTConfig
     cuda,config = spec['device']=='cuda',dict(config)
+    if 'budget' in spec['name']: config['activation_budget'] = spec['budget']
     make = ISTConfig.recommended if config.pop('recommended', False) else lambda **kw: ISTConfig.rst(n_active=1., **kw)
     model,data = loaded(turn, get_peft_model(load(spec), lora()), spec),data_of(spec, labels=True)
     how = dict(use_liger_kernel=True, liger_kernel_config=fused) if liger else {}
@@ -358,8 +361,8 @@ def case_of(spec, runs, failed, wheres):
                     peak=spread([o['peak'] for o in rounds]), weights=said.get('loaded'), trained=said.get('trained'),
                     loss=said.get('loss'), rounds=len(rounds))
     found = {k:of(v, said) for k,(v,said) in runs.items() if v}
-    keys = 'shape', 'bits', 'batch', 'length', 'documents', 'checkpointing', 'steps'
-    return {k:spec[k] for k in keys} | dict(rank=rank, variants=found, failed=failed, where=wheres)
+    keys = 'shape', 'bits', 'batch', 'length', 'documents', 'checkpointing', 'steps', 'budget'
+    return {k:spec[k] for k in keys if spec[k] is not None} | dict(rank=rank, variants=found, failed=failed, where=wheres)
 
 def line(name, case):
     "One line on a variant, for people"
@@ -461,9 +464,9 @@ def seconds_to(runs, seconds, loss, choose, learns_as=way):
 def merged(files):
     """The cases of several files as one list, without what was printed where one failed; a later case of the same
     settings replaces an earlier one"""
-    keys = 'shape', 'bits', 'batch', 'length', 'documents', 'checkpointing', 'hardware'
+    keys = 'shape', 'bits', 'batch', 'length', 'documents', 'checkpointing', 'budget', 'hardware'
     cases = [c for f in files for c in json.loads(Path(f).read_text())['cases']]
-    return list({tuple(c[k] for k in keys):{k:v for k,v in c.items() if k!='where'} for c in cases}.values())
+    return list({tuple(c.get(k) for k in keys):{k:v for k,v in c.items() if k!='where'} for c in cases}.values())
 
 def main(
     shape:str='1b',      # 1b and 8b (Llama 3), or tiny
@@ -471,6 +474,7 @@ def main(
     bits:str='16',       # 16 or 4 or both, separated by a comma
     documents:int=1,     # Documents in a row: what packing packs
     checkpointing:bool=False, # Each contender's own gradient checkpointing
+    budget:str=None,     # The `activation_budget` of the variants with one, such as 8GiB
     steps:int=20,        # Steps of a round
     rounds:int=3,        # Rounds while the processes of a group live
     passes:int=1,        # How often all are started anew, every other time in reverse order
@@ -495,7 +499,7 @@ def main(
     start,found = time.monotonic(),[]
     root = os.path.abspath(folder or os.path.join(tempfile.gettempdir(), 'ist_peers'))
     base = dict(shape=shape, documents=documents, checkpointing=checkpointing, steps=steps, rounds=rounds,
-                device=device, folder=os.path.join(root, f'{shape}_{device}'))
+                budget=budget, device=device, folder=os.path.join(root, f'{shape}_{device}'))
     for b in map(int, bits.split(',')):
         for o in rows.split(','):
             batch,length = map(int, o.split('x'))
