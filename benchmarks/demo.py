@@ -8,7 +8,8 @@ from benchmarks import record
 
 runs = {'default':'', 'ist':'--method ist', 'paper':'--method paper', 'rst':'--method rst', 'dense':'--method dense',
         'arc':'--method ist --data ARC-Easy/train.json --max_steps 40 --max_rows 600 --output_dir arc'}
-chats = '--model MODEL --data chats.jsonl --max_steps 40 --per_device_train_batch_size 4 --learning_rate 1e-3'
+chats = ('--model MODEL --data chats.jsonl --max_steps 24 --per_device_train_batch_size 2 '
+         '--max_length 192 --learning_rate 1e-3')
 runs |= {'hub':f'{chats} --output_dir hub', 'hub_dense':f'{chats} --method dense --output_dir plain'}
 
 def write_chats(path, rows, n=400):

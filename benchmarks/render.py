@@ -1,5 +1,6 @@
 "From the JSON of the benchmarks to the tables, sentences and pictures of the results pages"
 import statistics
+from functools import cache
 from IPython.display import Markdown
 from scipy.stats import t as student
 from benchmarks.record import read
@@ -82,6 +83,7 @@ def peers_table(shape):
     on,by = ', '.join(f'{k} {v}' for k,v in versions.items()),' and '.join(f"`{c['command']}`" for c in cases)
     return Markdown(f"{table(head, rows)}\n\n({said}. {c['hardware']}, {on}. Made by {by}.)")
 
+@cache
 def foreseen():
     "Of each step beside other libraries that can be estimated: case, variant, measured and estimated by what"
     from benchmarks.estimate import beside as counted

@@ -481,15 +481,16 @@ def test_what_is_run_if_no_method_is_named(here, capsys):
     assert main([*quick, *(line+'out').split()])==0
     said = capsys.readouterr().out
     assert 'Held by a penalty of weight 1 on how far it moves' in said and 'importance' not in said
-    same = run(line.removesuffix('--output_dir ')+'--method dense --keep 1', here/'same')
-    assert weights(here/'out')==weights(here/'same')!=weights_of(here, '--method dense')
     assert not {'ist_state.json', 'importance.png'} & {p.name for p in (here/'out').iterdir()}
-    assert same['config']['ist'] is None and same['importance'] is None
+    res = json.loads((here/'out'/'results.json').read_text())
+    assert res['config']['ist'] is None and res['importance'] is None
     assert '| `keep` | 1.0 |' in (here/'out'/'README.md').read_text()
 
-def weights_of(here, line):
-    run('--data good.jsonl '+line, here/'other')
-    return weights(here/'other')
+@pytest.mark.slow
+def test_the_default_is_dense_and_held(here):
+    assert main([*quick, '--data', 'good.jsonl', '--output_dir', 'out'])==0
+    for line in ('--method dense', '--method dense --keep 1'): run('--data good.jsonl '+line, here/line.replace(' ', '_'))
+    assert weights(here/'out')==weights(here/'--method_dense_--keep_1')!=weights(here/'--method_dense')
 
 def test_a_model_that_cannot_be_held_is_refused(here, capsys, monkeypatch):
     "By default too, with what to do; and `--keep 0` then trains"

@@ -119,6 +119,7 @@ def test_budget_is_kept_and_nothing_changes(make, accumulate): kept_and_unchange
 @pytest.mark.parametrize('make', [llama, gpt2, own, t5])
 def test_over_many_selections(make): kept_and_unchanged(make, 2, (1.1, 0.7, 0.55, 0.45), 40)
 
+@pytest.mark.slow
 def test_one_checkpoint_less_is_over_the_budget():
     "Not only by our own numbers: run it"
     free,_ = steps(llama(), n=7)
@@ -148,6 +149,7 @@ def test_as_on_a_device():
     # embeddings, and the loss of the step before
     assert abs(a.head-b.head)<2048 and abs(a.rest-b.rest)<8192, (a.head, b.head, a.rest, b.rest)
 
+@pytest.mark.slow
 def test_larger_batches_later():
     sizes = [(2, 12), (2, 12), (4, 24), (4, 24), (3, 20), (6, 16), (6, 24), (6, 24)]
     deep = [[0, 3]]*len(sizes)

@@ -238,7 +238,8 @@ def probes(ref, model):
 def loss_with(model, S):
     with suppress(find_layers(model), S, 0.25): return model(**batch()).loss.item()
 
-@pytest.mark.parametrize('config', [LoraConfig(r=4, use_dora=True, target_modules='all-linear'),
+@pytest.mark.parametrize('config', [pytest.param(LoraConfig(r=4, use_dora=True, target_modules='all-linear'),
+                                                 marks=pytest.mark.slow),
                                     IA3Config(target_modules=['k_proj', 'v_proj', 'down_proj'],
                                               feedforward_modules=['down_proj'], init_ia3_weights=False)],
                                               ids=['DoRA', 'IA3'])
