@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['theorem1_bound', 'step_size', 'corollary1_bound', 'rst_bound', 'inclusion_bound', 'inclusion_by_clocks',
            'update_bound', 'importance_bound', 'floor_probability', 'guarantee', 'momentum_bound', 'adaptive_bound',
-           'adagrad_bound', 'rmsprop_bound', 'layer_gain', 'selection_gain', 'ceiling', 'break_even',
+           'adagrad_bound', 'rmsprop_bound', 'layer_gain', 'selection_gain', 'ceiling', 'break_even', 'blind_ceiling',
            'freezing_seconds', 'best_gates', 'inclusion_probabilities']
 
 # %% ../nbs/theory/convergence.ipynb #0d693113
@@ -249,6 +249,14 @@ def break_even(
 ) -> float: # Share of the squared gradient, in (0, 1]
     "What a sparse step must keep of the squared gradient to bring as much a second as training all layers (ours)"
     return (1+back*depth)/(1+back)
+
+# %% ../nbs/theory/convergence.ipynb #5b98d95e
+def blind_ceiling(
+    n:int, # Layers trained at a step, in 1 .. N
+    N:int, # Layers
+) -> float: # $N/(n\tau)$, a factor in [1, 2)
+    "The most that a rule without gradients of untrained layers is guaranteed over random layers (Proposition 11; ours)"
+    return N/(n*sum(max(0, 1-j*n/N) for j in range(N)))
 
 # %% ../nbs/theory/convergence.ipynb #c26ec141
 def freezing_seconds(
