@@ -384,6 +384,34 @@ def test_a_chain_hides_its_next_layer(N, T, seed, data):
         seen = [torch.autograd.functional.vjp(lambda x: chain(o, x*theta.detach()), gates) for o in (one, other)]
         assert torch.equal(seen[0][0], seen[1][0]) and torch.equal(seen[0][1], seen[1][1])
 
+# --- Proposition 12
+def test_regret_bound():
+    "A table of exact values, and the end of the proof at its best rate"
+    e = math.log(2)
+    exact = {(1, 2, 2):(8*e)**.5, (1, 4, 3):(48*e)**.5, (2, 4, 25):20*e**.5, (4, 4, 9):0.}
+    for o,want in exact.items(): assert near(regret_bound(*o), want)
+    assert near(regret_bound(2, 4, 25, 3.), 60*e**.5) and near(regret_bound(2, 4, 25, 3., whole=True), 30*(2*e)**.5)
+    for n,N,T,most in ((1, 7, 50, 2.), (3, 10, 400, 0.1)):
+        for whole,k in ((False, N), (True, n)):
+            ends = [n/x*math.log(N/n)+x/2*k*T*most**2 for x in (10**(j/1000) for j in range(-3000, 3000))]
+            assert near(regret_bound(n, N, T, most, whole), min(ends), 1e-5)
+
+@given(st.integers(2, 6), st.integers(1, 40), st.integers(0, 1000), st.data())
+def test_the_sampler_of_proposition12(N, T, seed, data):
+    "All gains known: on every path the regret is within the bound, line 5 holds, and the update adds up to n"
+    n,g = data.draw(st.integers(1, N-1)),torch.Generator().manual_seed(seed)
+    kl = lambda p,q: (torch.xlogy(p, p/q)-p+q).sum()
+    pi,regret = torch.full((N,), n/N, dtype=torch.float64),torch.zeros(N, dtype=torch.float64)
+    for t in range(T):
+        a = (pi<=pi.median()).double() if data.draw(st.booleans()) else torch.rand(N, generator=g).double()
+        regret += a; regret -= (pi*a).sum()/n
+        w,lo,hi = pi*torch.exp(-math.sqrt(2*math.log(N/n)/T)*(1-a)),0.,1e9
+        for _ in range(200): mid = (lo+hi)/2; lo,hi = (mid, hi) if (mid*w).clamp_max(1).sum()<n else (lo, mid)
+        pi = (hi*w).clamp_max(1)
+        other = torch.zeros(N, dtype=torch.float64); other[torch.randperm(N, generator=g)[:n]] = 1.
+        assert abs(pi.sum()-n)<1e-9 and kl(other, w)>=kl(other, pi)+kl(pi, w)-1e-9
+    assert regret.topk(n).values.sum()<=regret_bound(n, N, T, whole=True)+1e-9
+
 # --- Proposition 10
 def hessians(N, seed):
     g = torch.Generator().manual_seed(seed)
