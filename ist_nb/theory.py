@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['theorem1_bound', 'step_size', 'corollary1_bound', 'rst_bound', 'inclusion_bound', 'inclusion_by_clocks',
            'update_bound', 'importance_bound', 'floor_probability', 'guarantee', 'momentum_bound', 'adaptive_bound',
-           'adagrad_bound', 'rmsprop_bound', 'layer_gain', 'selection_gain', 'ceiling', 'break_even',
-           'freezing_seconds', 'best_gates', 'inclusion_probabilities']
+           'adagrad_bound', 'rmsprop_bound', 'layer_gain', 'selection_gain', 'ceiling', 'break_even', 'blind_ceiling',
+           'regret_bound', 'freezing_seconds', 'best_gates', 'inclusion_probabilities']
 
 # %% ../nbs/theory/convergence.ipynb #0d693113
 import math,torch
@@ -249,6 +249,25 @@ def break_even(
 ) -> float: # Share of the squared gradient, in (0, 1]
     "What a sparse step must keep of the squared gradient to bring as much a second as training all layers (ours)"
     return (1+back*depth)/(1+back)
+
+# %% ../nbs/theory/convergence.ipynb #5b98d95e
+def blind_ceiling(
+    n:int, # Layers trained at a step, in 1 .. N
+    N:int, # Layers
+) -> float: # $N/(n\tau)$, a factor in [1, 2)
+    "The most that a rule without gradients of untrained layers is guaranteed over random layers (Proposition 11; ours)"
+    return N/(n*sum(max(0, 1-j*n/N) for j in range(N)))
+
+# %% ../nbs/theory/convergence.ipynb #450f178a
+def regret_bound(
+    n:int, # Layers trained at a step, in 1 .. N
+    N:int, # Layers
+    T:int, # Steps
+    most:float=1., # $a_{\max}$, bound on the gain of a layer in a step
+    whole:bool=False, # Are the gains of all layers known after a step, not only of those that it trained?
+) -> float: # In units of the gain
+    "How far the sampler of Proposition 12 may fall behind the best fixed probabilities (after Uchiya et al. 2010)"
+    return most*math.sqrt(2*n*(n if whole else N)*T*math.log(N/n))
 
 # %% ../nbs/theory/convergence.ipynb #c26ec141
 def freezing_seconds(

@@ -342,6 +342,76 @@ def test_where_they_do_not_hold():
     with pytest.raises(ValueError, match='Lemma 3 covers'): update_bound(ISTConfig(scorer='gate'))
     with pytest.raises(ISTError, match='Nothing is known'): guarantee(SimpleNamespace(sampler='mine', n_active=0.25), 8)
 
+# --- Proposition 11
+def test_blind_ceiling():
+    "A table of exact values, and the mean time to find a layer that is equally likely at each place of the search"
+    exact = {(1, 1):1, (1, 2):4/3, (1, 4):1.6, (2, 4):4/3, (3, 4):16/15, (4, 4):1, (2, 5):25/18, (3, 7):49/36,
+             (8, 32):1.6, (4, 16):1.6, (1, 99):1.98}
+    for (n,N),want in exact.items(): assert near(blind_ceiling(n, N), want)
+    for N in range(1, 30):
+        for n in range(1, N+1):
+            tau = sum(math.ceil(k/n) for k in range(1, N+1))/N
+            assert near(blind_ceiling(n, N)*n*tau, N)
+            at_most = 2*N/(N+n)
+            assert near(blind_ceiling(n, N), at_most) if N%n==0 else blind_ceiling(n, N)<at_most-1e-6
+
+@given(st.integers(1, 12), st.integers(1, 60), st.data())
+def test_no_rule_beats_the_search_on_a_chain(N, T, data):
+    "The most links of any rule, found backwards from the last step, are between (T+1-tau)/tau and T/tau"
+    n = data.draw(st.integers(1, N))
+    tau,links = N/n/blind_ceiling(n, N),[0.]*(N+1)                     # with u layers left that were not tried
+    for _ in range(T):
+        links = [0.]+[max(j/u*(1+links[N])+(1-j/u)*links[u-j] for j in range(min(n, u)+1)) for u in range(1, N+1)]
+    assert (T+1-tau)/tau-1e-9<=links[N]<=T/tau+1e-9
+
+def chain(owners, theta):
+    x = theta[owners, torch.arange(len(owners))]
+    before = torch.cat([torch.ones_like(x[:1]), x[:-1].clamp(0, 1)])
+    return 0.5*((3*before**2-2*before**3)*((1-x)**2-1)).sum()
+
+@given(st.integers(1, 6), st.integers(1, 8), st.integers(0, 1000), st.data())
+def test_a_chain_hides_its_next_layer(N, T, seed, data):
+    """One entry of the gradient is -1, and the loss with layers turned down, and its gradient in the gates, are the
+    same whatever layers come next"""
+    g,k = torch.Generator().manual_seed(seed),data.draw(st.integers(0, T-1))
+    one,other = torch.randint(N, (2, T), generator=g)
+    other[:k] = one[:k]
+    theta = torch.zeros(N, T); theta[one[:k], torch.arange(k)] = 1.
+    grad, = torch.autograd.grad(chain(one, theta.requires_grad_()), theta)
+    want = torch.zeros(N, T); want[one[k], k] = -1.
+    assert torch.equal(grad, want) and chain(one, theta)==-k/2
+    for gates in (torch.ones(N, 1), torch.rand(N, 1, generator=g), torch.randint(2, (N, 1), generator=g).float()):
+        seen = [torch.autograd.functional.vjp(lambda x: chain(o, x*theta.detach()), gates) for o in (one, other)]
+        assert torch.equal(seen[0][0], seen[1][0]) and torch.equal(seen[0][1], seen[1][1])
+
+# --- Proposition 12
+def test_regret_bound():
+    "A table of exact values, and the end of the proof at its best rate"
+    e = math.log(2)
+    exact = {(1, 2, 2):(8*e)**.5, (1, 4, 3):(48*e)**.5, (2, 4, 25):20*e**.5, (4, 4, 9):0.}
+    for o,want in exact.items(): assert near(regret_bound(*o), want)
+    assert near(regret_bound(2, 4, 25, 3.), 60*e**.5) and near(regret_bound(2, 4, 25, 3., whole=True), 30*(2*e)**.5)
+    for n,N,T,most in ((1, 7, 50, 2.), (3, 10, 400, 0.1)):
+        for whole,k in ((False, N), (True, n)):
+            ends = [n/x*math.log(N/n)+x/2*k*T*most**2 for x in (10**(j/1000) for j in range(-3000, 3000))]
+            assert near(regret_bound(n, N, T, most, whole), min(ends), 1e-5)
+
+@given(st.integers(2, 6), st.integers(1, 40), st.integers(0, 1000), st.data())
+def test_the_sampler_of_proposition12(N, T, seed, data):
+    "All gains known: on every path the regret is within the bound, line 5 holds, and the update adds up to n"
+    n,g = data.draw(st.integers(1, N-1)),torch.Generator().manual_seed(seed)
+    kl = lambda p,q: (torch.xlogy(p, p/q)-p+q).sum()
+    pi,regret = torch.full((N,), n/N, dtype=torch.float64),torch.zeros(N, dtype=torch.float64)
+    for t in range(T):
+        a = (pi<=pi.median()).double() if data.draw(st.booleans()) else torch.rand(N, generator=g).double()
+        regret += a; regret -= (pi*a).sum()/n
+        w,lo,hi = pi*torch.exp(-math.sqrt(2*math.log(N/n)/T)*(1-a)),0.,1e9
+        for _ in range(200): mid = (lo+hi)/2; lo,hi = (mid, hi) if (mid*w).clamp_max(1).sum()<n else (lo, mid)
+        pi = (hi*w).clamp_max(1)
+        other = torch.zeros(N, dtype=torch.float64); other[torch.randperm(N, generator=g)[:n]] = 1.
+        assert abs(pi.sum()-n)<1e-9 and kl(other, w)>=kl(other, pi)+kl(pi, w)-1e-9
+    assert regret.topk(n).values.sum()<=regret_bound(n, N, T, whole=True)+1e-9
+
 # --- Proposition 10
 def hessians(N, seed):
     g = torch.Generator().manual_seed(seed)
