@@ -362,7 +362,8 @@ def case_of(spec, runs, failed, wheres):
                     loss=said.get('loss'), rounds=len(rounds))
     found = {k:of(v, said) for k,(v,said) in runs.items() if v}
     keys = 'shape', 'bits', 'batch', 'length', 'documents', 'checkpointing', 'steps', 'budget'
-    return {k:spec[k] for k in keys if spec[k] is not None} | dict(rank=rank, variants=found, failed=failed, where=wheres)
+    asked = {k:spec[k] for k in keys if spec[k] is not None}
+    return asked | dict(rank=rank, variants=found, failed=failed, where=wheres)
 
 def line(name, case):
     "One line on a variant, for people"

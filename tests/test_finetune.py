@@ -489,8 +489,9 @@ def test_what_is_run_if_no_method_is_named(here, capsys):
 @pytest.mark.slow
 def test_the_default_is_dense_and_held(here):
     assert main([*quick, '--data', 'good.jsonl', '--output_dir', 'out'])==0
-    for line in ('--method dense', '--method dense --keep 1'): run('--data good.jsonl '+line, here/line.replace(' ', '_'))
-    assert weights(here/'out')==weights(here/'--method_dense_--keep_1')!=weights(here/'--method_dense')
+    for name,line in dict(plain='--method dense', held='--method dense --keep 1').items():
+        run('--data good.jsonl '+line, here/name)
+    assert weights(here/'out')==weights(here/'held')!=weights(here/'plain')
 
 def test_a_model_that_cannot_be_held_is_refused(here, capsys, monkeypatch):
     "By default too, with what to do; and `--keep 0` then trains"
