@@ -156,6 +156,14 @@ def prose():
 american = set('optimizer optimizers math program programs disk dialog analog check meter meters license practice '
                'story draft tire curb catalog biased'.split())
 
+def test_formulas_in_lists():
+    "A display formula right under the line of a list item is shown as raw TeX"
+    raw = re.compile(r'^ {0,3}(?:\d+\.|[-*]) .*\n\$\$', re.M)
+    assert raw.search('1. With this rate,\n$$x$$')
+    wrong = {f'{name}, cell {i}' for name,cells in nbs.items() for i,c in enumerate(cells)
+             if c['cell_type']=='markdown' and raw.search(src(c))}
+    assert not wrong, f'put the formula into the line, or an empty line before it: {wrong}'
+
 def test_british():
     import codespell_lib
     pairs = (Path(codespell_lib.__file__).parent/'data'/'dictionary_en-GB_to_en-US.txt').read_text().split('\n')
