@@ -94,8 +94,8 @@ claims = [
      lambda: (24, 96, 96//16, 16)),
     ('reference/paper', 'the 95% interval is {:.0%} to {:.0%}', lambda: interval(75, 100)),
     ('reference/faq', 'go through {:.0%} of the blocks', lambda: (lowest(),)),
-    ('results/quality', 'at the price of {:.0f}% of what it learns or less, and of the time of about three more rows a step: '
-     '{:.0f} to {:.0f}% less divergence',
+    ('results/quality', 'at the price of {:.0f}% of what it learns or less, and of the time of about three more rows a '
+     'step: {:.0f} to {:.0f}% less divergence',
      lambda: (paid(), *kept('Keep'))),
     ('results/quality', 'one task of two (chats), with {:.0f}% on the other', lambda: kept('LoRA, faded')[:1]),
     ('results/quality', '{:.0f} to {:.0f}% less divergence is left than with one number', lambda: kept('LoRA, faded')),
