@@ -28,7 +28,7 @@ def run(line, cwd):
 
 def main(
     only:str='', # Names of runs, separated by commas; the others stay as they are
-    data:str=os.environ.get('IST_NB_DATA'), # The folder with commonsense/ARC-Easy
+    data:str=os.environ.get('IST_NB_DATA'), # The folder with commonsense/ARC-Easy and math/gsm8k
     model:Path=None, # The folder of a chat model
     out:Path='demo', # Where the numbers go
 ):
@@ -43,8 +43,8 @@ def main(
         with tempfile.TemporaryDirectory() as d:
             sets = Path(data).resolve() if data else None
             if k=='arc': (Path(d)/'ARC-Easy').symlink_to(sets/'commonsense'/'ARC-Easy')
-            if hub: write_chats(Path(d)/'chats.jsonl', json.loads((sets/'math'/'gsm8k'/'test.json').read_text()))
             if hub:
+                write_chats(Path(d)/'chats.jsonl', json.loads((sets/'math'/'gsm8k'/'test.json').read_text()))
                 (Path(d)/model.name).symlink_to(model.resolve())
                 line = line.replace('MODEL', model.name)
             found[k] = dict(command=f'ist_finetune {line}'.strip(), load=round(load, 1)) | run(line, d)

@@ -83,7 +83,10 @@ cases = [
     ('no such stack', nothing, '--data good.jsonl --stack decoder', ["stack='decoder'", 'model.layers']),
     ('no such module', nothing, '--data good.jsonl --lora_target_modules query', ['query']),
     ('unknown method of PEFT', nothing, '--data good.jsonl --peft lorra', ["'lorra'", "did you mean 'lora'"]),
-    ('method without layers', nothing, '--data good.jsonl --peft prompt_tuning --peft_options {"num_virtual_tokens":4}',
+    ('nothing to hold layer by layer', nothing, '--data good.jsonl --peft prompt_tuning --peft_options '
+     '{"num_virtual_tokens":4}', ['--keep 1', "outside of the model's blocks", 'give --keep 0']),
+    ('method without layers', nothing,
+     '--data good.jsonl --method ist --peft prompt_tuning --peft_options {"num_virtual_tokens":4}',
      ['PROMPT_TUNING', "outside of the model's blocks", 'Use a method']),
     ('unknown setting of a method', nothing, '--data good.jsonl --peft oft --peft_options {"block":4}',
      ["'block'", 'oft_block_size']),
