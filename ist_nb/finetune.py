@@ -250,8 +250,7 @@ def make_trainer(
     callbacks.append(RunGuard(reraise=False, how='the same command with --resume'))
     try: trainer = _sft_trainer(model, tokenizer, args.model, sft, data, peft_config=config, callbacks=callbacks)
     except ISTError as e:    # of our callbacks; in a dense run they are there for `--keep` alone
-        if cfg or not args.keep or getattr(e, 'during', '')!='putting the trainer together': raise
-        raise _cannot_hold(args, e) from e
+        raise _unheld(args.keep, e) if not cfg and args.keep and 'together' in getattr(e, 'during', '') else e
     trainer.create_model_card = lambda *args, **kwargs: None      # TRL's knows nothing of IST; `report` writes ours
     if trainer.pop_callback(ProgressCallback): trainer.add_callback(_progress_bar())
     _check_rows(trainer, cfg)
@@ -261,8 +260,7 @@ def make_trainer(
     _say(f'Model: {args.model}, {every-trained:,} frozen parameters and {trained:,} in {kind} adapters')
     return trainer
 
-def _cannot_hold(args, e):
-    return ISTError(f"--keep {args.keep:g}: {str(e).rstrip('.')}. To train without it, give --keep 0.")
+def _unheld(keep, e): return ISTError(f"--keep {keep:g}: {str(e).rstrip('.')}. To train without it, give --keep 0.")
 
 def _sft_trainer(model, tokenizer, name, sft, data, **kwargs):
     "TRL's trainer, which makes tokens of the rows of `data`; `name` is how the user calls the model"
@@ -354,7 +352,7 @@ def _kept_text(trainer, args, general):
         if general: text = text_rows(_texts(general, trainer.processing_class), trainer.processing_class, n, length)
         else: text = own_text(trainer.model, trainer.processing_class, n, length, trainer.args.seed)
     except (ISTError, RuntimeError, ValueError, NotImplementedError) as e:
-        if args.keep: raise _cannot_hold(args, e) from e
+        if args.keep: raise _unheld(args.keep, e) from e
         if args.general: raise ISTError(f"--general: {e}") from e
         return _say(f'What the model forgets is not measured: {e}')
     if not args.keep: return text
