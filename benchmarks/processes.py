@@ -8,6 +8,7 @@ from contextlib import contextmanager,nullcontext
 from datetime import timedelta
 from functools import partial
 from importlib.util import find_spec
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 import torch, torch.distributed as dist
 from torch import nn
@@ -555,8 +556,9 @@ def worker(folder, rank, size):
             dist.barrier()
     dist.destroy_process_group()
 
-def launch(cases, size, seconds=600):
-    "Run `cases` on `size` processes; one that hangs or dies is recorded, and the rest run in a new launch"
+def launch(cases, size, seconds=600, fork=False):
+    """Run `cases` on `size` processes, copies of this one where `fork`, which saves their imports; one that hangs or
+    dies is recorded, and the rest run in a new launch"""
     done,until = [],time.monotonic()+seconds
     with tempfile.TemporaryDirectory() as d:
         d = Path(d)
@@ -565,7 +567,7 @@ def launch(cases, size, seconds=600):
         while len(done)<len(cases) and time.monotonic()<until:
             (d/'cases.json').write_text(json.dumps(cases[len(done):]))
             for f in d.glob('*.jsonl'): f.unlink()
-            log = _processes(d, size, until)
+            log = _processes(d, size, until, fork=fork)
             def of(path): return [json.loads(o) for o in path.read_text().splitlines()] if path.exists() else []
             lines = [of(d/f'{r}.jsonl') for r in range(size)]
             n = min(map(len, lines))
@@ -575,7 +577,17 @@ def launch(cases, size, seconds=600):
                 done.append(dict(kind=kind, name=name, ok=False, error='a process died or hung', where=log[-1500:]))
     return done + [dict(kind=k, name=n, ok=None, error='not run: out of time') for k,n in cases[len(done):]]
 
-def _processes(d, size, until, module='benchmarks.processes', **more):
+class _Fork(ForkProcess):
+    "A process with the methods of `subprocess.Popen`"
+    def poll(self): return self.exitcode
+    def wait(self): self.join()
+
+def _as_rank(d, rank, size, env, log):
+    for o in (1, 2): os.dup2(log.fileno(), o)
+    os.environ.update(env)
+    worker(d, rank, size)
+
+def _processes(d, size, until, module='benchmarks.processes', fork=False, **more):
     "One launch, with `more` of an environment; what it printed"
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
@@ -584,8 +596,13 @@ def _processes(d, size, until, module='benchmarks.processes', **more):
     env = dict(os.environ, MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), WORLD_SIZE=str(size),
                LOCAL_WORLD_SIZE=str(size), PYTHONWARNINGS='ignore', PYTHONPATH=path) | more
     def start(rank, log):
-        return subprocess.Popen([sys.executable, '-m', module, str(d), str(rank), str(size)],
-                                env=env | dict(RANK=str(rank), LOCAL_RANK=str(rank)), stdout=log, stderr=log)
+        own = env | dict(RANK=str(rank), LOCAL_RANK=str(rank))
+        if not fork:
+            return subprocess.Popen([sys.executable, '-m', module, str(d), str(rank), str(size)], env=own, stdout=log,
+                                    stderr=log)
+        p = _Fork(target=_as_rank, args=(d, rank, size, own, log))
+        p.start()
+        return p
     with open(d/'log', 'w') as log:
         procs = [start(r, log) for r in range(size)]
         try:

@@ -11,8 +11,8 @@ from benchmarks import processes as P, record
 root = Path(__file__).parent.parent
 committed,on_gpus = map(record.read, ('processes', 'processes_gpu'))
 
-def launched(cases, size, seconds):
-    found = P.launch(cases, size, seconds)
+def launched(cases, size, seconds, **kwargs):
+    found = P.launch(cases, size, seconds, **kwargs)
     bad = [f"{o['kind']} - {o['name']}: {o.get('error', 'the ranks do not say the same')}\n{o.get('where', '')}"
            for o in found if not o['ok']]
     assert not bad, '\n'.join(bad)
@@ -27,7 +27,7 @@ def test_two_processes():
     "One launch: engines that work equal one process, all refusals, all ways to diverge, resume bit for bit"
     cases = [(k, n) for k,n in P.all_cases(2, slow=False) if fast[k] is None or n in fast[k]]
     assert len(cases)>=36
-    found = launched(cases, 2, 600)
+    found = launched(cases, 2, 600, fork=True)
     assert found['FSDP2']['engine_found']=='FSDP2' and found['Trainer, FSDP2']['engine_found']=='FSDP2'
     assert 'seed: 7 on rank 0; 8 on rank 1' in found['seed']['said']
     if not P.cuda: assert 'use_cpu=True' in found['Trainer, processes apart']['said']

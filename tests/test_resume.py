@@ -1,6 +1,7 @@
 """A run that is killed at any moment goes on as if it had not been, bit for bit; and a state of another version, or of
 an enemy, does no harm"""
 import ast,json,os,shutil,sys,warnings,pytest
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 import torch
@@ -143,7 +144,7 @@ def test_resume_without_the_optimizer_is_said(tmp_path):
         t.train(resume_from_checkpoint=str(tmp_path/'checkpoint-3'))
     assert any('with an empty optimizer' in str(o.message) for o in w)
 
-def test_finetune_passes_over_a_torn_checkpoint(tmp_path, monkeypatch, capsys):
+def test_finetune_passes_over_a_torn_checkpoint(tmp_path, monkeypatch, capsys, short_pico):
     "--resume and --auto_resume end where the uninterrupted run ends; a run that is done stays as it is"
     from ist_nb.finetune import main
     monkeypatch.chdir(tmp_path)
@@ -202,8 +203,9 @@ def watched(folder, point, out):
     kp.train(folder, point, str(out)+'.run')
     Path(out).write_text(json.dumps(found))
 
-def test_nothing_is_unpickled(ctx, tmp_path):
+def test_nothing_is_unpickled(tmp_path):
     "A run that goes on from a checkpoint loads no object by name, the libraries' part of it included"
+    ctx = get_context('fork')
     (tmp_path/'run').mkdir()
     assert kp.child(ctx, kp.train, tmp_path/'run', (12, 'on_step_begin'), tmp_path/'o.json')==-9
     assert kp.child(ctx, watched, tmp_path/'run', None, tmp_path/'names.json')==0
