@@ -23,24 +23,36 @@ def site():
                            stdout=subprocess.DEVNULL)
     return docs
 
+@pytest.fixture(scope='module')
+def started():
+    "A browser, which takes a second to start"
+    with check_site.browser() as b: yield b
+
+@pytest.fixture
+def there(started, site):
+    "The browser, and the address of the site"
+    with check_site.served(site) as base: yield started,base
+    for o in started.contexts: o.close()
+
 needs_browser = pytest.mark.skipif(not check_site.chromium(), reason='no Chromium or Chrome on the path: apt-get '
                                    'install chromium, or set CHROMIUM')
 
 @needs_browser
 @pytest.mark.parametrize('part', [0, *(pytest.param(o, marks=pytest.mark.slow) for o in range(1, 8))])
-def test_pages(site, part):
+def test_pages(started, site, part):
     "An eighth of the pages each, and of the terms of the search"
     pages = sorted(check_site.pages_of(site), key=lambda o: (site/o).stat().st_size)[part::8]
     # axe-core takes its time; tools/check_site.py lets it see every page
     small = {o for o in pages if (site/o).stat().st_size<60_000}
-    found,answers = check_site.check(site, pages, list(check_site.terms)[part::8], full=small.__contains__)
+    found,answers = check_site.check(site, pages, list(check_site.terms)[part::8], None,
+                                     small.__contains__, started)
     assert len(found)==len(pages)>=5 and small
     assert sum(r['pictures'] for r in found.values())>0 and all(r['pairs']>10 for r in found.values())
     problems = list(check_site.report(found, answers))
     assert not problems, '\n'.join(problems)
 
 @needs_browser
-def test_the_check_sees(tmp_path):
+def test_the_check_sees(started, tmp_path):
     "Each fault that is looked for, planted in a page, is found"
     assets = tmp_path/'a.css'
     assets.write_text('')
@@ -50,7 +62,7 @@ def test_the_check_sees(tmp_path):
         <article><p style="color:#999;background:#fff">pale words of $\\\\alpha$ and \\\\(\\\\frac12\\\\)</p>
         <img src="none.png"><div style="width:900px">wide</div></article>
         <script>console.error('oh'); fetch('http://127.0.0.1:9/elsewhere').catch(e => 0)</script></body></html>''')
-    found,_ = check_site.check(tmp_path, ['bad.html'], [])
+    found,_ = check_site.check(tmp_path, ['bad.html'], [], started=started)
     r = found['bad.html']
     assert all(r[k] for k in 'console outside failed raw no_alt not_loaded wcag light too_wide'.split()), r
     assert len(r['raw'])==2 and r['toggled'] and not r['broken_formulas']
@@ -167,95 +179,95 @@ def test_the_build_says_what_it_built(tmp_path, monkeypatch):
 
 @needs_browser
 @pytest.mark.parametrize('width', [360, *(pytest.param(o, marks=pytest.mark.slow) for o in (768, 1280)), 1920])
-def test_the_first_screen(site, width):
+def test_the_first_screen(there, site, width):
     """What it is, two buttons and both loops, before the first heading; the loops move only for those who allow it,
     and can be stopped"""
     html = (site/'index.html').read_text()
     assert html.count('images/keep.png')==1 and html.index('class="loops"')<html.index('<h2')
     moving = "document.querySelector('.loops').getAnimations({subtree: true}).map(o => o.playState)"
     seen = "[...document.querySelectorAll('.hero .md-button')].map(o => o.getBoundingClientRect().bottom)"
-    with check_site.served(site) as base, check_site.browser() as b:
-        for motion in ('reduce', 'no-preference'):
-            page = b.new_context(reduced_motion=motion, viewport=dict(width=width, height=900)).new_page()
-            page.goto(f'{base}index.html')
-            bottoms,states = page.evaluate(seen),page.evaluate(moving)
-            assert len(bottoms)==2 and max(bottoms)<800
-            assert bool(states)==(motion!='reduce') and set(states)<={'running'}
-        page.locator('.loops-box label').click()
-        assert set(page.evaluate(moving))=={'paused'}
+    b,base = there
+    for motion in ('reduce', 'no-preference'):
+        page = b.new_context(reduced_motion=motion, viewport=dict(width=width, height=900)).new_page()
+        page.goto(f'{base}index.html')
+        bottoms,states = page.evaluate(seen),page.evaluate(moving)
+        assert len(bottoms)==2 and max(bottoms)<800
+        assert bool(states)==(motion!='reduce') and set(states)<={'running'}
+    page.locator('.loops-box label').click()
+    assert set(page.evaluate(moving))=={'paused'}
 
 @needs_browser
-def test_pictures_are_no_light_slabs_on_a_dark_page(site):
+def test_pictures_are_no_light_slabs_on_a_dark_page(there):
     "White turns into the page; a map of colours, which the page names, keeps them on a quiet panel"
     how = """[...document.querySelectorAll('article img')].map(o => [o.classList.contains('map'),
         getComputedStyle(o).mixBlendMode, getComputedStyle(o).filter.split('(')[0]])"""
-    with check_site.served(site) as base, check_site.browser() as b:
-        page = b.new_context(color_scheme='dark').new_page()
-        page.goto(f'{base}plot.html')
-        found = {tuple(o) for o in page.evaluate(how)}
+    b,base = there
+    page = b.new_context(color_scheme='dark').new_page()
+    page.goto(f'{base}plot.html')
+    found = {tuple(o) for o in page.evaluate(how)}
     assert found=={(True, 'normal', 'brightness'), (False, 'screen', 'invert')}
 
 tried = 'results/explore.html'
 
 @needs_browser
-def test_moving_the_controls(site):
+def test_moving_the_controls(there):
     """Layers, schedule, length and text each change the words and the drawings, with mouse and keyboard; no move leads
     to a run that was not measured, and a dense run to compare with is always named"""
     said,seen = [],dict(console=[], outside=[])
-    with check_site.served(site) as base, check_site.browser() as b:
-        page = b.new_context(viewport=dict(width=400, height=800)).new_page()
-        page.on('console', lambda m: seen['console'].append(m.text))
-        page.on('pageerror', lambda e: seen['console'].append(str(e)))
-        page.on('request', lambda r: r.url.startswith(base) or seen['outside'].append(r.url))
-        page.goto(base+tried)
-        at = page.locator
-        def shown(): return [at('.said').inner_text(), *(at(f'.{o}').inner_html() for o in ('grid', 'chart', 'bars'))]
-        def changes(move):
-            "Everything that a reader sees is another; what a screen reader is told too"
-            before,alt = shown(),at('svg.grid').get_attribute('aria-label')
-            move()
-            said.append(shown()[0])
-            assert all(a!=c for a,c in zip(before, shown())) and at('svg.grid').get_attribute('aria-label')!=alt
-        changes(lambda: at('#try-schedule').select_option(label='Random layers, new ones at each step'))
-        changes(lambda: at('#try-layers').press('ArrowRight'))
-        changes(lambda: at('#try-length').press('ArrowRight'))
-        changes(lambda: at('#try-text').select_option('2'))
-        assert at('#try-layers').get_attribute('aria-valuetext')==at('#try-layers ~ *, label[for=try-layers] output'
-                                                                     ).first.inner_text()
-        # what is said is what the file has
-        at('#try-text').select_option(label='History: the larger model')
-        at('#try-schedule').select_option(label='Always the same: the top layers')
-        runs = json.loads((root/'benchmarks/results/quality_larger.json').read_text())['runs']
-        of = lambda m, lr, k: mean(r[k] for r in runs
-                                   if (r['task'], r['regime'], r['method'], r['lr'])==('book', 'full', m, lr))
-        (time,dense),(peak,most) = ((of('static top', 0.002, k), of('LoRA', 0.001, k)) for k in ('seconds', 'peak'))
-        assert (f"takes {time/dense:.2f} of LoRA's time and {peak/most:.2f} of its peak of memory, and its held-out "
-                f"loss is {of('static top', 0.002, 'test'):.3f}") in shown()[0]
-        for text in range(at('#try-text option').count()):
-            at('#try-text').select_option(str(text))
-            for o in page.eval_on_selector_all('#try-schedule option', 'l => l.map(o => o.value)'):
-                at('#try-schedule').select_option(o)
-                said += shown()[:1]
-                assert not re.search('NaN|undefined|Infinity', at('#try').inner_html())
-            for o in ('layers', 'length'):
-                for key in ('Home', *['ArrowRight']*6):
-                    if at(f'#try-{o}').is_enabled(): at(f'#try-{o}').press(key)
-                    said += shown()[:1]
-            assert not page.evaluate(check_site._too_wide)
+    b,base = there
+    page = b.new_context(viewport=dict(width=400, height=800)).new_page()
+    page.on('console', lambda m: seen['console'].append(m.text))
+    page.on('pageerror', lambda e: seen['console'].append(str(e)))
+    page.on('request', lambda r: r.url.startswith(base) or seen['outside'].append(r.url))
+    page.goto(base+tried)
+    at = page.locator
+    def shown(): return [at('.said').inner_text(), *(at(f'.{o}').inner_html() for o in ('grid', 'chart', 'bars'))]
+    def changes(move):
+        "Everything that a reader sees is another; what a screen reader is told too"
+        before,alt = shown(),at('svg.grid').get_attribute('aria-label')
+        move()
+        said.append(shown()[0])
+        assert all(a!=c for a,c in zip(before, shown())) and at('svg.grid').get_attribute('aria-label')!=alt
+    changes(lambda: at('#try-schedule').select_option(label='Random layers, new ones at each step'))
+    changes(lambda: at('#try-layers').press('ArrowRight'))
+    changes(lambda: at('#try-length').press('ArrowRight'))
+    changes(lambda: at('#try-text').select_option('2'))
+    assert at('#try-layers').get_attribute('aria-valuetext')==at('#try-layers ~ *, label[for=try-layers] output'
+                                                                 ).first.inner_text()
+    # what is said is what the file has
+    at('#try-text').select_option(label='History: the larger model')
+    at('#try-schedule').select_option(label='Always the same: the top layers')
+    runs = json.loads((root/'benchmarks/results/quality_larger.json').read_text())['runs']
+    of = lambda m, lr, k: mean(r[k] for r in runs
+                               if (r['task'], r['regime'], r['method'], r['lr'])==('book', 'full', m, lr))
+    (time,dense),(peak,most) = ((of('static top', 0.002, k), of('LoRA', 0.001, k)) for k in ('seconds', 'peak'))
+    assert (f"takes {time/dense:.2f} of LoRA's time and {peak/most:.2f} of its peak of memory, and its held-out "
+            f"loss is {of('static top', 0.002, 'test'):.3f}") in shown()[0]
+    for text in range(at('#try-text option').count()):
+        at('#try-text').select_option(str(text))
+        for o in page.eval_on_selector_all('#try-schedule option', 'l => l.map(o => o.value)'):
+            at('#try-schedule').select_option(o)
+            said.append(at('.said').inner_text())
+            assert not re.search('NaN|undefined|Infinity', at('#try').inner_html())
+        for o in ('layers', 'length'):
+            for key in ('Home', *['ArrowRight']*6):
+                if at(f'#try-{o}').is_enabled(): at(f'#try-{o}').press(key)
+                said.append(at('.said').inner_text())
+        assert not page.evaluate(check_site._too_wide)
     assert len(set(said))>70 and all('dense' in o for o in said) and sum('not measured' in o for o in said)>5
     assert seen==dict(console=[], outside=[])
 
 @needs_browser
-def test_the_controls_can_be_read(site):
+def test_the_controls_can_be_read(there):
     "Contrast and the other criteria of WCAG, light and dark, wide and narrow; without JavaScript the table is left"
-    with check_site.served(site) as base, check_site.browser() as b:
-        page = b.new_context(color_scheme='light', reduced_motion='reduce').new_page()
-        found = check_site.look(page, base, tried)
-        assert not list(check_site.report({tried:found}, {})) and found['pictures']==2
-        plain = b.new_context(java_script_enabled=False).new_page()
-        plain.goto(base+tried)
-        assert plain.locator('#try table.runs').is_visible() and not plain.locator('#try form').is_visible()
-        assert plain.locator('#try tbody tr').count()>80
+    b,base = there
+    page = b.new_context(color_scheme='light', reduced_motion='reduce').new_page()
+    found = check_site.look(page, base, tried)
+    assert not list(check_site.report({tried:found}, {})) and found['pictures']==2
+    plain = b.new_context(java_script_enabled=False).new_page()
+    plain.goto(base+tried)
+    assert plain.locator('#try table.runs').is_visible() and not plain.locator('#try form').is_visible()
+    assert plain.locator('#try tbody tr').count()>80
 
 def test_no_scripts_in_the_markdown(site):
     "Programs that read the site get the table, not the script"

@@ -1,6 +1,6 @@
 "Opens every page of the built site in a real browser, and counts what a reader would stumble over"
 import json,os,platform,re,shutil,sys,threading,time
-from contextlib import contextmanager
+from contextlib import contextmanager,nullcontext
 from functools import partial
 from http.server import SimpleHTTPRequestHandler,ThreadingHTTPServer
 from pathlib import Path
@@ -170,10 +170,10 @@ def pages_of(site):
 
 problems = 'console outside failed raw broken_formulas no_alt not_loaded wcag light dark too_wide'.split()
 
-def check(site, names, search=terms, shots=None, full=lambda name: True):
+def check(site, names, search=terms, shots=None, full=lambda name: True, started=None):
     """Findings by page, of the pages `names`, and the answers of the search by term; `full`: which pages axe-core looks
-    at"""
-    with served(site) as base, browser() as b:
+    at; `started`: a browser to use"""
+    with served(site) as base, nullcontext(started) if started else browser() as b:
         page = b.new_context(color_scheme='light', reduced_motion='reduce').new_page()
         return {o:look(page, base, o, shots, full(o)) for o in names}, {t:find(page, base, t)[:3] for t in search}
 
