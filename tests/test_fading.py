@@ -23,7 +23,7 @@ chats = [dict(messages=[dict(role='user', content=f'How far is stop {i}?'),
                         dict(role='assistant', content=f'Stop {i} is {i+2} minutes away.')]) for i in range(40)]
 
 @pytest.fixture(scope='module')
-def here(tmp_path_factory):
+def here(short_pico, tmp_path_factory):
     d = tmp_path_factory.mktemp('elsewhere')
     make(d/'lora')
     make(d/'nothing', noise=0.)
@@ -84,7 +84,7 @@ def test_plain_peft_loads_the_faded_function(faded, here):
         assert torch.equal(again(input_ids=ids).logits, want)
     gates,old = json.loads((folder/'results.json').read_text())['gates'],make(here/'again')
     full = dict(PeftModel.from_pretrained(load_model('pico')[0], old).named_parameters())
-    assert len(gates)==32 and min(gates.values())<0.9
+    assert len(gates)==8 and min(gates.values())<0.9
     for n,p in again.named_parameters():
         torch.testing.assert_close(p, full[n]*(gates[n.rpartition('.lora_B')[0]] if 'lora_B' in n else 1))
     with torch.no_grad():
@@ -130,7 +130,7 @@ mistakes = [
     ('DoRA is measured only', other('dora', use_dora=True), 'dora --data chats.jsonl', ['LoRA without DoRA']),
     ('a whole module', other('whole', modules_to_save=['lm_head']), 'whole --data chats.jsonl', ['lm_head', 'linear']),
     ('PiSSA', other('pissa', init_lora_weights='pissa'), 'pissa', ['pissa', 'model itself']),
-    ('layers twice', other('twice', layer_replication=[[0, 8], [4, 16]]), 'twice', ['switched off', '--model']),
+    ('layers twice', other('twice', layer_replication=[[0, 2], [1, 4]]), 'twice', ['switched off', '--model']),
     ('a prompt', lambda d: make(d/'prompt', PromptTuningConfig(num_virtual_tokens=4, task_type='CAUSAL_LM')), 'prompt',
      ['prompt', 'switch off'])]
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from ist_nb import finetune,model,run_folder,runs
 from ist_nb.finetune import main,parse
 
-pytestmark = pytest.mark.usefixtures('text_once')
+pytestmark = pytest.mark.usefixtures('short_pico', 'text_once')
 
 rows = [dict(prompt=f'What is {i}? ', completion=f'It is number {i}.') for i in range(40)]
 ist = '--score_interval 2 --score_batch_size 4'.split()
@@ -102,10 +102,10 @@ cases = [
     ('scorer', nothing, '--scorer supression', ["did you mean 'suppression'?", 'Allowed']),
     ('sampler', nothing, '--sampler unifrom', ["did you mean 'uniform'?", 'Allowed']),
     ('n_active', nothing, '--n_active 0', ['n_active=0', 'fraction']),
-    ('n_active too many', nothing, '--data good.jsonl --n_active 17', ['n_active=17', 'at most 16']),
+    ('n_active too many', nothing, '--data good.jsonl --n_active 5', ['n_active=5', 'at most 4']),
     ('n_suppressed', nothing, '--n_suppressed 1.5', ['n_suppressed=1.5']),
-    ('n_suppressed too many', nothing, '--data good.jsonl --n_suppressed 17 --score_batch_size 4',
-     ['n_suppressed=17', 'at most 16']),
+    ('n_suppressed too many', nothing, '--data good.jsonl --n_suppressed 5 --score_batch_size 4',
+     ['n_suppressed=5', 'at most 4']),
     ('suppression_factor', nothing, '--suppression_factor 1', ['suppression_factor=1', '[0, 1)']),
     ('n_candidates', nothing, '--n_candidates 1', ['n_candidates=1', 'at least 2']),
     ('score_interval', nothing, '--score_interval 0', ['score_interval=0', 'at least 1']),
@@ -166,7 +166,8 @@ cases = [
 def test_bad_input(here, capsys, monkeypatch, prepare, line, parts):
     prepare(here)
     before = tree(here)
-    monkeypatch.setattr(model._bounded, '__defaults__', (2, 1024))     # seconds
+    real = model._bounded
+    monkeypatch.setattr(model, '_bounded', lambda f, seconds=20: real(f, seconds/10))
     assert main(line.split(' ') if isinstance(line, str) else line)==2
     err = capsys.readouterr().err.strip().splitlines()[-1]
     assert err.startswith('ist_finetune: ') and 'Traceback' not in err, err
@@ -181,11 +182,11 @@ def test_disk_fills_up(here, capsys, monkeypatch):
     assert 'the disk is full' in capsys.readouterr().err
 
 def test_a_disk_without_room_for_a_checkpoint_is_refused(here, capsys, monkeypatch):
-    "Before the first step: the weights of pico's LoRA of rank 32 and two moments are 14 MiB"
+    "Before the first step: the weights of a LoRA of rank 32 in four layers and two moments are 4 MiB"
     monkeypatch.setattr(run_folder.shutil, 'disk_usage', lambda p: SimpleNamespace(free=2**20))
     before = tree(here)
     assert main(['--data', 'good.jsonl', '--output_dir', 'out', *quick, *ist, '--lora_r', '32'])==2
-    assert 'has 1 MiB free, and one checkpoint takes about 14 MiB' in capsys.readouterr().err and tree(here)==before
+    assert 'has 1 MiB free, and one checkpoint takes about 4 MiB' in capsys.readouterr().err and tree(here)==before
 
 def test_status_and_no_traceback(here, capsys):
     r = subprocess.run([sys.executable, '-m', 'ist_nb.finetune', '--scorre', 'x'], capture_output=True, text=True)
@@ -214,7 +215,7 @@ def run(line, folder):
                                   '--method rst', '--method paper', '--method dense'])
 def test_methods(here, line):
     res = run('--data good.jsonl '+line, here/'out')
-    n = {'--method dense':None}.get(line, 4*4)
+    n = {'--method dense':None}.get(line, 4)
     assert res['steps']==4 and (res['times_active'] is None if n is None else sum(res['times_active'])==n)
     assert {'loss_before', 'loss_after', 'seconds', 'peak_memory_bytes', 'importance', 'times_active', 'config',
             'versions'} <= res.keys()
@@ -260,7 +261,7 @@ def test_data_kinds(here):
 # a resumed run is the run that was interrupted, and a finished run is finished
 saving = '--save_strategy steps --save_steps 2 --lr_scheduler_type constant'
 @pytest.fixture(scope='module')
-def done(tmp_path_factory):
+def done(short_pico, tmp_path_factory):
     "A run of four steps with a checkpoint in the middle and one at the end"
     d = tmp_path_factory.mktemp('done')
     jsonl(d/'good.jsonl', rows)
@@ -309,7 +310,7 @@ def test_finished_stays_finished(done, tmp_path, how, lost):
     assert weights(tmp_path/'out')==weights(done/'out')
     state,want = (json.loads((d/'out'/'ist_state.json').read_text()) for d in (tmp_path, done))
     assert state==want
-    assert res['steps']==4 and sum(res['times_active'])==16
+    assert res['steps']==4 and sum(res['times_active'])==4
     assert res['loss_after']==json.loads((done/'out'/'results.json').read_text())['loss_after']
     if not lost: assert tree(tmp_path/'out')==before
 
@@ -472,10 +473,10 @@ def test_a_run_says_what_it_forgot(here, capsys):
 def test_keep_holds_the_model(here, method):
     "In a dense run too, which then has IST with all layers beside it; and on a text of one's own"
     jsonl(here/'mine.jsonl', [dict(text='The sun is a star. '*9)]*30)
-    line = f'--data good.jsonl --method {method} --general mine.jsonl --max_steps 12'
+    line = f'--data good.jsonl --method {method} --general mine.jsonl --max_steps 12 --learning_rate 0.001'
     free,held = (run(line+o, here/o.strip('- ')) for o in (' --keep 0', ' --keep 5'))
     assert held['forgotten']['text']=='mine.jsonl' and held['config']['finetune']['keep']==5
-    assert held['forgotten']['divergence']<0.7*free['forgotten']['divergence']
+    assert held['forgotten']['divergence']<0.5*free['forgotten']['divergence']
     for o in (held, free): assert (o['times_active'] is None)==(method=='dense')
 
 def test_what_is_run_if_no_method_is_named(here, capsys):

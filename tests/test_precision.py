@@ -1,5 +1,5 @@
 "Quantised and half-precision models: trained, scored and resumed"
-import pytest,torch
+import sys,pytest,torch
 from datasets import Dataset
 from peft import LoraConfig,get_peft_model,prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM,BitsAndBytesConfig,Trainer,TrainingArguments
@@ -12,6 +12,10 @@ ids = torch.randint(5, 1000, (32, 24), generator=torch.Generator().manual_seed(0
 data = Dataset.from_list([dict(input_ids=o, labels=o) for o in ids.tolist()])
 batch = dict(input_ids=ids[:4], labels=ids[:4])
 lora = LoraConfig(r=4, target_modules='all-linear', task_type='CAUSAL_LM')
+
+@pytest.fixture(scope='module', autouse=True)
+def on_four_layers(four_layers):
+    with pytest.MonkeyPatch.context() as m: m.setattr(sys.modules[__name__], 'assets', four_layers.parent); yield
 
 def quantised(bits):
     pytest.importorskip('bitsandbytes', reason='bitsandbytes is not installed')
@@ -72,8 +76,8 @@ def test_suppression_of_quantised(bits):
     layers = find_layers(model)
     assert all(scaling_is_exact(t) for o in layers for t in o.tuners)
     with torch.no_grad():
-        with suppress(layers, range(8), 0.25): fast = model(**batch).loss
-        undo = [_damp_response(t, 0.25) for o in list(layers)[:8] for t in o.tuners]
+        with suppress(layers, range(2), 0.25): fast = model(**batch).loss
+        undo = [_damp_response(t, 0.25) for o in list(layers)[:2] for t in o.tuners]
         slow = model(**batch).loss
         for f in undo: f()
         assert abs(fast-slow)<1e-4*slow and abs(model(**batch).loss-slow)>1e-3
@@ -97,7 +101,7 @@ def test_half_precision_weights(dtype, autocast):
     assert losses[-1]<losses[0] and ist.importance.abs().max()>0 and not ist.n_dropped
     with torch.no_grad():
         want = model(**batch).loss
-        with suppress(ist.layers, range(16), 1.): assert torch.equal(model(**batch).loss, want)
+        with suppress(ist.layers, range(4), 1.): assert torch.equal(model(**batch).loss, want)
         undo = [_damp_response(t, 1.) for o in ist.layers for t in o.tuners]
         assert torch.equal(model(**batch).loss, want)
         for f in undo: f()

@@ -13,13 +13,14 @@ quick = ('--max_steps 4 --per_device_train_batch_size 2 --max_length 32 --lora_r
 def without(argv):
     "A dense run refuses settings of IST"
     return [o for i,o in enumerate(argv) if not {o, argv[i-1]} & {'--score_interval', '--score_batch_size'}]
-made = {}
+made,seen = {},('', '--method rst')     # seen in a browser, with all layers of pico
 
 @pytest.fixture
-def run(tmp_path_factory, monkeypatch):
+def run(tmp_path_factory, monkeypatch, may_shorten):
     "A function from a command line to the folder of its run, which is made once"
     def get(line=''):
         if line in made: return made[line]
+        if line not in seen: may_shorten()
         here = tmp_path_factory.mktemp('run')
         monkeypatch.chdir(here)
         for name in (evil, 'mine.jsonl'):
@@ -144,7 +145,7 @@ def test_a_page_does_not_fail_a_run(run, tmp_path, monkeypatch, capsys):
     assert not (tmp_path/'out'/'report.html').exists() and 'report.html' not in capsys.readouterr().out
 
 @pytest.mark.skipif(not check_site.chromium(), reason='no Chromium')
-@pytest.mark.parametrize('line', ['', '--method rst'])
+@pytest.mark.parametrize('line', seen)
 def test_in_a_browser(run, line):
     "Light and dark, narrow and wide: nothing asked of a network, no error, no overflow, readable, accessible"
     path = run(line)/'report.html'
