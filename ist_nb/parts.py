@@ -65,7 +65,8 @@ class _Faster:
         config = getattr(model, 'config', None)
         self.config = config if getattr(config, 'use_cache', False) else None
         try:
-            if fast: apply_optimisations(model, ist.layers, 'fold' if fast is True and ist.engine.sharded else fast)
+            if fast is True and ist.engine.name=='FSDP1': fast = 'fold'    # the others would be refused by name
+            if fast: apply_optimisations(model, ist.layers, fast)
             self.hooks = shorten_backward(model)
         except BaseException: self.close(); raise
 
