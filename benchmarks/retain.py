@@ -17,7 +17,6 @@ from benchmarks import record
 
 length,rows_a_step = 256,16
 freezing = dict(sampler='top', schedule='shrink', n_active=0.4)
-fast,timed = dict(sampler='uniform', n_active=1., fast='compile'),dict(lr=2e-3, timed=1)
 # ---------------------------------------------------------------------------------------------------------- the data
 def lines(path):
     with (gzip.open if path.suffix=='.gz' else open)(path, 'rt') as f: return [json.loads(o) for o in f]
@@ -170,7 +169,7 @@ def measure(model, found, task, kept, judge, device, full=False, **about):
     kl = row_divergences(model, kept, device)
     other = 'python' if task!='python' else 'german'
     res = about | dict(task=loss, kl=mean(kl), kl_empty=mean(kl[::2]), kl_chat=mean(kl[1::2]))
-    if about['name'] in closely:
+    if about['name'] in closely and full is not None:
         res |= {k:mean_loss(model, o, device) for k,o in found['books'].items()}
         if other in found['tasks']: res['other'] = mean_loss(model, found['tasks'][other]['choose'], device)
         if judge=='test': res |= dict(documents=per_document(rows, each)[0], kl_rows=[round(o, 5) for o in kl])
@@ -194,12 +193,8 @@ def run(job, base, found, own, judge, device):
         with amp: points.append(measure(model, found, task, own[judge], judge, device, full, name=name, **kw))
     if job.get('base'):
         with model.disable_adapter(): note('before', full=True)
-    if job.get('timed'): # compile at each number of layers that are trained; no second of it counts
-        begun = [p.detach().clone() for o in layers for p in o.params]
-        descend(job, model, layers, d, own, 24, amp, device)
-        for p,o in zip((p for o in layers for p in o.params), begun): p.data.copy_(o)
     took = descend(job, model, layers, d, own, job['steps'], amp, device, note)
-    note('trained', full=True)
+    note('trained', full=None if job.get('brief') else True)
     after(job, model, d, own, note, amp, device)
     if job.get('base') and judge=='test': job['doc_tokens'] = per_document(d['test'], torch.zeros(len(d['test'])))[1]
     return job | dict(points=points, train_seconds=took, seconds=time.time()-start)
@@ -209,7 +204,7 @@ def descend(job, model, layers, d, own, steps, amp, device, note=None):
     N,lr,seed = len(layers),job['lr'],job['seed']
     rates = [lr*job.get('falling', 1)**(N-1-i) for i in range(N)]
     groups = [dict(params=o.params, lr=v) for o,v in zip(layers, rates)]
-    opt = torch.optim.AdamW(groups, weight_decay=job.get('decay', 0.), fused='timed' in job)
+    opt = torch.optim.AdamW(groups, weight_decay=job.get('decay', 0.))
     warm = max(1, min(20, steps//5))
     schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda t: min((t+1)/warm, max(0., (steps-t)/(steps-warm))))
     config = ISTConfig(**job.get('ist', dict(sampler='uniform', n_active=1.)), seed=seed)
@@ -312,10 +307,10 @@ plans = dict(
         dict(name='shorter', lr=2e-3, part=0.35, post='s'), dict(name='rank 4', lr=2e-3, r=4, post='s'),
         dict(name='rates falling', lr=2e-3, falling=0.9, post='s'), dict(name='LoRA', lr=5e-4, post='s', **early),
         dict(name='rsLoRA', lr=5e-4, rslora=True, post='s'), dict(name='weight decay', lr=2e-3, decay=0.1, post='s')],
-    seconds=[ # one run at a time on each GPU: give as many workers as GPUs
-        dict(name='LoRA', **timed), *(dict(name='LoRA, fast', part=o, ist=fast, **timed) for o in (0.2, 0.35, 0.6, 1)),
-        *(dict(name='recommended, fast', part=o, ist=freezing | dict(fast=True), **timed) for o in (0.6, 1, 1.6)),
-        *(dict(name='keep 1, fast', part=o, ist=fast, keep=1., **timed) for o in (0.35, 0.6, 1))])
+    lengths=[ # what is learnt in how many steps: seed 0 chooses the rate of each length, other seeds judge
+        *(dict(name='LoRA', lr=v, part=o, brief=1) for o in (0.2, 0.35, 0.6, 1.) for v in (1e-3, 2e-3, 4e-3)),
+        *(dict(name='recommended', lr=v, part=o, brief=1, ist=freezing) for o in (0.6, 1., 1.6)
+          for v in (1e-3, 2e-3, 4e-3))])
 found_out = 'points', 'doc_tokens', 'train_seconds', 'seconds', 'call'     # of a run, beside what the job says
 
 def jobs(plan, tasks, seeds, name=''):
@@ -357,14 +352,22 @@ def chosen_jobs(name, task, give_up=(0.05, 0.1)):
     jobs = [by[k] | dict(post=''.join(o for o in 'slgh' if o in v)) for k,v in res.items()]
     return sorted(jobs, key=heavy, reverse=True)
 
+def best_rate(runs, job):
+    "The rate at which seed 0 has learnt most in as many steps; None before it has run"
+    same = [r for r in runs if r['seed']==0 and all(r[k]==job[k] for k in ('task', 'name', 'steps'))]
+    loss = lambda r: next(o['task'] for o in r['points'] if o['name']=='trained')
+    return min(same, key=loss)['lr'] if same else None
+
 def heavy(job): return bool(set('gh') & set(job.get('post', '')))     # takes the most time
 
-def work(queue, done, cached, base, judge, gpu):
+def judged_on(plan, seed): return 'test' if plan=='judge' or plan=='lengths' and seed else 'choose'
+
+def work(queue, done, cached, base, plan, gpu):
     torch.set_num_threads(1)
     device = 'cpu' if gpu is None else f'cuda:{gpu}'
     found,own = torch.load(cached, weights_only=False)
     while (job := queue.get()) is not None:
-        try: done.put(run(job, base, found, own, judge, device))
+        try: done.put(run(job, base, found, own, judged_on(plan, job['seed']), device))
         except Exception: done.put(dict(job=job, error=traceback.format_exc()[-1500:]))
 
 def prepare(model, data, files, seed=0, rows=176, most=None):
@@ -388,7 +391,8 @@ def main(
     data:Path='',         # Folder with `domains`, `commonsense`, `math`, `textbooks` and `textbooks_research`
     model:str="HuggingFaceTB/SmolLM2-135M-Instruct", # A causal language model of the hub, or its folder
     files:str='',         # Tasks of your own in place of DATA: name=FILE, separated by semicolons
-    plan:str='choose',    # choose: many settings; judge: the chosen, on fresh documents; seconds; smoke: a few steps
+    plan:str='choose',    # choose: many settings; judge: the chosen, on fresh documents; lengths: how much is learnt
+                          # in how many steps; smoke: a few steps
     tasks:str='german chat cloze python few', # Which tasks
     seeds:str='0',        # Seeds
     workers:int=1,        # Processes side by side, spread over the GPUs
@@ -406,11 +410,12 @@ def main(
     known = set(map(key, runs))
     todo = jobs(plan, list(files) or tasks.split(), list(map(int, seeds.split())), model.rstrip('/').split('/')[-1])
     todo = [o for o in todo if key(o) not in known]
+    if plan=='lengths': todo = [o for o in todo if not o['seed'] or o['lr']==best_rate(runs, o)]
     cached = Path(tempfile.mkdtemp())/'data.pt'
     torch.save(prepare(model, Path(data), files, **(dict(rows=22, most=4) if plan=='smoke' else {})), cached)
     print(f'{len(todo)} runs, data ready after {time.time()-start:.0f} s', flush=True)
     queue,done,flying,longest = mp.Queue(),mp.Queue(),0,{False:60., True:120.}
-    args = queue,done,cached,model,'test' if plan=='judge' else 'choose'
+    args = queue,done,cached,model,plan
     pool = [mp.Process(target=work, args=(*args, i%n_gpus if n_gpus else None), daemon=True) for i in range(workers)]
     for o in pool: o.start()
     head = record.about('Loss on a task and divergence from the model before, of adapters trained, scaled and faded in '

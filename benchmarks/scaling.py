@@ -12,12 +12,10 @@ warm,settle = 4,2   # steps of a first run, in which libraries compile, and thos
 alone,no_time = 'one process','not run: out of time'
 
 def contenders():
-    "Name -> the settings of IST, or None without. With FSDP2 `fast=True` only folds; 'compiled' is what FSDP2 allows"
+    "Name -> the settings of IST, or None without"
     from ist_nb import ISTConfig
-    every = lambda fast: ISTConfig.rst(n_active=1., fast=fast)
-    return {'LoRA':None, 'LoRA, fast':every(True), 'LoRA, compiled':every('fold,compile,loss'),
-            'recommended':ISTConfig.recommended(fast=True),
-            'recommended, compiled':ISTConfig.recommended(fast='fold,compile,loss'),
+    return {'LoRA':None, 'LoRA, fast':ISTConfig.rst(n_active=1., fast=True),
+            'LoRA, folded':ISTConfig.rst(n_active=1., fast='fold'), 'recommended':ISTConfig.recommended(fast=True),
             'recommended, fp8':ISTConfig.recommended(fast='fold,compile,fp8')}
 usual = ['LoRA', 'LoRA, fast', 'recommended']
 

@@ -94,6 +94,8 @@ class ISTConfig:
     seed:int = 42 # Of IST's own random draws, at least 0; the global random state is never touched
     def __post_init__(self): _check_config(self)
 
+_only_cost = 'fast', 'activation_budget'   # settings that change what a step costs, and not what it trains
+
 # %% ../nbs/28_config.ipynb #4cf674ca
 def _is_int(v): return isinstance(v, int) and not isinstance(v, bool)
 def _is_real(v): return isfinite(v) if isinstance(v, float) else _is_int(v) and abs(v)<1e300   # huge ints overflow

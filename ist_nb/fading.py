@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 from .cli import _parse_known, _plain_parser, _quiet, during, plain_errors
 from .config import ISTError
 from .evaluate import _base_of, _checked_folder, _dtypes, _put_on, _versions
-from .finetune import _check_path, _check_rows, _held_out, _measured, _sft_trainer, _texts
+from .finetune import _check_path, _check_rows, _forgotten, _held_out, _sft_trainer, _texts
 from .model import _check_here, assets, load_model
 
 # %% ../nbs/26_fading.ipynb #38e0d7cb
@@ -183,7 +183,7 @@ def main(
         general = args.general and load_data(args.general, max_rows=500, seed=args.seed)
         if data: print(f'Data: {data.report}')
         model,tokenizer,judge,*choose = _load(args, general)
-        print(f'Forgotten: {_distance(_measured(model, args, judge))}')
+        print(f'Forgotten: {_distance(_forgotten(model, args, judge))}')
         if not data: return print(_next.format(**vars(args))) or 0
         print(f'Fading at a price of {args.price:g} nats of divergence for a nat of task loss ...')
         res = _fade(args, data, model, tokenizer, judge, *choose)

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from pathlib import Path
 from fastcore.docments import docments
 from .cli import _Stopped, _check_names, _from_config, _make_parser, _quiet, during, plain_errors
-from .config import ISTConfig, ISTError, _read_value, scorers
+from .config import ISTConfig, ISTError, _only_cost, _read_value, scorers
 from .evaluate import _versions
 from .model import _adapter_config, _check_patterns, _check_template, assets, load_model
 
@@ -80,7 +80,7 @@ def _defaults(args, rest=()):
     import torch
     from ist_nb.run_folder import _new_folder
     given = {o.split('=')[0].lstrip('-').replace('-', '_') for o in rest if o.startswith('--')}
-    named = args.method or ('ist' if given & ({f.name for f in fields(ISTConfig)}-{'seed'}) else None)
+    named = args.method or ('ist' if given & ({f.name for f in fields(ISTConfig)}-{'seed', *_only_cost}) else None)
     args.method,args.keep = named or 'dense',args.keep if args.keep is not None else 0. if named else 1.
     pico,one = args.model=='pico',torch.accelerator.is_available() or os.environ.get('WORLD_SIZE', '1')=='1'
     res = _recipe | (_recipe_pico if pico else {}) | (_recipe_demo if pico and args.data=='physics' else {})
@@ -92,7 +92,7 @@ def _parser():
     "All three groups; the fields of `ISTConfig` are None until given, and `seed` is one of the training arguments"
     from trl import SFTConfig
     about,names = docments(ISTConfig),[f.name for f in fields(ISTConfig) if f.name!='seed']
-    made = [(o, str|None, field(default=None, metadata=dict(help=about[o]))) for o in names]
+    made = [(o, str|None, field(default=None, metadata=dict(help=about[o], nargs='?', const='true'))) for o in names]
     return _make_parser('ist_finetune', _Arguments, make_dataclass('ISTArguments', made), SFTConfig)
 
 def _names():
@@ -103,7 +103,7 @@ def _names():
 # %% ../nbs/23_finetune.ipynb #b4c9c355
 def parse(
     argv:list[str], # The command line, without the program's name
-): # The first group (`model`, `data`, ...), an `ISTConfig` or None for a dense run, an `SFTConfig`; raises `ISTError`
+): # The first group (`model`, `data`, ...), an `ISTConfig`, an `SFTConfig`; raises `ISTError`
     "Read the command line and the YAML file, and check every setting"
     argv = _from_config(argv)
     _check_names('ist_finetune', argv, _names())
@@ -134,12 +134,13 @@ def _number(s):
     except ValueError: return _read_value(s)
 
 def _ist_config(args, given, seed):
-    "The `ISTConfig` that the command line means, or None for a dense run"
-    make = ISTConfig if args.method=='ist' else getattr(ISTConfig, args.method, None)    # .recommended, .paper, .rst
-    if make: return make(**({'seed':seed} | given))
-    if given:
-        raise ISTError(f"--{next(iter(given))} is a setting of IST, but --method dense trains every layer at every "
-                       "step. Leave it out, or choose --method ist.")
+    "The `ISTConfig` that the command line means; that of a dense run trains every layer at every step"
+    every = dict(n_active=1., sampler='uniform') if args.method=='dense' else {}
+    if every and (wrong := given.keys()-set(_only_cost)):
+        raise ISTError(f"--{min(wrong)} is a setting of IST, but --method dense trains every layer at every step. Of "
+                       f"these settings give only --{' and --'.join(_only_cost)}, or choose --method ist.")
+    make = getattr(ISTConfig, args.method, ISTConfig)        # .recommended, .paper, .rst
+    return make(**({'seed':seed} | every | given))
 
 # %% ../nbs/23_finetune.ipynb #5629997f
 _count = 'a whole number of at least 1',lambda v: v>=1
@@ -187,13 +188,13 @@ def _join_processes(sft):
 
 # %% ../nbs/23_finetune.ipynb #1bae304b
 _examples = '''Fine-tune a language model: LoRA on every layer, held close to what the model was (--keep 1), unless
-you name a method or a setting of Importance-aware Sparse Tuning (IST).
+you name a method or a setting of Importance-aware Sparse Tuning (IST) that changes what is trained.
 
   ist_finetune                                        a small model on a physics text, both in this package
   ist_finetune --model MODEL --data FILE              your model (hub id or folder) on your data
   ist_finetune --data FILE --method ist               the layers that matter most at each step, by importance
   ist_finetune --data FILE --method dense             plain LoRA, to compare with
-  ist_finetune --config run.yaml --lora_r 8           settings from a file, some of them overruled
+  ist_finetune --data FILE --fast                     the same training, in less time on a GPU
   ist_finetune --peft oft                             another method of PEFT; --peft_options are its settings
   ist_finetune --output_dir FOLDER --resume           continue from the last intact checkpoint
   ist_finetune --output_dir FOLDER --auto_resume      start, or resume: the same command for every restart
@@ -202,7 +203,7 @@ _help = '''{examples}
 What to train, on what, and how
 {ours}
 
-Importance-aware Sparse Tuning (fields of ISTConfig)
+Importance-aware Sparse Tuning (fields of ISTConfig; every method takes --fast and --activation_budget)
 {ist}
 
 Training: every argument of transformers' TrainingArguments and TRL's SFTConfig. Our defaults:
@@ -234,7 +235,7 @@ def _read_data(args, sft):
 # %% ../nbs/23_finetune.ipynb #79a1734e
 def make_trainer(
     args, # What to train, from `parse`
-    cfg, # An `ISTConfig`, or None for a dense run
+    cfg, # An `ISTConfig`
     sft, # An `SFTConfig`
     data, # From `load_data`
 ): # An `SFTTrainer`; raises `ISTError`
@@ -245,12 +246,12 @@ def make_trainer(
     model,tokenizer = load_model(args.model, bool(sft.trust_remote_code), **(sft.model_init_kwargs or {}))
     config = _adapter_config(args)
     _check_patterns(config.to_dict(), [k for k,_ in model.named_modules()])
-    every = ISTConfig(n_active=1., sampler='uniform', seed=sft.seed)     # a dense run that `--keep` accompanies
-    callbacks = [ISTCallback(cfg or every, stack=args.stack)] if cfg or args.keep else []
+    asked = {k:v for k,v in (vars(cfg) | vars(args)).items() if v and k in (*_only_cost, 'keep')}
+    callbacks = [ISTCallback(cfg, stack=args.stack)] if asked or args.method!='dense' else []
     callbacks.append(RunGuard(reraise=False, how='the same command with --resume'))
     try: trainer = _sft_trainer(model, tokenizer, args.model, sft, data, peft_config=config, callbacks=callbacks)
-    except ISTError as e:    # of our callbacks; in a dense run they are there for `--keep` alone
-        raise _unheld(args.keep, e) if not cfg and args.keep and 'together' in getattr(e, 'during', '') else e
+    except ISTError as e:    # of our callbacks; in a dense run they are there for what is `asked` alone
+        raise _unmet(asked, e) if asked and args.method=='dense' and 'together' in getattr(e, 'during', '') else e
     trainer.create_model_card = lambda *args, **kwargs: None      # TRL's knows nothing of IST; `report` writes ours
     if trainer.pop_callback(ProgressCallback): trainer.add_callback(_progress_bar())
     _check_rows(trainer, cfg)
@@ -260,7 +261,11 @@ def make_trainer(
     _say(f'Model: {args.model}, {every-trained:,} frozen parameters and {trained:,} in {kind} adapters')
     return trainer
 
-def _unheld(keep, e): return ISTError(f"--keep {keep:g}: {str(e).rstrip('.')}. To train without it, give --keep 0.")
+def _unmet(asked, e):
+    "What a dense run is asked for beside the training, and why it cannot be had"
+    flags = ' '.join(f'--{k} {v:g}' if isinstance(v, float) else f'--{k} {v}' for k,v in asked.items())
+    off = ' '.join(f'--{k} {getattr(ISTConfig, k, 0)}' for k in asked)
+    return ISTError(f"{flags}: {str(e).rstrip('.')}. To train without {'it' if len(asked)==1 else 'them'}, give {off}.")
 
 def _sft_trainer(model, tokenizer, name, sft, data, **kwargs):
     "TRL's trainer, which makes tokens of the rows of `data`; `name` is how the user calls the model"
@@ -325,9 +330,10 @@ def train(
     with during(f'training, resumed from {checkpoint},' if checkpoint else 'training'):
         if checkpoint: _resume(trainer, checkpoint)
         else: trainer.train()
-    if signum := _guard(trainer).stopped_by: raise _Stopped(int(signum))
+    if signum := _callback(trainer, 'RunGuard').stopped_by: raise _Stopped(int(signum))
     with during('saving the adapter'): trainer.save_model()   # on every process: a sharded model needs all of them
-    return dict(loss_before=before, loss_after=_held_out(trainer), forgotten=_forgotten(trainer, folder.args, text))
+    return dict(loss_before=before, loss_after=_held_out(trainer),
+                forgotten=_forgotten(trainer.model, folder.args, text) if text else None)
 
 @during('measuring the held-out loss')
 def _held_out(trainer):
@@ -342,7 +348,6 @@ def _held_out(trainer):
 @during('preparing the text that shows what is forgotten')
 def _kept_text(trainer, args, general):
     "The rows that judge what is forgotten, after those that hold the model were given to IST; None if none can be had"
-    from ist_nb.callback import ISTCallback
     from ist_nb.keep import Keep, _check_base, own_text, text_rows
     n,length = 48 if args.keep else 8,min(256, trainer.args.max_length or 256)
     try:
@@ -352,11 +357,11 @@ def _kept_text(trainer, args, general):
         if general: text = text_rows(_texts(general, trainer.processing_class), trainer.processing_class, n, length)
         else: text = own_text(trainer.model, trainer.processing_class, n, length, trainer.args.seed)
     except (ISTError, RuntimeError, ValueError, NotImplementedError) as e:
-        if args.keep: raise _unheld(args.keep, e) from e
+        if args.keep: raise _unmet(dict(keep=args.keep), e) from e
         if args.general: raise ISTError(f"--general: {e}") from e
         return _say(f'What the model forgets is not measured: {e}')
     if not args.keep: return text
-    _callback(trainer, ISTCallback).parts.append(Keep({k:v[1::2] for k,v in text.items()}, args.keep))
+    _callback(trainer, 'ISTCallback').parts.append(Keep({k:v[1::2] for k,v in text.items()}, args.keep))
     rows = f"{len(text['labels'])//2} rows {'of '+args.general if args.general else 'that it wrote itself'}"
     _say(f'Held by a penalty of weight {args.keep:g} on how far it moves from the model before, on {rows}')
     return {k:v[::2] for k,v in text.items()}
@@ -366,53 +371,46 @@ def _texts(data, tokenizer): # strings
     return [''.join(o.values()) for o in data.train]
 
 @during('measuring what the model forgot')
-def _forgotten(trainer, args, text):
-    return _measured(trainer.model, args, text) if text else None
-
-def _measured(model, args, text):
+def _forgotten(model, args, text):
     from ist_nb.keep import divergence
     return dict(divergence=divergence(model, text), rows=len(text['input_ids']),
                 text=args.general or 'sampled from the model')
 
 # %% ../nbs/23_finetune.ipynb #ec88b7e5
-def _callback(trainer, cls): return next((c for c in trainer.callback_handler.callbacks if isinstance(c, cls)), None)
-
-def _guard(trainer):
-    from ist_nb.runs import RunGuard
-    return _callback(trainer, RunGuard)
+def _callback(trainer, name):
+    return next((o for o in trainer.callback_handler.callbacks if type(o).__name__==name), None)
 
 def _resume(trainer, checkpoint):
     "Train from a checkpoint on; if it is of the last step, only load it"
     from transformers import TrainerState
-    from ist_nb.callback import ISTCallback
     state = TrainerState.load_from_json(str(Path(checkpoint)/'trainer_state.json'))
-    if state.global_step<state.max_steps or _callback(trainer, ISTCallback):
+    if state.global_step<state.max_steps or _callback(trainer, 'ISTCallback'):
         return trainer.train(resume_from_checkpoint=checkpoint)
     trainer._load_from_checkpoint(checkpoint)
-    trainer.state,_guard(trainer).before = state,state.stateful_callbacks['RunGuard']['attributes']['before']
+    before = state.stateful_callbacks['RunGuard']['attributes']['before']
+    trainer.state,_callback(trainer, 'RunGuard').before = state,before
 
 # %% ../nbs/23_finetune.ipynb #30b92f8c
 def report(
     trainer, # After training
     args, # As given
-    cfg, # An `ISTConfig` or None
+    cfg, # An `ISTConfig`
     data, # From `load_data`
     losses:dict, # From `train`
 ) -> dict: # What is in `results.json`
     "Write the run's folder and print the summary"
-    from ist_nb.callback import ISTCallback
     from ist_nb.plot import _attempt, _try_picture, layer_table, plot_importance
-    from ist_nb.run_folder import _losses, model_card, write_report
+    from ist_nb.run_folder import _ist_settings, _losses, model_card, write_report
     from ist_nb.runs import _write_json
-    folder,cb = Path(trainer.args.output_dir),_callback(trainer, ISTCallback) if cfg else None    # dense: only `Keep`
+    folder,cb = Path(trainer.args.output_dir),_callback(trainer, 'ISTCallback') if args.method!='dense' else None
     state = cb.ist.state_dict() if cb else dict(importance=None, times_active=None, n_dropped=0)
     training = json.loads(trainer.args.to_json_string())
-    res = losses | dict(seconds=_guard(trainer).seconds, steps=trainer.state.global_step,
+    res = losses | dict(seconds=_callback(trainer, 'RunGuard').seconds, steps=trainer.state.global_step,
                         peak_memory_bytes=_peak_memory(), importance=state['importance'],
                         times_active=state['times_active'], probes_dropped=state['n_dropped'],
                         score_seconds=cb.ist.score_seconds if cb else 0.,
                         training_loss=_losses(trainer.state.log_history), data=data.report, versions=_versions(),
-                        config=dict(finetune=asdict(args), ist=asdict(cfg) if cfg else None, training=training))
+                        config=dict(finetune=asdict(args), ist=_ist_settings(args, cfg), training=training))
     if not trainer.is_world_process_zero(): return res
     (folder/'README.md').write_text(model_card(res, folder.absolute().name), encoding='utf-8')
     _write_json(folder/'results.json', res)

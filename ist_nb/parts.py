@@ -61,11 +61,11 @@ class _Together:
 class _Faster:
     "Applies the optimisations of `config.fast`, and lets the backward pass stop at the lowest trained layer"
     def __init__(self, ist):
-        model,fast,self.hooks = ist.model,ist.config.fast,[]
+        model,fast,engine,self.hooks = ist.model,ist.config.fast,ist.engine.name,[]
         config = getattr(model, 'config', None)
         self.config = config if getattr(config, 'use_cache', False) else None
         try:
-            if fast: apply_optimisations(model, ist.layers, 'fold' if fast is True and ist.engine.sharded else fast)
+            if fast: apply_optimisations(model, ist.layers, 'fold' if fast is True and engine=='FSDP1' else fast)
             self.hooks = shorten_backward(model)
         except BaseException: self.close(); raise
 

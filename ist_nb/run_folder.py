@@ -14,7 +14,7 @@ from fastcore.xml import (Body, Code, Dd, Details, Div, Dl, Dt, Figcaption, Figu
                           Pre, Safe, Section, Strong, Style, Summary, Table, Tbody, Td, Th, Thead, Title, Tr, to_xml)
 from itertools import count
 from pathlib import Path
-from .config import ISTError
+from .config import ISTError, _only_cost
 from .evaluate import _versions
 from .model import assets
 from .plot import _by_chance, _finding, _heat_map, _loss_curve, _svg, _times, _times_map
@@ -72,10 +72,13 @@ _free = ('output_dir overwrite resume auto_resume logging_ report_to run_name pr
          'dataloader_persistent dataloader_pin skip_memory dataset_num_proc per_device_eval_batch_size do_ '
          'restore_callback enable_jit').split()     # beginnings of names: they do not change what a run ends with
 
+def _ist_settings(args, cfg):
+    "The settings of IST that a run has: in a dense run what its steps cost"
+    return {k:v for k,v in asdict(cfg).items() if args.method!='dense' or k in _only_cost}
+
 def _outcome_settings(args, cfg, sft):
     "The settings that decide what a run ends with"
-    every = json.loads(sft.to_json_string()) | asdict(args) | (asdict(cfg) if cfg else {})
-    every['processes'] = sft.world_size
+    every = json.loads(sft.to_json_string()) | asdict(args) | _ist_settings(args, cfg) | dict(processes=sft.world_size)
     return {k:v for k,v in every.items() if not k.startswith(tuple(_free))}
 
 def _digest(*datasets):
@@ -125,7 +128,7 @@ class RunFolder:
     "The folder of a run, from the first look to the first step"
     def __init__(self,
         args, # The first group of what `parse` returns
-        cfg, # An `ISTConfig`, or None for a dense run
+        cfg, # An `ISTConfig`
         sft, # An `SFTConfig`
     ): # Raises `ISTError` if the run may not use the folder
         self.path,self.args,self.settings = Path(sft.output_dir),args,_outcome_settings(args, cfg, sft)
@@ -226,16 +229,17 @@ def model_card(
     from huggingface_hub import ModelCardData
     args,sft,ist = (res['config'][o] for o in ('finetune', 'training', 'ist'))
     model,peft,pico = args['model'],args['peft'],args['model']=='pico'
-    tags = ['ist_nb', peft, *(['importance-aware-sparse-tuning'] if ist else [])]
+    tags = ['ist_nb', peft, *(['importance-aware-sparse-tuning'] if 'sampler' in ist else [])]
     head = ModelCardData(library_name='peft', pipeline_tag='text-generation', tags=tags,
                          base_model=None if pico or os.path.exists(model) else model)
     names = 'learning_rate per_device_train_batch_size gradient_accumulation_steps max_length seed'
     shown = {k:sft[k] for k in names.split()}
-    if args['keep']: shown['keep'] = args['keep']
+    shown |= {k:v for k,v in (args | ist).items() if v and k in ('keep', *_only_cost)}
     if peft in ('lora', 'dora'): shown |= {k:args[k] for k in ('lora_r', 'lora_alpha', 'lora_dropout')}
-    if ist: shown |= {k:ist[k] for k in 'n_active sampler scorer score_interval schedule explore'.split()}
+    if 'sampler' in ist: shown |= {k:ist[k] for k in 'n_active sampler scorer score_interval schedule explore'.split()}
+    forgot = '| divergence from the model before, nats per token | {divergence:.3f} |\n' if res['forgotten'] else ''
     return _card.format(**res | dict(
-        head=head.to_yaml(), forgotten=_forgotten_row(res['forgotten']), name=name, model=model,
+        head=head.to_yaml(), forgotten=forgot.format(**res['forgotten'] or {}), name=name, model=model,
         how=_methods[args['method']], adapter=_kind(peft), version=res['versions']['ist_nb'], load=_how_to_load(model),
         settings='\n'.join(f'| `{k}` | {v} |' for k,v in shown.items()), trained=_trained(res)))
 
@@ -245,10 +249,6 @@ def _how_to_load(model):
     pico = model=='pico'
     return _load.format(load_pico='\nfrom ist_nb.finetune import assets' if pico else '',
                         base="str(assets/'pico')" if pico else repr(model))
-
-def _forgotten_row(o):
-    "What the model forgot, as a row of the card's table"
-    return f"| divergence from the model before, nats per token | {o['divergence']:.3f} |\n" if o else ''
 
 def _trained(res):
     "Which layers were trained how often, in words"

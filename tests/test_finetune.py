@@ -487,7 +487,7 @@ def test_what_is_run_if_no_method_is_named(here, capsys):
     assert 'Held by a penalty of weight 1 on how far it moves' in said and 'importance' not in said
     assert not {'ist_state.json', 'importance.png'} & {p.name for p in (here/'out').iterdir()}
     res = json.loads((here/'out'/'results.json').read_text())
-    assert res['config']['ist'] is None and res['importance'] is None
+    assert res['config']['ist']=={'fast':False, 'activation_budget':None} and res['importance'] is None
     assert '| `keep` | 1.0 |' in (here/'out'/'README.md').read_text()
 
 @pytest.mark.slow
@@ -496,6 +496,124 @@ def test_the_default_is_dense_and_held(here):
     for name,line in dict(plain='--method dense', held='--method dense --keep 1').items():
         run('--data good.jsonl '+line, here/name)
     assert weights(here/'out')==weights(here/'held')!=weights(here/'plain')
+
+# settings that change only what a step costs go with every method, and choose none
+costs = dict(fast='fold', activation_budget='16MiB')
+
+def test_every_setting_of_cost_is_tried(): assert set(costs)==set(finetune._only_cost)
+
+@pytest.mark.parametrize('name', costs)
+def test_a_setting_of_cost_chooses_no_method(name):
+    "It changes itself and nothing else; a setting of IST beside it still means IST"
+    lines = {'':('dense', 1), '--lora_r 4':('dense', 1), '--keep 0':('dense', 0), '--method dense':('dense', 0),
+             '--n_active 4':('ist', 0), '--n_active 4 --keep 2':('ist', 2), '--optimizer_state offload':('ist', 0)}
+    for line,want in (lines | {f'--method {o}':(o, 0) for o in ('ist', 'recommended', 'paper', 'rst')}).items():
+        args,cfg,_ = parse(f'{line} --{name}={costs[name]}'.split())
+        assert (args.method, args.keep)==want and getattr(cfg, name)==costs[name], line
+        assert {k for k,v in vars(cfg).items() if v!=vars(parse(line.split())[1])[k]}=={name}, line
+        if args.method=='dense': assert (cfg.n_active, cfg.sampler)==(1., 'uniform')
+
+def test_fast_needs_no_value(capsys):
+    for line,fast in (('--fast', True), ('--fast --keep 1', True), ('--fast false', False), ('--fast=fold', 'fold')):
+        args,cfg,_ = parse(line.split())
+        assert (args.method, args.keep, cfg.fast)==('dense', 1, fast), line
+    assert main(['--n_active'])==2 and 'n_active=True is not allowed. Give a fraction' in capsys.readouterr().err
+
+@pytest.mark.parametrize('name', ['n_active', 'score_interval', 'optimizer_state'])
+def test_a_dense_run_refuses_what_changes_the_training(capsys, name):
+    assert main(['--method', 'dense', '--fast', f'--{name}', '4'])==2
+    said = capsys.readouterr().err
+    assert f'--{name} is a setting of IST' in said and 'give only --fast and --activation_budget' in said
+
+@pytest.fixture(scope='module')
+def held(tmp_path_factory):
+    "The default run, which a cheaper one must equal"
+    d = tmp_path_factory.mktemp('held')
+    jsonl(d/'good.jsonl', rows)
+    assert main([*quick, '--data', f'{d}/good.jsonl', *saving.split(), '--output_dir', f'{d}/out'])==0
+    return d
+
+def spied(monkeypatch):
+    "Every `IST` that a run makes from now on"
+    from ist_nb import callback
+    made = []
+    class Spied(callback.IST):
+        def __init__(self, *args, **kwargs): made.append(self); super().__init__(*args, **kwargs)
+    monkeypatch.setattr(callback, 'IST', Spied)
+    return made
+
+@pytest.mark.parametrize('name', costs)
+def test_a_cheaper_default_is_the_default(held, tmp_path, monkeypatch, name):
+    """Dense, held, every layer at every step, and the same adapter bit for bit: no adapter is frozen in a step, so
+    folding changes nothing there, and a block that is computed again is the same. The files of the run say what was
+    set, and nothing of IST"""
+    made,line = spied(monkeypatch),[*quick, '--data', f'{held}/good.jsonl', f'--{name}={costs[name]}']
+    assert main([*line, *saving.split(), '--output_dir', str(tmp_path/'out')])==0
+    ist, = made
+    assert ist.times_active.tolist()==[4]*16 and len([o for o in ist.parts if type(o).__name__=='Keep'])==1
+    assert ist.activations.checkpointed if name=='activation_budget' else ist.model.ist_optimisations==['fold']
+    assert weights(tmp_path/'out')==weights(held/'out')
+    res,want = (json.loads((d/'out'/'results.json').read_text()) for d in (tmp_path, held))
+    for k in ('loss_before', 'loss_after'): assert res[k]==pytest.approx(want[k], rel=1e-5)
+    assert res['forgotten']['divergence']==pytest.approx(want['forgotten']['divergence'], rel=1e-3)
+    assert res['config']['ist']==dict(fast=False, activation_budget=None) | {name:costs[name]}
+    assert json.loads((tmp_path/'out'/'run.json').read_text())['settings'][name]==costs[name]
+    card = (tmp_path/'out'/'README.md').read_text()
+    assert f'| `{name}` | {costs[name]} |' in card and 'importance-aware-sparse-tuning' not in card
+    assert '| `keep` | 1.0 |' in card and 'dense fine-tuning' in card and '`sampler`' not in card
+    assert not {'ist_state.json', 'importance.png'} & {p.name for p in (tmp_path/'out').iterdir()}
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which('g++'), reason='inductor needs a compiler')
+def test_a_compiled_default_is_the_default(here):
+    "To rounding; without dropout, which compiled code draws in another way"
+    line = [*quick, *'--data good.jsonl --lora_dropout 0 --logging_strategy steps --logging_steps 1'.split()]
+    for name,more in dict(plain=[], fast=['--fast', 'fold,compile']).items():
+        assert main([*line, *more, '--output_dir', name])==0
+    plain,fast = (json.loads((here/o/'results.json').read_text()) for o in ('plain', 'fast'))
+    assert len(plain['training_loss'])==4
+    for a,b in zip(plain['training_loss'], fast['training_loss']): assert a==pytest.approx(b, rel=1e-4)
+    for k in ('loss_before', 'loss_after'): assert plain[k]==pytest.approx(fast[k], rel=1e-4)
+    assert plain['forgotten']['divergence']==pytest.approx(fast['forgotten']['divergence'], rel=1e-3)
+
+@pytest.mark.parametrize('keep', ['0', '1'])
+def test_a_fast_dense_run_resumes(here, capsys, keep):
+    "Bit for bit, and only with the same setting of cost"
+    line = [*quick, '--data', 'good.jsonl', '--keep', keep, *saving.split()]
+    assert main([*line, '--fast', '--output_dir', 'out'])==0
+    want = weights(here/'out')
+    for o in ('results.json', 'adapter_model.safetensors'): (here/'out'/o).unlink()
+    shutil.rmtree(here/'out'/'checkpoint-4')
+    assert main([*line, '--output_dir', 'out', '--resume'])==2
+    assert 'fast was True and is False' in capsys.readouterr().err
+    assert main([*line, '--fast', '--output_dir', 'out', '--resume'])==0 and weights(here/'out')==want
+
+def test_a_fast_dense_run_in_python(here, monkeypatch):
+    "`ist_finetune --fast` is ISTConfig.rst(n_active=1., fast=True) and the part `Keep` in a callback"
+    from ist_nb import ISTCallback,ISTConfig
+    from ist_nb.data import load_data
+    from ist_nb.keep import Keep,own_text
+    line = [*quick, '--data', 'good.jsonl', '--fast', '--output_dir', 'out']
+    assert main(line)==0
+    args,cfg,sft = parse([*line[:-1], 'python'])
+    lm,tokenizer = model.load_model('pico')
+    text = own_text(lm, tokenizer, 48, 32, 42)
+    callback = ISTCallback(ISTConfig.rst(n_active=1., fast=True), parts=[Keep({k:v[1::2] for k,v in text.items()})])
+    assert cfg==callback.config
+    trainer = finetune._sft_trainer(lm, tokenizer, 'pico', sft, load_data('good.jsonl', seed=42),
+                                    peft_config=model._adapter_config(args), callbacks=[callback])
+    trainer.train(); trainer.save_model()
+    assert weights(here/'python')==weights(here/'out')
+
+def test_what_a_dense_run_cannot_have_is_named(here, capsys):
+    "With all that must be left out, and then it trains"
+    line = [*quick, '--data', 'good.jsonl', '--output_dir', 'out', '--peft', 'prompt_tuning', '--peft_options',
+            '{"num_virtual_tokens":4}', '--lora_r', '2']
+    assert main([*line, '--fast', '--activation_budget', '0.5'])==2
+    said = capsys.readouterr().err
+    assert '--fast True --activation_budget 0.5 --keep 1: ' in said
+    off = '--fast False --activation_budget None --keep 0'
+    assert f'To train without them, give {off}.' in said and main([*line, *off.split()])==0
 
 def test_a_model_that_cannot_be_held_is_refused(here, capsys, monkeypatch):
     "By default too, with what to do; and `--keep 0` then trains"

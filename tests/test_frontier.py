@@ -111,3 +111,17 @@ def test_what_stands_for_a_family_is_judged(monkeypatch):
     assert len(jobs)==6 and all('points' not in o for o in jobs)
     with pytest.raises(SystemExit, match='Nothing is chosen for german'):
         retain.jobs('judge', ['chat', 'german'], [1], 'some model')
+
+def test_the_rate_of_each_length():
+    "Seed 0 chooses it, on documents that judge nothing; nothing is chosen for what it has not run"
+    from benchmarks import retain
+    made = lambda lr, steps, loss, seed=0, name='LoRA': dict(
+        task='sun', name=name, lr=lr, steps=steps, seed=seed, points=[dict(name='before', task=0.),
+                                                                      dict(name='trained', task=loss)])
+    runs = [made(1, 88, 3.), made(2, 88, 2.), made(4, 88, 1., seed=1), made(1, 250, 1.), made(2, 250, 2.),
+            made(4, 88, 0., name='recommended')]
+    rate = lambda steps, name='LoRA': retain.best_rate(runs, dict(task='sun', name=name, steps=steps))
+    assert (rate(88), rate(250), rate(88, 'recommended'), rate(50))==(2, 1, 4, None)
+    assert [retain.judged_on('lengths', s) for s in (0, 1)]==['choose', 'test']
+    assert {retain.judged_on(p, s) for p in ('choose', 'smoke') for s in (0, 1)}=={'choose'}
+    assert retain.judged_on('judge', 0)=='test'

@@ -1,5 +1,5 @@
 "What a model forgets: the measure, the part that holds it, and the gates that turn an adapter back"
-import pytest,torch
+import pytest,shutil,torch
 from peft import (AdaptionPromptConfig,IA3Config,LoHaConfig,LoraConfig,PeftModel,PromptTuningConfig,VeraConfig,
                   get_peft_model)
 from transformers import LlamaConfig,LlamaForCausalLM
@@ -262,11 +262,15 @@ def test_rows_are_spread_over_the_texts():
     with pytest.raises(ISTError, match='no row'): text_rows([], tokenizer)
     assert own_text(load_model('pico')[0], tokenizer, rows=1, length=8)['input_ids'].shape==(1, 8)
 
-@pytest.mark.parametrize('settings', [dict(fast='fold'), dict(activation_budget='1KiB')])
-def test_keep_beside_other_parts(settings):
-    "Folded adapters can be switched off too, and blocks that are computed again give the same gradient"
+compiled = pytest.param(dict(fast='fold,compile'), marks=[pytest.mark.slow, pytest.mark.skipif(
+    not shutil.which('g++'), reason='inductor needs a compiler')])
+
+@pytest.mark.parametrize('n', [2, 1.], ids=['some layers', 'all layers'])
+@pytest.mark.parametrize('settings', [dict(fast='fold'), dict(activation_budget='1KiB'), compiled])
+def test_keep_beside_other_parts(settings, n):
+    "Folded adapters can be switched off too, and blocks that are computed again, or compiled, give the same gradient"
     def gradients(settings):
-        ist = IST(tuned(), ISTConfig.rst(n_active=2, **settings))
+        ist = IST(tuned(), ISTConfig.rst(n_active=n, **settings))
         ist.add(part := Keep(some_text(), every=1))
         with ist.step():
             ist.model(**some_text(seed=8)).loss.backward()
