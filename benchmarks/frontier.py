@@ -28,6 +28,8 @@ families = {    # by name: which runs, and which of their points beside the adap
 def setting(r): # of a run, without its seed and what it led to
     return ', '.join(f'{k} {r[k]}' for k in ('name', 'lr', 'steps', 'apart') if k in r)
 
+def final(r): return next(p['task'] for p in r['points'] if p['name']=='trained')    # the task loss at the end of a run
+
 def curves(runs, family):
     "By task, setting and seed: the points of a family"
     which,names = families[family]

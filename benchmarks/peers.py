@@ -2,6 +2,7 @@
 Each contender has a process of its own, because Unsloth patches other libraries when it is imported. Contenders that
 are alive together take turns, and one that fails is recorded with what failed."""
 import gc,json,os,select,signal,subprocess,sys,tempfile,time,traceback
+from collections import Counter,defaultdict
 from importlib import import_module
 from math import exp,log
 from pathlib import Path
@@ -440,27 +441,42 @@ def way(name):
     "How a variant learns: all libraries compute the same LoRA, and freezing has a curve of its own"
     return 'recommended' if name.startswith('recommended') else 'LoRA'
 
-def seconds_to(runs, seconds, loss, choose, learns_as=way):
-    """Seconds that each variant takes to a held-out loss, by seed. `runs` are of learning: a list of `name`, `setting`
-    (its rate, say), `seed`, `steps` and `loss`. `seconds` are those of a step, by variant; `learns_as` names the runs
-    of a variant. The setting that needs the fewest steps on the seeds in `choose` is judged on the others."""
-    def needed(name, setting, seed):
-        return steps_to([(r['steps'], r['loss']) for r in runs
-                         if (r['name'], r['setting'], r['seed'])==(name, setting, seed)], loss)
+def seconds_to(runs, seconds, loss, learns_as=way):
+    """Seconds that each variant takes to a held-out loss, by seed. `runs` are of learning: a list of `name`, `seed`,
+    `steps` and `loss`. `seconds` are those of a step, by variant; `learns_as` names the runs of a variant"""
     found = {}
     for variant,step in seconds.items():
-        name = learns_as(variant)
-        mine = [r for r in runs if r['name']==name]
-        tried = {}
-        for setting in dict.fromkeys(r['setting'] for r in mine):
-            o = [needed(name, setting, s) for s in choose]
-            if None not in o: tried[setting] = mean(o)
-        if not tried: continue
-        best = min(tried, key=tried.get)
-        by_seed = {s:needed(name, best, s) for s in dict.fromkeys(r['seed'] for r in mine) if s not in choose}
-        found[variant] = dict(setting=best, seconds={s:n*step for s,n in by_seed.items() if n is not None},
-                              missed=[s for s,n in by_seed.items() if n is None])
+        mine = [r for r in runs if r['name']==learns_as(variant)]
+        by_seed = {s:steps_to([(r['steps'], r['loss']) for r in mine if r['seed']==s], loss)
+                   for s in dict.fromkeys(r['seed'] for r in mine)}
+        if mine: found[variant] = dict(seconds={s:n*step for s,n in by_seed.items() if n is not None},
+                                       missed=[s for s,n in by_seed.items() if n is None])
     return found
+
+def learnt(task, model='SmolLM2-135M-Instruct'):
+    """Runs of `retain --plan lengths` for `seconds_to`: each length with the rate that seed 0 chose for it, of those
+    other seeds that have run all lengths"""
+    from benchmarks.frontier import final
+    from benchmarks.retain import best_rate
+    runs = [r for r in record.read(f'retain_lengths_{model}')['runs'] if r['task']==task]
+    runs = [r for r in runs if r['seed'] and r['lr']==best_rate(runs, r)]
+    count = Counter(r['seed'] for r in runs)
+    return [dict(name=r['name'], lr=r['lr'], seed=r['seed'], steps=r['steps'], loss=final(r)) for r in runs
+            if count[r['seed']]==max(count.values())]
+
+def level_of(runs, name='recommended'):
+    "The loss that a way to train reaches on every seed, at the length at which it is best"
+    by = defaultdict(list)
+    for r in runs:
+        if r['name']==name: by[r['steps']].append(r['loss'])
+    return max(min(by.values(), key=mean))
+
+def to_same_loss(case, task):
+    "Of a case: seconds of each variant to the loss of `recommended`, and its steps, as means over seeds"
+    runs,step = learnt(task),{k:v['seconds']['median'] for k,v in case['variants'].items()}
+    found = seconds_to(runs, step, level_of(runs))
+    return {k:(mean(o['seconds'].values()), mean(o['seconds'].values())/step[k]) for k,o in found.items()
+            if not o['missed']}
 
 def merged(files):
     """The cases of several files as one list, without what was printed where one failed; a later case of the same

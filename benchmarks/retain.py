@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM,AutoTokenizer
 from ist_nb import IST,ISTConfig,find_layers
 from ist_nb.keep import Keep,_divergence,_gated,_set_gates,fade,own_text
 from ist_nb.suppression import _adapters_off
-from benchmarks import record
+from benchmarks import frontier,record
 
 length,rows_a_step = 256,16
 freezing = dict(sampler='top', schedule='shrink', n_active=0.4)
@@ -336,7 +336,6 @@ def wanted(plan, task):
 
 def chosen_jobs(name, task, give_up=(0.05, 0.1)):
     "What stands for some family of `frontier`, by the runs of `choose`, at a level; no more is done after training"
-    from benchmarks import frontier
     runs,_ = frontier.found(name)
     runs = [r for r in runs or () if r['task']==task]
     if not any('base' in r for r in runs): sys.exit(f'Nothing is chosen for {task} and {name}: first `--plan choose`.')
@@ -355,8 +354,7 @@ def chosen_jobs(name, task, give_up=(0.05, 0.1)):
 def best_rate(runs, job):
     "The rate at which seed 0 has learnt most in as many steps; None before it has run"
     same = [r for r in runs if r['seed']==0 and all(r[k]==job[k] for k in ('task', 'name', 'steps'))]
-    loss = lambda r: next(o['task'] for o in r['points'] if o['name']=='trained')
-    return min(same, key=loss)['lr'] if same else None
+    return min(same, key=frontier.final)['lr'] if same else None
 
 def heavy(job): return bool(set('gh') & set(job.get('post', '')))     # takes the most time
 

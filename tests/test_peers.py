@@ -16,18 +16,31 @@ def test_steps_between_two_runs():
     assert steps_to([(100, 3.0), (200, 3.5), (400, 2.0)], 2.5)==pytest.approx(200)   # from 100, not from 200
 
 def test_seconds_to_a_loss():
-    "Each with the rate that its first seed chose; a variant takes its steps from the way that it learns"
-    def runs(name, setting, seed, *points):
-        return [dict(name=name, setting=setting, seed=seed, steps=s, loss=l) for s,l in points]
-    learnt = [*runs('LoRA', 1e-3, 0, (100, 3.), (400, 2.)), *runs('LoRA', 2e-3, 0, (100, 2.5), (400, 2.1)),
-              *runs('LoRA', 1e-3, 1, (100, 2.4)), *runs('LoRA', 2e-3, 1, (100, 3.5), (400, 2.5)),
-              *runs('LoRA', 2e-3, 2, (100, 3.5)), *runs('recommended', 1e-3, 0, (200, 2.5)),
-              *runs('recommended', 1e-3, 1, (200, 2.5)), *runs('never', 1e-3, 0, (200, 3.5))]
-    seconds = {'PEFT':1., 'Unsloth, rows':0.5, 'recommended, fp8':0.25}
-    found = seconds_to(learnt, seconds, 2.5, [0])
-    assert set(found)==set(seconds) and not seconds_to(learnt, {'x':1.}, 2.5, [0], lambda name: 'never')
-    assert found['PEFT']==dict(setting=2e-3, seconds={1:pytest.approx(400)}, missed=[2])   # seed 1 alone: 1e-3
-    assert found['Unsloth, rows']['seconds']=={1:pytest.approx(200)} and found['recommended, fp8']['seconds']=={1:50.}
+    "By seed; a variant takes its steps from the way that it learns"
+    def runs(name, seed, *points): return [dict(name=name, seed=seed, steps=s, loss=l) for s,l in points]
+    made = [*runs('LoRA', 1, (100, 3.), (400, 2.)), *runs('LoRA', 2, (100, 3.5)), *runs('recommended', 1, (200, 2.5))]
+    found = seconds_to(made, {'PEFT':1., 'Unsloth, rows':0.5, 'recommended, fp8':0.25}, 2.5)
+    assert found['PEFT']==dict(seconds={1:pytest.approx(200)}, missed=[2])
+    assert found['Unsloth, rows']['seconds']=={1:pytest.approx(100)}
+    assert found['recommended, fp8']==dict(seconds={1:50.}, missed=[])
+    assert not seconds_to(made, {'x':1.}, 2.5, lambda name: 'never')
+
+def test_seconds_to_the_loss_of_another(monkeypatch):
+    "Each length with the rate of seed 0, which judges nothing; a seed that lacks a length does not count"
+    def run(name, steps, lr, seed, loss): return dict(task='sun', name=name, steps=steps, lr=lr, seed=seed,
+                                                      points=[dict(name='trained', task=loss)])
+    runs = [run('LoRA', 10, 1, 0, 1.), run('LoRA', 10, 2, 0, 2.), run('LoRA', 40, 1, 0, 2.), run('LoRA', 40, 2, 0, 1.),
+            run('recommended', 40, 1, 0, 1.),
+            *(o for s in (1, 2) for o in (run('LoRA', 10, 1, s, 4.), run('LoRA', 40, 2, s, 2.), run('LoRA', 40, 1, s, 0.),
+                                          run('recommended', 40, 1, s, 2.9+s/10))),
+            run('LoRA', 10, 1, 3, 0.), run('recommended', 40, 1, 3, 9.)]
+    monkeypatch.setattr(peers.record, 'read', lambda name: dict(runs=runs))
+    assert {r['seed'] for r in peers.learnt('sun')}=={1, 2} and {r['loss'] for r in peers.learnt('sun')}=={4., 2., 3., 3.1}
+    assert peers.level_of(peers.learnt('sun'))==3.1
+    case = dict(variants={k:dict(seconds=dict(median=v)) for k,v in (('Unsloth, rows', 3.), ('recommended', 2.))})
+    found = peers.to_same_loss(case, 'sun')
+    steps = 10*4**0.45
+    assert found['Unsloth, rows']==pytest.approx((3*steps, steps)) and found['recommended']==pytest.approx((80, 40))
 
 def test_files_become_one(tmp_path):
     def case(bits, x, card='a'):
