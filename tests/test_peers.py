@@ -31,11 +31,12 @@ def test_seconds_to_the_loss_of_another(monkeypatch):
                                                       points=[dict(name='trained', task=loss)])
     runs = [run('LoRA', 10, 1, 0, 1.), run('LoRA', 10, 2, 0, 2.), run('LoRA', 40, 1, 0, 2.), run('LoRA', 40, 2, 0, 1.),
             run('recommended', 40, 1, 0, 1.),
-            *(o for s in (1, 2) for o in (run('LoRA', 10, 1, s, 4.), run('LoRA', 40, 2, s, 2.), run('LoRA', 40, 1, s, 0.),
-                                          run('recommended', 40, 1, s, 2.9+s/10))),
+            *(o for s in (1, 2) for o in (run('LoRA', 10, 1, s, 4.), run('LoRA', 40, 2, s, 2.),
+                                          run('LoRA', 40, 1, s, 0.), run('recommended', 40, 1, s, 2.9+s/10))),
             run('LoRA', 10, 1, 3, 0.), run('recommended', 40, 1, 3, 9.)]
     monkeypatch.setattr(peers.record, 'read', lambda name: dict(runs=runs))
-    assert {r['seed'] for r in peers.learnt('sun')}=={1, 2} and {r['loss'] for r in peers.learnt('sun')}=={4., 2., 3., 3.1}
+    made = peers.learnt('sun')
+    assert {r['seed'] for r in made}=={1, 2} and {r['loss'] for r in made}=={4., 2., 3., 3.1}
     assert peers.level_of(peers.learnt('sun'))==3.1
     case = dict(variants={k:dict(seconds=dict(median=v)) for k,v in (('Unsloth, rows', 3.), ('recommended', 2.))})
     found = peers.to_same_loss(case, 'sun')
