@@ -134,7 +134,8 @@ claims = [
      'step: {:.0f} to {:.0f}% less divergence',
      lambda: (paid(), *kept('Keep'))),
     ('results/quality', 'one task of two (chats), with {:.0f}% on the other', lambda: kept('LoRA, faded')[:1]),
-    ('results/quality', "differs by at most {:.3f} nats from that of the model before. LoRA's rises by up to {:.2f}", rises),
+    ('results/quality', "differs by at most {:.3f} nats from that of the model before. LoRA's rises by up to {:.2f}",
+     rises),
     ('results/quality', 'of that gain our level gives back {:.0f}%', given_back),
     ('results/quality', '{:.0f} to {:.0f}% less divergence is left than with one number', lambda: kept('LoRA, faded')),
     ('results/small', 'a correlation of {:.2f} at {:.1%} of the time', faithful),
@@ -154,8 +155,9 @@ claims = [
     ('results/speed', 'dense LoRA needs {:.2f} of the steps on German manual pages and {:.2f} on chats', fewer_steps),
     ('results/speed', 'to that loss it takes {:.2f} to {:.2f} of the seconds of the fastest other library, and *LoRA, '
      'fast* takes {:.2f} to {:.2f}', lambda: (*to_loss('recommended'), *to_loss('LoRA, fast'))),
-    ('results/speed', 'of {} GiB brings the peak from {:.1f} to {:.1f} GiB where we freeze; Unsloth needs {:.1f}. A step '
-     "then takes {:.2f} of the time of Unsloth's, and a step of *LoRA, fast* with the same budget {:.2f}", with_budget),
+    ('results/speed', 'of {} GiB brings the peak from {:.1f} to {:.1f} GiB where we freeze; Unsloth needs {:.1f}. A '
+     "step then takes {:.2f} of the time of Unsloth's, and a step of *LoRA, fast* with the same budget {:.2f}",
+     with_budget),
     ('results/speed', 'foresees , or {:.2f}, for a mean share', lambda: (worth(),)),
     ('results/speed', "takes {:.2f} to {:.2f} times Unsloth's peak",
      lambda: ends('recommended', 'Unsloth, rows', 'peak')),
