@@ -39,6 +39,8 @@ class ActivationBudget:
         self.meter = LiveBytes() if self.device.type=='cpu' else _DeviceMeter(self.device)
         self.budget = budget if isinstance(budget, int) else _to_bytes(budget) or int(budget*_free_memory(self.device))
         self._find_switches()
+        kinds = [_kind(b) for *_,b in self.blocks]
+        self.alike = [[k for k,o in enumerate(kinds) if o==mine] for mine in kinds]    # of each block's kind
         self.trained = [p for p in model.parameters() if _is_trainable(p)]
         self.cost = {}            # (block, trained, passes gradients on) -> bytes kept, bytes at work
         self.entry = {}           # block -> bytes of its input
@@ -64,6 +66,13 @@ def _free_memory(device):
     lib = torch.get_device_module(device)
     unused = lib.memory_reserved(device)-lib.memory_allocated(device)   # torch holds some that it does not use
     return lib.mem_get_info(device)[0]+unused
+
+def _kind(block):
+    "All that decides what a block keeps: its modules, their settings, and the shapes of their tensors"
+    simple = lambda v: v if isinstance(v, (int, float, str)) else (type(v), isinstance(v, (dict, list)) and len(v))
+    shape = lambda p: p is not None and (p.shape, p.dtype, _is_trainable(p))
+    return repr([(n, type(m), [(k, shape(p)) for k,p in (m._parameters | m._buffers).items()],
+                  [(k, simple(v)) for k,v in vars(m).items() if k!='layer_idx']) for n,m in block.named_modules()])
 
 # %% ../nbs/12_memory.ipynb #bc338943
 _compiled_whole = ("activation_budget decides for each block, and in a model that is compiled as a whole no block is "
@@ -237,7 +246,7 @@ _compiled_hooks = ("activation_budget measures a compiled block by running it, a
 
 @patch
 def _measure(self:ActivationBudget, i, inner, args, kwargs, tensors, shapes):
-    "What block `i` keeps, and has at work, in each state"
+    "What block `i`, and each of its kind, keeps and has at work in each state"
     block,layer = self.blocks[i][2],self.layer_of.get(i)
     if self._compiled(i) and not isinstance(self.meter, LiveBytes) and any(map(_strangers, block.modules())):
         raise ISTError(_compiled_hooks)
@@ -248,10 +257,12 @@ def _measure(self:ActivationBudget, i, inner, args, kwargs, tensors, shapes):
     for active,passes in [(True, True), (True, False), (False, True)] if layer else [(False, True)]:
         with _as_if(layer, active, i in self.on), _Shield(block, True, measuring=True) as shield:
             found = self._weigh(i, inner, args, kwargs, first, passes)
-        if shield.wrote: self.writes.add(i)
-        self.cost[i, active, passes] = tuple(map(max, found, self.cost.get((i, active, passes), found)))
-    self.entry[i] = max(self.entry.get(i, 0), _storage(first).nbytes())
-    self.seen[i].add(shapes)
+        for k in self.alike[i]:
+            if shield.wrote: self.writes.add(k)
+            self.cost[k, active, passes] = tuple(map(max, found, self.cost.get((k, active, passes), found)))
+    for k in self.alike[i]:
+        self.entry[k] = max(self.entry.get(k, 0), _storage(first).nbytes())
+        self.seen.setdefault(k, set()).add(shapes)
 
 @patch
 def _weigh(self:ActivationBudget, i, inner, args, kwargs, first, passes):

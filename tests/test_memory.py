@@ -149,6 +149,31 @@ def test_as_on_a_device():
     # embeddings, and the loss of the step before
     assert abs(a.head-b.head)<2048 and abs(a.rest-b.rest)<8192, (a.head, b.head, a.rest, b.rest)
 
+def test_one_block_of_each_kind_is_measured(monkeypatch):
+    "What is known of the others is what measuring them would have found; another setting or shape is another kind"
+    measured,weigh = [],ActivationBudget._weigh
+    monkeypatch.setattr(ActivationBudget, '_weigh', lambda self, i, *args: measured.append(i) or weigh(self, i, *args))
+    def planned(model, apart=False):
+        limit = ActivationBudget(model, find_layers(model), '1GiB')
+        if apart: limit.alike = [[i] for i in range(6)]
+        measured.clear()
+        limit.begin([0, 3]); model(**batch()).loss.backward(); limit.end()
+        return limit.cost,limit.entry,limit.seen,limit.writes
+    known = planned(llama(), apart=True)
+    assert measured==[i for i in range(6) for _ in range(3)] and len(known[0])==6*3
+    assert planned(llama())==known and measured==[0]*3
+    def changed(f):
+        model = llama()
+        f(model.get_base_model().model.layers)
+        return model
+    def hooked(b): b[2].mlp.register_forward_hook(lambda *_: None)
+    def narrow(b): b[2].mlp.act_fn = nn.GELU()
+    def settings(b): b[2].self_attn.attention_dropout = 0.3
+    def frozen(b): [p.requires_grad_(False) for p in b[2].self_attn.parameters()]
+    for f in (hooked, narrow, settings, frozen):
+        planned(changed(f))
+        assert sorted({*measured})==[0, 2], f
+
 @pytest.mark.slow
 def test_larger_batches_later():
     sizes = [(2, 12), (2, 12), (4, 24), (4, 24), (3, 20), (6, 16), (6, 24), (6, 24)]
