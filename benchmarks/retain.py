@@ -367,6 +367,7 @@ def work(queue, done, cached, base, plan, gpu):
     while (job := queue.get()) is not None:
         try: done.put(run(job, base, found, own, judged_on(plan, job['seed']), device))
         except Exception: done.put(dict(job=job, error=traceback.format_exc()[-1500:]))
+        if gpu is not None: torch.cuda.empty_cache()    # other processes share the card
 
 def prepare(model, data, files, seed=0, rows=176, most=None):
     "Tokenise the tasks, and let the model write: rows that hold or fade, that tune, and that judge"

@@ -142,7 +142,7 @@ claims = [
     ('results/small', 'to come to {:.2f}; target (c)', lambda: faithful()[:1]),
     ('results/small', "where RST takes {:.2f}", lambda: (took('RST'),)),
     ('results/small', 'for {:.1f} times the seconds', lambda: (alone('steady'),)),
-    ('results/quality', "in {:.2f} of its seconds", lambda: (seven('LoRA, compile+ahead'),)),
+    ('results/quality', "take {:.2f} of its seconds", lambda: (seven('LoRA, compile+ahead'),)),
     ('results/small', "in {:.2f} of its seconds", lambda: (seven('LoRA, compile+ahead'),)),
     ('results/log', 'its held-out loss is {:.3f} lower than that of random layers',
      lambda: (-paired('shrink to top', 'RST'),)),
