@@ -87,7 +87,7 @@ def peers_table(shape):
 @cache
 def to_loss(): # of each task and case: seconds and steps of each variant to the loss of `recommended`
     from benchmarks.peers import to_same_loss
-    return [(t, c, to_same_loss(c, t)) for t in learnt_tasks for c in cases()]
+    return [(t, c, to_same_loss(c, t)) for t in learnt_tasks for c in cases() if c['length']==256]   # as they learned
 learnt_tasks = 'german', 'chat'
 def beside_to_loss(name): # its seconds over those of the fastest other library, in each
     return [v[name][0]/min(o for k,(o,_) in v.items() if k not in ours) for *_,v in to_loss()]
@@ -166,7 +166,8 @@ def speed_targets():
     big,small = shape('7b'),shape('pico')
     rows = [('**`recommended`**: time of a step, over that of the fastest other library', 0.75,
              max(beside('recommended'))),
-            ('the same, in seconds to the same held-out loss', 0.75, max(beside_to_loss('recommended'))),
+            ('the same, in seconds to the same held-out loss (steps times seconds)', 0.75,
+             max(beside_to_loss('recommended'))),
             ('its peak memory, over that of the same library', 1.00, max(beside('recommended', what='peak'))),
             ("its time a step, over that of LoRA in the Trainer", 0.30, max(beside('recommended', 'PEFT'))),
             ("**`depth`, 7B shape**: seconds a step, over those of LoRA with the same optimisations", 0.60,
