@@ -263,9 +263,11 @@ def make_trainer(
 
 def _unmet(asked, e):
     "What a dense run is asked for beside the training, and why it cannot be had"
+    asked = {k:v for k,v in asked.items() if k in re.findall(r'\w+', str(e))} or asked   # what it is about
     flags = ' '.join(f'--{k} {v:g}' if isinstance(v, float) else f'--{k} {v}' for k,v in asked.items())
     off = ' '.join(f'--{k} {getattr(ISTConfig, k, 0)}' for k in asked)
-    return ISTError(f"{flags}: {str(e).rstrip('.')}. To train without {'it' if len(asked)==1 else 'them'}, give {off}.")
+    them = 'it' if len(asked)==1 else 'them'
+    return ISTError(f"{flags}: {str(e).removesuffix('.')}. To train without {them}, give {off}.")
 
 def _sft_trainer(model, tokenizer, name, sft, data, **kwargs):
     "TRL's trainer, which makes tokens of the rows of `data`; `name` is how the user calls the model"

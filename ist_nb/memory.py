@@ -9,7 +9,9 @@ __all__ = ['ActivationBudget']
 import torch, warnings
 from contextlib import contextmanager, nullcontext
 from copy import copy
+from enum import Enum
 from functools import partial
+from types import FunctionType,MethodType
 from fastcore.basics import patch
 from torch import nn
 from torch.autograd.graph import get_gradient_edge
@@ -39,8 +41,6 @@ class ActivationBudget:
         self.meter = LiveBytes() if self.device.type=='cpu' else _DeviceMeter(self.device)
         self.budget = budget if isinstance(budget, int) else _to_bytes(budget) or int(budget*_free_memory(self.device))
         self._find_switches()
-        kinds = [_kind(b) for *_,b in self.blocks]
-        self.alike = [[k for k,o in enumerate(kinds) if o==mine] for mine in kinds]    # of each block's kind
         self.trained = [p for p in model.parameters() if _is_trainable(p)]
         self.cost = {}            # (block, trained, passes gradients on) -> bytes kept, bytes at work
         self.entry = {}           # block -> bytes of its input
@@ -67,12 +67,21 @@ def _free_memory(device):
     unused = lib.memory_reserved(device)-lib.memory_allocated(device)   # torch holds some that it does not use
     return lib.mem_get_info(device)[0]+unused
 
+_where = 'layer_idx','layer_id','target_name','_parameters','_compiled_call_impl'   # no property, or seen elsewhere
+def _value(v): # what can be compared of a setting; of functions and configurations, whether they are the same
+    if isinstance(v, (int, float, str, torch.dtype, Enum)): return v
+    if isinstance(v, dict): return {k:_value(o) for k,o in v.items() if k not in _where}
+    if isinstance(v, (list, tuple)): return [*map(_value, v)]
+    if isinstance(v, partial): return _value((v.func, v.args, v.keywords))
+    if isinstance(v, MethodType): return v.__func__,type(v.__self__)
+    return id(v) if isinstance(v, FunctionType) or hasattr(v, 'to_dict') else type(v)
+
 def _kind(block):
-    "All that decides what a block keeps: its modules, their settings, and the shapes of their tensors"
-    simple = lambda v: v if isinstance(v, (int, float, str)) else (type(v), isinstance(v, (dict, list)) and len(v))
-    shape = lambda p: p is not None and (p.shape, p.dtype, _is_trainable(p))
-    return repr([(n, type(m), [(k, shape(p)) for k,p in (m._parameters | m._buffers).items()],
-                  [(k, simple(v)) for k,v in vars(m).items() if k!='layer_idx']) for n,m in block.named_modules()])
+    "All that decides what a block keeps; one with buffers, which it may write to, is of its own kind"
+    if next(block.buffers(), None) is not None: return id(block)
+    shape = lambda p: p is not None and (type(p), p.shape, p.dtype, _is_trainable(p))
+    return repr([(n, type(m), [(k, shape(p)) for k,p in m._parameters.items()],
+                  _value(vars(m))) for n,m in block.named_modules()])
 
 # %% ../nbs/12_memory.ipynb #bc338943
 _compiled_whole = ("activation_budget decides for each block, and in a model that is compiled as a whole no block is "
@@ -151,7 +160,7 @@ def _call(self:ActivationBudget, i, inner, *args, **kwargs):
     "Block `i` is called; `inner` is the block itself, or its compiled code"
     if not torch.is_grad_enabled(): return inner(*args, **kwargs)
     tensors = _tensors_in((args, kwargs))
-    shapes = tuple(tuple(t.shape) for t in tensors)
+    shapes = (self.blocks[i][2].training,),*(tuple(t.shape) for t in tensors)    # no dropout outside of training
     enters = any(t.requires_grad for t in tensors)
     if enters and i<=min(self.on): self.lowest = min(self.lowest, i)
     if any(isinstance(o, Cache) for o in (*args, *kwargs.values())):
@@ -253,14 +262,15 @@ def _measure(self:ActivationBudget, i, inner, args, kwargs, tensors, shapes):
     first = next(t for t in tensors if t.is_floating_point())
     if self.meter.start([*tensors, *(p.grad for p in self.trained if p.grad is not None)]):
         self.base,self.grads_before = 0,0   # it counts from here
-    self.measuring = True
+    self.measuring,kind = True,_kind(block)
+    alike = [k for k,(*_,b) in enumerate(self.blocks) if b is block or _kind(b)==kind]
     for active,passes in [(True, True), (True, False), (False, True)] if layer else [(False, True)]:
         with _as_if(layer, active, i in self.on), _Shield(block, True, measuring=True) as shield:
             found = self._weigh(i, inner, args, kwargs, first, passes)
-        for k in self.alike[i]:
+        for k in alike:
             if shield.wrote: self.writes.add(k)
             self.cost[k, active, passes] = tuple(map(max, found, self.cost.get((k, active, passes), found)))
-    for k in self.alike[i]:
+    for k in alike:
         self.entry[k] = max(self.entry.get(k, 0), _storage(first).nbytes())
         self.seen.setdefault(k, set()).add(shapes)
 

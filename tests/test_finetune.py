@@ -615,6 +615,13 @@ def test_what_a_dense_run_cannot_have_is_named(here, capsys):
     off = '--fast False --activation_budget None --keep 0'
     assert f'To train without them, give {off}.' in said and main([*line, *off.split()])==0
 
+def test_only_what_a_refusal_is_about_is_to_be_left_out(here, capsys):
+    assert main([*quick, '--data', 'good.jsonl', '--output_dir', 'out', '--torch_compile', 'true',
+                 '--activation_budget', '0.5'])==2
+    said = capsys.readouterr().err
+    assert '--activation_budget 0.5: ' in said and 'To train without it, give --activation_budget None.' in said
+    assert '--keep' not in said
+
 def test_a_model_that_cannot_be_held_is_refused(here, capsys, monkeypatch):
     "By default too, with what to do; and `--keep 0` then trains"
     def no_text(*args): raise RuntimeError('probability tensor contains nan.')

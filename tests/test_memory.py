@@ -1,13 +1,14 @@
 """The activation budget is kept, with the fewest blocks computed twice and not a bit changed; the optimizer's state is
 where it should be"""
 import copy,random,shutil,warnings,pytest,torch
+from functools import partial
 from itertools import combinations
 from types import SimpleNamespace
 from peft import LoraConfig,get_peft_model
 from torch import nn
 from transformers import (GPT2Config,GPT2LMHeadModel,LlamaConfig,LlamaForCausalLM,MixtralConfig,MixtralForCausalLM,
                           T5Config,T5ForConditionalGeneration)
-from ist_nb import IST,ISTConfig,ISTError,find_layers
+from ist_nb import IST,ISTConfig,ISTError,find_layers,memory
 from ist_nb.activations import LiveBytes,peak_of
 from ist_nb.memory import ActivationBudget
 from ist_nb.moments import OptimizerState
@@ -153,15 +154,16 @@ def test_one_block_of_each_kind_is_measured(monkeypatch):
     "What is known of the others is what measuring them would have found; another setting or shape is another kind"
     measured,weigh = [],ActivationBudget._weigh
     monkeypatch.setattr(ActivationBudget, '_weigh', lambda self, i, *args: measured.append(i) or weigh(self, i, *args))
-    def planned(model, apart=False):
+    def planned(model):
         limit = ActivationBudget(model, find_layers(model), '1GiB')
-        if apart: limit.alike = [[i] for i in range(6)]
         measured.clear()
         limit.begin([0, 3]); model(**batch()).loss.backward(); limit.end()
         return limit.cost,limit.entry,limit.seen,limit.writes
-    known = planned(llama(), apart=True)
-    assert measured==[i for i in range(6) for _ in range(3)] and len(known[0])==6*3
-    assert planned(llama())==known and measured==[0]*3
+    known = planned(llama())
+    assert measured==[0]*3 and len(known[0])==6*3
+    with monkeypatch.context() as m:
+        m.setattr(memory, '_kind', id)
+        assert planned(llama())==known and measured==[i for i in range(6) for _ in range(3)]
     def changed(f):
         model = llama()
         f(model.get_base_model().model.layers)
@@ -170,9 +172,26 @@ def test_one_block_of_each_kind_is_measured(monkeypatch):
     def narrow(b): b[2].mlp.act_fn = nn.GELU()
     def settings(b): b[2].self_attn.attention_dropout = 0.3
     def frozen(b): [p.requires_grad_(False) for p in b[2].self_attn.parameters()]
-    for f in (hooked, narrow, settings, frozen):
+    def still(b): b[2].eval()
+    def typed(b): b[2].self_attn.compute_dtype = torch.float16
+    def options(b): b[2].mlp.options = (True,)
+    def configured(b): b[2].self_attn.config = copy.deepcopy(b[2].self_attn.config)
+    def replaced(b): b[2].mlp.forward = partial(type(b[2].mlp).forward, b[2].mlp)
+    def counting(b): b[2].mlp.register_buffer('n', torch.zeros(()))
+    for f in (hooked, narrow, settings, frozen, still, typed, options, configured, replaced, counting):
         planned(changed(f))
         assert sorted({*measured})==[0, 2], f
+
+def test_a_pass_without_dropout_says_nothing_of_training():
+    "As `Keep` makes one, before the batch of the first step"
+    def cost(*modes):
+        model = llama(4)
+        limit = ActivationBudget(model, find_layers(model), '1GiB')
+        limit.begin([0, 3])
+        for training in modes: model.train(training)(**batch()).loss.backward()
+        limit.end()
+        return limit.cost
+    assert cost(False, True)==cost(True)==cost(True, False)!=cost(False)
 
 @pytest.mark.slow
 def test_larger_batches_later():
