@@ -267,8 +267,8 @@ def _measure(self:ActivationBudget, i, inner, args, kwargs, tensors, shapes):
     for active,passes in [(True, True), (True, False), (False, True)] if layer else [(False, True)]:
         with _as_if(layer, active, i in self.on), _Shield(block, True, measuring=True) as shield:
             found = self._weigh(i, inner, args, kwargs, first, passes)
+        if shield.wrote: self.writes.add(i)
         for k in alike:
-            if shield.wrote: self.writes.add(k)
             self.cost[k, active, passes] = tuple(map(max, found, self.cost.get((k, active, passes), found)))
     for k in alike:
         self.entry[k] = max(self.entry.get(k, 0), _storage(first).nbytes())
