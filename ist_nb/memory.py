@@ -67,22 +67,6 @@ def _free_memory(device):
     unused = lib.memory_reserved(device)-lib.memory_allocated(device)   # torch holds some that it does not use
     return lib.mem_get_info(device)[0]+unused
 
-_where = 'layer_idx','layer_id','target_name','_parameters','_compiled_call_impl'   # no property, or seen elsewhere
-def _value(v): # what can be compared of a setting; of functions and configurations, whether they are the same
-    if isinstance(v, (int, float, str, torch.dtype, Enum)): return v
-    if isinstance(v, dict): return {k:_value(o) for k,o in v.items() if k not in _where}
-    if isinstance(v, (list, tuple)): return [*map(_value, v)]
-    if isinstance(v, partial): return _value((v.func, v.args, v.keywords))
-    if isinstance(v, MethodType): return v.__func__,type(v.__self__)
-    return id(v) if isinstance(v, FunctionType) or hasattr(v, 'to_dict') else type(v)
-
-def _kind(block):
-    "All that decides what a block keeps; one with buffers, which it may write to, is of its own kind"
-    if next(block.buffers(), None) is not None: return id(block)
-    shape = lambda p: p is not None and (type(p), p.shape, p.dtype, _is_trainable(p))
-    return repr([(n, type(m), [(k, shape(p)) for k,p in m._parameters.items()],
-                  _value(vars(m))) for n,m in block.named_modules()])
-
 # %% ../nbs/12_memory.ipynb #bc338943
 _compiled_whole = ("activation_budget decides for each block, and in a model that is compiled as a whole no block is "
                    "called. Compile the blocks where they are: for block in ...layers: block.compile().")
@@ -187,6 +171,23 @@ def _checkpointed(self:ActivationBudget, i, inner, args, kwargs):
     finally:
         if own: block.forward = own
         else: del block.forward
+
+# %% ../nbs/12_memory.ipynb #144b603f
+_where = 'layer_idx','layer_id','target_name','_parameters','_compiled_call_impl'   # no property, or seen elsewhere
+def _value(v): # what can be compared of a setting; of functions and configurations, whether they are the same
+    if isinstance(v, (int, float, str, torch.dtype, Enum)): return v
+    if isinstance(v, dict): return {k:_value(o) for k,o in v.items() if k not in _where}
+    if isinstance(v, (list, tuple)): return [*map(_value, v)]
+    if isinstance(v, partial): return _value((v.func, v.args, v.keywords))
+    if isinstance(v, MethodType): return v.__func__,type(v.__self__)
+    return id(v) if isinstance(v, FunctionType) or hasattr(v, 'to_dict') else type(v)
+
+def _kind(block):
+    "All that decides what a block keeps; one with buffers, which it may write to, is of its own kind"
+    if next(block.buffers(), None) is not None: return id(block)
+    shape = lambda p: p is not None and (type(p), p.shape, p.dtype, _is_trainable(p))
+    return repr([(n, type(m), [(k, shape(p)) for k,p in m._parameters.items()],
+                  _value(vars(m))) for n,m in block.named_modules()])
 
 # %% ../nbs/12_memory.ipynb #f58bb0ad
 def _fits(a, b): return len(a)==len(b) and all(len(s)==len(t) and all(x<=y for x,y in zip(s, t)) for s,t in zip(a, b))

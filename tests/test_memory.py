@@ -154,8 +154,9 @@ def test_one_block_of_each_kind_is_measured(monkeypatch):
     "What is known of the others is what measuring them would have found; another setting or shape is another kind"
     measured,weigh = [],ActivationBudget._weigh
     monkeypatch.setattr(ActivationBudget, '_weigh', lambda self, i, *args: measured.append(i) or weigh(self, i, *args))
-    def planned(model):
+    def planned(model, change=lambda blocks: None):
         limit = ActivationBudget(model, find_layers(model), '1GiB')
+        change(model.get_base_model().model.layers)     # blocks are compared when they are measured
         measured.clear()
         limit.begin([0, 3]); model(**batch()).loss.backward(); limit.end()
         return limit.cost,limit.entry,limit.seen,limit.writes
@@ -164,10 +165,6 @@ def test_one_block_of_each_kind_is_measured(monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(memory, '_kind', id)
         assert planned(llama())==known and measured==[i for i in range(6) for _ in range(3)]
-    def changed(f):
-        model = llama()
-        f(model.get_base_model().model.layers)
-        return model
     def hooked(b): b[2].mlp.register_forward_hook(lambda *_: None)
     def narrow(b): b[2].mlp.act_fn = nn.GELU()
     def settings(b): b[2].self_attn.attention_dropout = 0.3
@@ -179,7 +176,7 @@ def test_one_block_of_each_kind_is_measured(monkeypatch):
     def replaced(b): b[2].mlp.forward = partial(type(b[2].mlp).forward, b[2].mlp)
     def counting(b): b[2].mlp.register_buffer('n', torch.zeros(()))
     for f in (hooked, narrow, settings, frozen, still, typed, options, configured, replaced, counting):
-        planned(changed(f))
+        planned(llama(), f)
         assert sorted({*measured})==[0, 2], f
 
 def test_a_pass_without_dropout_says_nothing_of_training():

@@ -219,3 +219,15 @@ def test_finetune_takes_one_gpu_of_several(tmp_path, monkeypatch, capsys):
     for n in (0, 1):
         used,said = go(n)
         assert used==n and 'GPU' not in said
+
+def test_what_fast_takes_on_each_engine(monkeypatch):
+    "All that is safe; FSDP1 would refuse compiled blocks, so there it folds"
+    from types import SimpleNamespace as S
+    from ist_nb import parts
+    taken = []
+    monkeypatch.setattr(parts, 'apply_optimisations', lambda model, layers, fast: taken.append(fast))
+    monkeypatch.setattr(parts, 'shorten_backward', lambda model: [])
+    for fast in (True, 'fold,compile'):
+        for name in ('one process', 'DDP', 'FSDP2', 'FSDP1'):
+            parts._Faster(S(model=S(), layers=None, config=S(fast=fast), engine=S(name=name)))
+    assert taken==[True, True, True, 'fold', *4*['fold,compile']]
