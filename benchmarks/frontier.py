@@ -138,9 +138,11 @@ def over_documents(choose, judge, ours, theirs, task, give_up, draws=1000, seed=
     return tuple(np.quantile(res, (0.025, 0.975)))
 
 def found(model):
-    "The runs that chose and those that judged a model; the latter are None until they are made"
-    def runs(plan): return read(o)['runs'] if (results/f"{(o := f'retain_{plan}_{model}')}.json").exists() else None
-    return runs('choose'),runs('judge')
+    """The runs that chose and those that judged a model; the latter are None until they are made. Those that chose are
+    of another model where `judge` says so."""
+    def of(plan, name): return read(o) if (results/f"{(o := f'retain_{plan}_{name}')}.json").exists() else {}
+    judge = of('judge', model)
+    return of('choose', judge.get('choices', model)).get('runs'),judge.get('runs')
 
 # ------------------------------------------------------------------------------------------------------ for the pages
 tasks = dict(german='German manual pages', python='modules of Python', chat='chats (GSM8K)', cloze='multiple choice',

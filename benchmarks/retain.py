@@ -313,10 +313,10 @@ plans = dict(
           for v in (1e-3, 2e-3, 4e-3))])
 found_out = 'points', 'doc_tokens', 'train_seconds', 'seconds', 'call'     # of a run, beside what the job says
 
-def jobs(plan, tasks, seeds, name=''):
+def jobs(plan, tasks, seeds, name='', families=tuple(frontier.families)):
     "What is run, all of one seed and then of the next; the first of each task also looks at the model before"
     res,seen = [],set()
-    found = {t:chosen_jobs(name, t) for t in tasks} if plan=='judge' else {t:wanted(plan, t) for t in tasks}
+    found = {t:chosen_jobs(name, t, families) for t in tasks} if plan=='judge' else {t:wanted(plan, t) for t in tasks}
     for seed in seeds:
         for i in range(max(map(len, found.values()))):
             for t in tasks:
@@ -334,15 +334,15 @@ def wanted(plan, task):
         if ('few' if task=='few' else 'many') in o.get('on', 'many'): res.append(job)
     return res
 
-def chosen_jobs(name, task, give_up=(0.05, 0.1)):
-    "What stands for some family of `frontier`, by the runs of `choose`, at a level; no more is done after training"
+def chosen_jobs(name, task, families=tuple(frontier.families), give_up=(0.05, 0.1)):
+    "What stands for one of the families, by the runs of `choose`, at a level; no more is done after training"
     runs,_ = frontier.found(name)
     runs = [r for r in runs or () if r['task']==task]
     if not any('base' in r for r in runs): sys.exit(f'Nothing is chosen for {task} and {name}: first `--plan choose`.')
     post = {'LoRA, scaled':'s', 'LoRA, by depth':'l', 'LoRA, trained on':'h', 'LoRA, faded':'g', 'a gate a layer':'g',
             'gates shuffled':'g', 'LoRA':'', 'Keep, faded':None}
     res = {}
-    for family in frontier.families:
+    for family in families:
         if (letter := post.get(family, 's')) is None: continue
         for k in filter(None, (frontier.chosen(runs, family, task, o) for o in give_up)):
             res.setdefault(k, set()).update(letter)
@@ -394,6 +394,9 @@ def main(
                           # in how many steps; smoke: a few steps
     tasks:str='german chat cloze python few', # Which tasks
     seeds:str='0',        # Seeds
+    choices:str='',       # To judge: the model whose runs of `choose` say how, such as SmolLM2-135M-Instruct; by default
+                          # this one. A second model is then judged with settings that were not tuned on it
+    families:str='',      # To judge: these alone of the families of `frontier`, separated by semicolons
     workers:int=1,        # Processes side by side, spread over the GPUs
     seconds:float=1e9,    # Begin no run after so many seconds
     out:Path=None,        # Where the numbers go; what is there is kept and not run again
@@ -402,12 +405,16 @@ def main(
     start,n_gpus = time.time(),torch.cuda.device_count()
     files = dict(o.split('=', 1) for o in files.split(';') if o)
     if not files and not data: sys.exit('Give DATA, or --files name=FILE.')
-    out = out or record.results/f"retain_{plan}_{model.rstrip('/').split('/')[-1]}.json"
+    name = model.rstrip('/').split('/')[-1]
+    out = out or record.results/f'retain_{plan}_{name}.json'
     earlier = json.loads(out.read_text()) if out.exists() else dict(runs=[], calls=[])
     runs,calls = earlier['runs'],earlier['calls']
     def key(job): return json.dumps({k:job[k] for k in sorted(job) if k not in found_out})
     known = set(map(key, runs))
-    todo = jobs(plan, list(files) or tasks.split(), list(map(int, seeds.split())), model.rstrip('/').split('/')[-1])
+    only = [o.strip() for o in families.split(';') if o.strip()] or list(frontier.families)
+    if wrong := [o for o in only if o not in frontier.families]:
+        sys.exit(f'No family is called {wrong[0]!r}: {list(frontier.families)}')
+    todo = jobs(plan, list(files) or tasks.split(), list(map(int, seeds.split())), choices or name, only)
     todo = [o for o in todo if key(o) not in known]
     if plan=='lengths': todo = [o for o in todo if not o['seed'] or o['lr']==best_rate(runs, o)]
     cached = Path(tempfile.mkdtemp())/'data.pt'
@@ -420,7 +427,8 @@ def main(
     head = record.about('Loss on a task and divergence from the model before, of adapters trained, scaled and faded in '
                         'many ways', gpu=n_gpus>0, DATA=str(data), MODEL=model)
     calls.append({k:head[k] for k in ('command', 'date', 'hardware', 'versions')})
-    head = {k:earlier.get(k, v) for k,v in head.items()} | dict(model=model.rstrip('/').split('/')[-1], calls=calls)
+    head = {k:earlier.get(k, v) for k,v in head.items()} | dict(model=name, calls=calls) | (
+        dict(choices=choices) if choices else {})
     while True:
         left = seconds-(time.time()-start)
         while flying<workers and (o := next((o for o in todo if longest[heavy(o)]<left), None)):
