@@ -27,10 +27,13 @@ def mean_difference(a, b, interval=True):
 
 # -- beside other libraries
 ours,llamas = ('LoRA, fast', 'recommended'),{'1b':'Llama-3.2-1B', '8b':'Llama-3-8B'}
-def cases(budget=None): return [c for c in read('peers')['cases'] if c.get('budget')==budget]
+def cases(**of):
+    "Those in 16 bits without checkpointing or budget; or others"
+    want = dict(bits=16, checkpointing=False, budget=None) | of
+    return [c for c in read('peers')['cases'] if all(c.get(k)==v for k,v in want.items())]
 def fastest(case):
     "The other library with the least time a step"
-    return min((k for k in case['variants'] if k not in ours), key=lambda k: case['variants'][k]['seconds']['median'])
+    return min((k for k in case['variants'] if not k.startswith(ours)), key=lambda k: case['variants'][k]['seconds']['median'])
 def beside(name, other=None, what='seconds'):
     "A variant over another, or over the fastest other library: the ratio in each case that has both"
     pairs = [(c['variants'], other or fastest(c)) for c in cases()]
@@ -83,6 +86,41 @@ def peers_table(shape):
             'peak includes the weights')
     on,by = ', '.join(f'{k} {v}' for k,v in versions.items()),' and '.join(f"`{c['command']}`" for c in have)
     return Markdown(f"{table(head, rows)}\n\n({said}. {c['hardware']}, {on}. Made by {by}.)")
+
+unlike = {'with checkpointing':dict(checkpointing=True), 'with a budget':dict(budget='30.2GiB'),
+          'in 4 bits':dict(bits=4)}
+def of_unsloth(how, name, what='seconds'):
+    "A variant over Unsloth in one of those cases"
+    v = cases(**unlike[how])[0]['variants']
+    return v[name][what]['median']/v['Unsloth, rows'][what]['median']
+def unlike_table():
+    "Where memory is short"
+    rows,have = [],{k:cases(**o)[0] for k,o in unlike.items()}
+    for how,c in have.items():
+        for k,v in by_time(c):
+            name = k.removesuffix(', budget')
+            rows.append((how, f"{c['batch']} × {c['length']:,}", f'**{name}**' if name in ours else name,
+                         between(v['seconds'], 1e3, 1), v['rounds'], between(v['peak'], 2**-30, 1),
+                         *(f'{of_unsloth(how, k, o):.2f}' for o in ('seconds', 'peak'))))
+    head = ['8B shape', 'rows × tokens', 'variant', 'ms a step:', 'rounds:', 'peak, GiB:', "time, over Unsloth's:",
+            'memory, over the same:']
+    said = '; '.join(f"{k}: {c['hardware']}, `{c['command']}`" for k,c in have.items())
+    return Markdown(f"{table(head, rows)}\n\n(Rounds of {c['steps']} steps. {said}.)")
+
+def on_gpus(name, engine='DDP', n=2):
+    "Tokens a second on several GPUs, over as many times those of one"
+    return next(c for c in read('scaling')['cases'] if (c['engine'], c['processes'])==(engine, n))['variants'][name]
+def scaling_table():
+    "One GPU and several"
+    res = read('scaling')
+    rows = [(c['engine'], c['processes'], f'**{k}**', between(v['seconds'], 1e3, 1), f"{v['tokens_a_second']:,.0f}",
+             f"{v['of_linear']:.2f}", between(v['peak'], 2**-30, 1))
+            for c in res['cases'] for k,v in c['variants'].items()]
+    c = res['cases'][0]
+    head = ['engine', 'GPUs:', 'variant', 'ms a step:', 'tokens/s:', 'of linear:', 'peak of a GPU, GiB:']
+    return Markdown(table(head, rows)+'\n\n'+made_by(res, (
+        f"{llamas[c['shape']]}'s shape, {c['batch']} rows of {c['length']} tokens on each GPU, bf16, random weights; "
+        f"medians of 2 rounds of {c['steps']} steps, in brackets the least and the most")))
 
 @cache
 def to_loss(): # of each task and case: seconds and steps of each variant to the loss of `recommended`
@@ -169,7 +207,15 @@ def speed_targets():
             ('the same, in seconds to the same held-out loss (steps times seconds)', 0.75,
              max(beside_to_loss('recommended'))),
             ('its peak memory, over that of the same library', 1.00, max(beside('recommended', what='peak'))),
+            ("the same where an activation budget holds it to that memory (8B shape, long rows): time of a step",
+             0.75, of_unsloth('with a budget', 'recommended, budget')),
+            ('the same with checkpointing (8B shape, long rows): time of a step', 0.75,
+             of_unsloth('with checkpointing', 'recommended')),
+            ('its peak memory then', 1.00, of_unsloth('with checkpointing', 'recommended', 'peak')),
             ("its time a step, over that of LoRA in the Trainer", 0.30, max(beside('recommended', 'PEFT'))),
+            ('its tokens a second on two GPUs with DDP (8B shape, short rows), over twice those of one', -0.95,
+             -on_gpus('recommended')['of_linear']),
+            ('the same of LoRA, fast', -0.95, -on_gpus('LoRA, fast')['of_linear']),
             ("**`depth`, 7B shape**: seconds a step, over those of LoRA with the same optimisations", 0.60,
              ratio(big, best, same)),
             ("its peak memory of activations with a budget, over LoRA's", 0.30,
@@ -180,9 +226,9 @@ def speed_targets():
              ratio(big, best+', checkpointing', 'LoRA, checkpointing')),
             ('share of its time that scoring layers takes', 0.03, big['variants'][best]['share']['median']),
             ("**pico on a CPU**: seconds a step, over LoRA's", 0.60, ratio(small, 'ours, fold', 'LoRA'))]
-    def verdict(goal, got): return share(got),'reached' if got<=goal else f'**missed** by {got-goal:.2f}'
-    return Markdown(table(['what', 'wanted', 'measured', 'verdict'],
-                          [(n, f'≤\u00a0{share(g)}', *verdict(g, x)) for n,g,x in rows]))
+    def verdict(goal, got): return share(abs(got)),'reached' if got<=goal else f'**missed** by {got-goal:.2f}'
+    return Markdown(table(['what', 'wanted', 'measured', 'verdict'], [ # below zero: at least so much
+        (n, f"{'≤' if g>0 else '≥'}\u00a0{share(abs(g))}", *verdict(g, x)) for n,g,x in rows]))
 
 def between(d, scale=1., digits=3):
     "Median, and in brackets the least and the most, where they differ"
