@@ -161,6 +161,8 @@ def table_of(model, give_up=0.05, beside='LoRA, scaled', have=tuple(tasks)):
     choose,judge = found(model)
     runs,head = judge or choose,read(f"retain_{'judge' if judge else 'choose'}_{model}")
     have = [t for t in have if any(p['name']=='before' for r in runs if r['task']==t for p in r['points'])]
+    calls = [r['call'] for r in runs if r['task'] in have and 'call' in r]
+    if calls: head |= head['calls'][min(calls)]     # the first that ran one of these tasks
     values = {(f, t):judged(choose, runs, f, t, give_up)[1] for f in said for t in have}
     ran = {(f, t):len(curves(runs, f)[t].get(judged(choose, runs, f, t, give_up)[0], {})) for f,t in values}
     compare = {k:ratio(v, values[beside, k[1]]) for k,v in values.items() if k[0]!=beside}

@@ -125,3 +125,18 @@ def test_the_rate_of_each_length():
     assert [retain.judged_on('lengths', s) for s in (0, 1)]==['choose', 'test']
     assert {retain.judged_on(p, s) for p in ('choose', 'smoke') for s in (0, 1)}=={'choose'}
     assert retain.judged_on('judge', 0)=='test'
+
+def test_settings_of_another_model(monkeypatch, tmp_path):
+    "A model on which nothing was tuned is judged with what was chosen on another, and only the families asked for"
+    from benchmarks import record,retain
+    choose = [run(0, [('before', 3., 0), ('trained', 1., 2.), ('scaled', 1.1, 0.5)], post='s', base=1),
+              run(0, [('trained', 1., 9.), ('scaled', 1.1, 9.)], name='keep 1', keep=1., post='s')]
+    judge = [run(1, [('before', 4., 0), ('trained', 2., 1.)])]
+    for module in (frontier, record): monkeypatch.setattr(module, 'results', tmp_path)
+    record.save(tmp_path/'retain_choose_first.json', {}, runs=choose)
+    record.save(tmp_path/'retain_judge_second.json', {}, runs=judge, choices='first')
+    read = lambda runs: [[p['task'] for p in r['points']] for r in runs or []]
+    assert list(map(read, frontier.found('second')))==[read(choose), read(judge)]
+    assert list(map(read, frontier.found('first')))==[read(choose), []]
+    assert [o['name'] for o in retain.jobs('judge', ['chat'], [1], 'first', ['Keep'])]==['keep 1']
+    assert {o['name'] for o in retain.jobs('judge', ['chat'], [1], 'first')}=={'LoRA', 'keep 1'}
