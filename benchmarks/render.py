@@ -33,7 +33,8 @@ def cases(**of):
     return [c for c in read('peers')['cases'] if all(c.get(k)==v for k,v in want.items())]
 def fastest(case):
     "The other library with the least time a step"
-    return min((k for k in case['variants'] if not k.startswith(ours)), key=lambda k: case['variants'][k]['seconds']['median'])
+    v = case['variants']
+    return min((k for k in v if not k.startswith(ours)), key=lambda k: v[k]['seconds']['median'])
 def beside(name, other=None, what='seconds'):
     "A variant over another, or over the fastest other library: the ratio in each case that has both"
     pairs = [(c['variants'], other or fastest(c)) for c in cases()]

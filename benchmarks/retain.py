@@ -394,8 +394,8 @@ def main(
                           # in how many steps; smoke: a few steps
     tasks:str='german chat cloze python few', # Which tasks
     seeds:str='0',        # Seeds
-    choices:str='',       # To judge: the model whose runs of `choose` say how, such as SmolLM2-135M-Instruct; by default
-                          # this one. A second model is then judged with settings that were not tuned on it
+    choices:str='',       # To judge: the model whose runs of `choose` say how, such as SmolLM2-135M-Instruct; this
+                          # one by default. A second model is then judged with settings not tuned on it
     families:str='',      # To judge: these alone of the families of `frontier`, separated by semicolons
     workers:int=1,        # Processes side by side, spread over the GPUs
     seconds:float=1e9,    # Begin no run after so many seconds

@@ -164,10 +164,13 @@ def _restore(self:ISTCallback, state, optimizer):
     "Take the state of IST from the checkpoint that the Trainer has loaded"
     step,saved = state.global_step,state.stateful_callbacks
     for k in (type(self).__name__, 'attributes', 'saved'): saved = saved.get(k) if isinstance(saved, dict) else None
-    if not saved: raise ISTError(f"The checkpoint at step {step} was written without ISTCallback, so there is no "
-                                 "importance to continue with. Resume without ISTCallback, or start a new run from the "
-                                 "adapter.")
-    self.ist.load_state_dict(saved)
+    if not saved and not self.ist.sparse and not self.parts:     # every layer trained at every step, nothing held
+        self.ist.t,self.ist.times_active = step,self.ist.times_active+step
+        state.stateful_callbacks[type(self).__name__] = self.state()     # or the Trainer cannot save
+    elif not saved: raise ISTError(f"The checkpoint at step {step} was written without ISTCallback, so there is no "
+                                   "importance to continue with. Resume without ISTCallback, or start a new run from "
+                                   "the adapter.")
+    else: self.ist.load_state_dict(saved)
     if self.ist.t!=step: raise ISTError(f"The checkpoint is of step {step}, but the state of IST in it is of step "
                                         f"{self.ist.t}: they do not belong together. Resume from another checkpoint.")
     if not optimizer.state and any(g.get('betas') or g.get('momentum') for g in optimizer.param_groups):

@@ -122,7 +122,7 @@ def parse(
             raise ISTError("--overwrite replaces what is in the folder, and --resume continues it. Give one of them.")
         if not 0<=args.keep<math.inf: raise ISTError(f'--keep {args.keep} is not allowed. Give a number of at least 0.')
         _check_path('--output_dir', sft.output_dir)
-        _check_training(sft)
+        _check_training(sft, args.keep)
         cfg = _ist_config(args, {k:_number(v) for k,v in asdict(given).items() if v is not None}, sft.seed)
         _join_processes(sft)
     args.command = re.sub(r'(--[\w-]*token[= ])\S+', r'\1...', shlex.join(['ist_finetune', *argv]))
@@ -156,10 +156,12 @@ _training_allowed = dict(
     dataloader_num_workers=('a whole number from 0 to four for each processor', lambda v: 0<=v<=_few),
     dataset_num_proc=('a whole number from 1 to four for each processor', lambda v: v is None or 1<=v<=_few))
 
-def _check_training(sft):
+def _check_training(sft, keep=0):
     "Refuse numbers that the libraries would refuse much later, or not at all"
     for name,(words,ok) in _training_allowed.items():
         if not ok(v := getattr(sft, name)): raise ISTError(f"--{name} {v} is not allowed. Give {words}.")
+    if keep and sft.fp16: raise ISTError(f"--fp16 scales the loss, but not the penalty of --keep {keep:g}. Give "
+                                         "--bf16, or --keep 0.")
 
 def _check_path(flag, path):
     "Refuse what cannot be the name of a file"
@@ -266,8 +268,7 @@ def _unmet(asked, e):
     asked = {k:v for k,v in asked.items() if k in re.findall(r'\w+', str(e))} or asked   # what it is about
     flags = ' '.join(f'--{k} {v:g}' if isinstance(v, float) else f'--{k} {v}' for k,v in asked.items())
     off = ' '.join(f'--{k} {getattr(ISTConfig, k, 0)}' for k in asked)
-    them = 'it' if len(asked)==1 else 'them'
-    return ISTError(f"{flags}: {str(e).removesuffix('.')}. To train without {them}, give {off}.")
+    return ISTError(f"{flags}: {str(e).removesuffix('.')}. To train without, give {off}.")
 
 def _sft_trainer(model, tokenizer, name, sft, data, **kwargs):
     "TRL's trainer, which makes tokens of the rows of `data`; `name` is how the user calls the model"
@@ -322,8 +323,7 @@ def train(
     folder, # A `RunFolder`
 ) -> dict: # The held-out losses before and after, and what was forgotten
     "Train, or finish what was trained, and save the adapter"
-    checkpoint = folder.checkpoint
-    if checkpoint: _say(f'Resuming from {checkpoint}')
+    if checkpoint := folder.checkpoint: _say(f'Resuming from {checkpoint}')
     before = _held_out(trainer)
     _say(f'Held-out loss before: {before:.4f}')
     text = _kept_text(trainer, folder.args, folder.data.general)

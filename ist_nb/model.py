@@ -68,8 +68,11 @@ def _adapter_config(args):
     given |= _peft_options(args, known)
     if isinstance(r := given.get('r'), int) and r>_most_r:
         raise ISTError(f"--peft_options: r={r} is larger than any layer is wide. Give a number from 1 to {_most_r}.")
-    try: return cls(task_type='CAUSAL_LM', **given)
+    try: config = cls(task_type='CAUSAL_LM', **given)
     except Exception as e: raise ISTError(f"--peft {args.peft}: {' '.join(str(e).split())}") from e
+    if getattr(config, 'num_virtual_tokens', 1) is None: raise ISTError(
+        f"--peft {args.peft} must know how many tokens to learn. Give --peft_options '{{\"num_virtual_tokens\": 20}}'.")
+    return config
 
 def _modules(names):
     "Several names are the ends of modules' names; a single one may be a regular expression or 'all-linear'"

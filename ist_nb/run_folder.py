@@ -89,6 +89,9 @@ def _digest(*datasets):
         for row in o: h.update(json.dumps(row, sort_keys=True, default=str).encode())
     return h.hexdigest()
 
+# may change when a run resumes, as after it ran out of memory
+_cheaper = *_only_cost,'gradient_checkpointing','activation_checkpointing'
+
 def _check_same(folder, settings, data=None, source=''):
     "Refuse to resume a run with other settings, or with other rows if their digest `data` is given"
     was = _read_json(Path(folder)/'run.json')
@@ -97,10 +100,13 @@ def _check_same(folder, settings, data=None, source=''):
         raise ISTError(f"{folder} has checkpoints, but its run.json, which says how the run began, is missing or "
                        "damaged. Start a new run in another folder.")
     now = json.loads(json.dumps(settings, default=str))
-    other = [f'{k} was {old.get(k)!r:.80} and is {v!r:.80}' for k,v in now.items() if old.get(k)!=v]
-    if other:
-        raise ISTError(f"The run in {folder} began with other settings: {'; '.join(other)}. "
+    other = {k:f'{k} was {old.get(k)!r:.80} and is {v!r:.80}' for k,v in now.items() if old.get(k)!=v}
+    if other.keys()-{*_cheaper}:
+        raise ISTError(f"The run in {folder} began with other settings: {'; '.join(other.values())}. "
                        f"Resume it with its first settings, {advice}")
+    if other and data is not None and not Ranks().rank:
+        print(f"Resumed with steps of another cost: {'; '.join(other.values())}. The run computes the same but for "
+              'rounding, so it is not bit for bit the run that was interrupted.')
     if data is not None and was.get('data')!=data:
         raise ISTError(f"The rows of {source} are not those that the run in {folder} began with, so it cannot resume. "
                        f"Restore the data, {advice}")
@@ -193,7 +199,7 @@ _card = """---
 
 # {name}
 
-A {adapter} adapter for `{model}`, trained by {how} with [`ist_nb`](https://pypi.org/project/ist_nb) {version}.
+An adapter ({adapter}) for `{model}`, trained by {how} with [`ist_nb`](https://pypi.org/project/ist_nb) {version}.
 
 | | |
 |---|---|
@@ -323,7 +329,7 @@ def _sections(began, res, state):
     if not done: yield P('The same command with ', Code('--resume'), ' continues from there.')
     rank = f" of rank {o['lora_r']}" if o['peft'] in ('lora', 'dora') else ''
     held = f", held by a penalty of weight {o['keep']:g}" if o['keep'] else ''
-    facts = dict(Model=f"{o['model']}, with a {_kind(o['peft'])} adapter{rank}", Method=_methods[o['method']]+held,
+    facts = dict(Model=f"{o['model']}, with an adapter ({_kind(o['peft'])}{rank})", Method=_methods[o['method']]+held,
                  Data=res['data'] if done else o['data'], Steps=f"learning rate {o['learning_rate']:g}, "
                  f"{o['per_device_train_batch_size']*o['gradient_accumulation_steps']} rows a step on each device")
     scored = f", {res['score_seconds']:.1f} s of them to measure importance" if res.get('score_seconds') else ''

@@ -301,8 +301,10 @@ def apply_optimisations(
     known = {o:optimisations[o] for o in names}   # refuses unknown names first
     told = model.__dict__.setdefault('ist_optimisations', [])
     new = [o for o in known if o not in told]
+    idle = []    # such as 'fold' without LoRA
     for o in sorted(known, key=list(optimisations.entries).index):
-        known[o](model, layers)        # also on a copy of a model, which is not folded or compiled
+        if known[o](model, layers)==0 and o in new: idle.append(o)     # also on a copy, which is not folded or compiled
         if o in new: told.append(o)
-    if new: print(f"IST: fast steps with {', '.join(new)}")
+    if real := [o for o in new if o not in idle]: print(f"IST: fast steps with {', '.join(real)}")
+    if idle: print(f"IST: nothing in this model can be made faster by {', '.join(idle)}")
     return names

@@ -576,17 +576,36 @@ def test_a_compiled_default_is_the_default(here):
     for k in ('loss_before', 'loss_after'): assert plain[k]==pytest.approx(fast[k], rel=1e-4)
     assert plain['forgotten']['divergence']==pytest.approx(fast['forgotten']['divergence'], rel=1e-3)
 
+def interrupted(folder, last=4):
+    "Make a finished run one that was killed after its middle"
+    for o in ('results.json', 'adapter_model.safetensors'): (folder/o).unlink()
+    shutil.rmtree(folder/f'checkpoint-{last}')
+
 @pytest.mark.parametrize('keep', ['0', '1'])
-def test_a_fast_dense_run_resumes(here, capsys, keep):
-    "Bit for bit, and only with the same setting of cost"
-    line = [*quick, '--data', 'good.jsonl', '--keep', keep, *saving.split()]
-    assert main([*line, '--fast', '--output_dir', 'out'])==0
+def test_a_fast_dense_run_resumes(here, keep):
+    line = [*quick, '--data', 'good.jsonl', '--keep', keep, *saving.split(), '--fast', '--output_dir', 'out']
+    assert main(line)==0
     want = weights(here/'out')
-    for o in ('results.json', 'adapter_model.safetensors'): (here/'out'/o).unlink()
-    shutil.rmtree(here/'out'/'checkpoint-4')
-    assert main([*line, '--output_dir', 'out', '--resume'])==2
-    assert 'fast was True and is False' in capsys.readouterr().err
-    assert main([*line, '--fast', '--output_dir', 'out', '--resume'])==0 and weights(here/'out')==want
+    interrupted(here/'out')
+    assert main([*line, '--resume'])==0 and weights(here/'out')==want
+
+other_costs = [[], ['--fast'], ['--activation_budget', '1GiB'], ['--gradient_checkpointing', 'true']]
+@pytest.mark.parametrize('method', ['--keep 0', '--keep 1', '--method ist --score_interval 2 --score_batch_size 4'])
+@pytest.mark.parametrize('first,then', [(0, 1), (1, 0), (0, 2), (2, 3)])
+def test_a_run_resumes_with_steps_of_another_cost(here, capsys, method, first, then):
+    "As after it ran out of memory: it goes on from the checkpoint, ends as it would have, and says what is different"
+    from safetensors.torch import load_file
+    line = [*quick, *method.split(), *saving.split(), *'--data good.jsonl --lora_dropout 0 --output_dir out'.split()]
+    assert main([*line, *other_costs[first]])==0
+    want = load_file(here/'out'/'adapter_model.safetensors')
+    interrupted(here/'out')
+    capsys.readouterr()
+    assert main([*line, *other_costs[then], '--resume'])==0
+    said,got = capsys.readouterr().out,load_file(here/'out'/'adapter_model.safetensors')
+    changed = [o[0].removeprefix('--') for o in (other_costs[first], other_costs[then]) if o]
+    assert 'not bit for bit' in said and all(f'{o} was ' in said for o in changed)
+    assert all((got[k]-want[k]).abs().max()<1e-5 for k in want)
+    assert json.loads((here/'out'/'results.json').read_text())['steps']==4
 
 def test_a_fast_dense_run_in_python(here, monkeypatch):
     "`ist_finetune --fast` is ISTConfig.rst(n_active=1., fast=True) and the part `Keep` in a callback"
@@ -613,13 +632,36 @@ def test_what_a_dense_run_cannot_have_is_named(here, capsys):
     said = capsys.readouterr().err
     assert '--fast True --activation_budget 0.5 --keep 1: ' in said
     off = '--fast False --activation_budget None --keep 0'
-    assert f'To train without them, give {off}.' in said and main([*line, *off.split()])==0
+    assert f'To train without, give {off}.' in said and main([*line, *off.split()])==0
+
+@pytest.mark.parametrize('peft', ['prompt_tuning', 'prefix_tuning', 'p_tuning'])
+def test_a_prompt_without_a_length_is_refused(here, capsys, peft):
+    "With the option to give; and that option is then accepted"
+    line = [*quick, '--data', 'good.jsonl', '--output_dir', 'out', '--keep', '0', '--peft', peft]
+    assert main(line)==2
+    option = re.search(r"--peft_options '(.*)'", capsys.readouterr().err)[1]
+    assert json.loads(option)=={'num_virtual_tokens':20}
+    args,*_ = parse([*line, '--peft_options', option])
+    assert model._adapter_config(args).num_virtual_tokens==20
+
+def test_a_scaled_loss_is_refused_before_the_model_is_loaded(here, capsys, monkeypatch):
+    monkeypatch.setattr(finetune, 'load_model', None)
+    assert main([*quick, '--data', 'good.jsonl', '--output_dir', 'out', '--fp16'])==2
+    said = capsys.readouterr().err
+    assert '--fp16' in said and '--keep 1' in said and '--bf16' in said
+
+@pytest.mark.parametrize('peft', ['oft', 'ia3', 'bottleneck'])
+def test_what_fast_cannot_make_faster_is_said(here, capsys, peft):
+    "Adapters that do not fold"
+    assert main([*quick, '--data', 'good.jsonl', '--output_dir', 'out', '--peft', peft, '--fast', '--keep', '0'])==0
+    said = capsys.readouterr().out
+    assert 'nothing in this model can be made faster by fold' in said and 'fast steps with' not in said
 
 def test_only_what_a_refusal_is_about_is_to_be_left_out(here, capsys):
     assert main([*quick, '--data', 'good.jsonl', '--output_dir', 'out', '--torch_compile', 'true',
                  '--activation_budget', '0.5'])==2
     said = capsys.readouterr().err
-    assert '--activation_budget 0.5: ' in said and 'To train without it, give --activation_budget None.' in said
+    assert '--activation_budget 0.5: ' in said and 'To train without, give --activation_budget None.' in said
     assert '--keep' not in said
 
 def test_a_model_that_cannot_be_held_is_refused(here, capsys, monkeypatch):
@@ -628,7 +670,7 @@ def test_a_model_that_cannot_be_held_is_refused(here, capsys, monkeypatch):
     monkeypatch.setattr('ist_nb.keep.own_text', no_text)
     assert main([*quick, '--data', 'good.jsonl', '--output_dir', 'out'])==2 and not (here/'out').exists()
     said = capsys.readouterr().err
-    assert '--keep 1: probability tensor contains nan. To train without it, give --keep 0.' in said
+    assert '--keep 1: probability tensor contains nan. To train without, give --keep 0.' in said
     assert main([*quick, '--data', 'good.jsonl', '--output_dir', 'out', '--keep', '0'])==0
 
 def test_a_held_run_resumes_bit_for_bit(here):

@@ -1,5 +1,5 @@
 "What a model forgets: the measure, the part that holds it, and the gates that turn an adapter back"
-import pytest,shutil,torch
+import pytest,shutil,torch,warnings
 from peft import (AdaptionPromptConfig,IA3Config,LoHaConfig,LoraConfig,PeftModel,PromptTuningConfig,VeraConfig,
                   get_peft_model)
 from transformers import LlamaConfig,LlamaForCausalLM
@@ -328,3 +328,19 @@ def test_ddp_averages_what_keep_adds(tmp_path):
         for a,b,c,d,g,h in zip(ours, ours1, own, own1, got, got1):
             assert torch.equal(g, h)
             torch.testing.assert_close(g, (a+b+c+d)/2, rtol=1e-4, atol=1e-6)
+
+@pytest.mark.parametrize('steps', [1, 4, 5])
+def test_a_run_that_is_too_short_to_be_held_is_told(steps):
+    "At the first step an adapter diverges by nothing, and the penalty looks again four steps later"
+    model,text = tuned(noise=0),some_text()
+    optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter('always')
+        with IST(model, ISTConfig.rst(n_active=1.)) as ist:
+            ist.add(Keep(text))
+            for _ in range(steps):
+                with ist.step():
+                    model(input_ids=text['input_ids'], labels=text['input_ids']).loss.backward()
+                    optimizer.step(); optimizer.zero_grad()
+    said = [str(o.message) for o in told if 'Keep' in str(o.message)]
+    assert len(said)==(steps<5) and all(f'at step {steps},' in o for o in said)

@@ -169,7 +169,8 @@ claims = [
     ('results/quality', '{:.0f} to {:.0f}% less divergence than the best LoRA', lambda: kept('Keep')),
     ('results/quality', 'it gives up {:.0f}% of what is learned or less', lambda: (paid(),)),
     ('results/quality', 'More steps with the penalty leave {:.0f} to {:.0f}% less', lambda: kept('LoRA, trained on')),
-    ('results/quality', 'it is reached on one task (chats), with {:.0f}% on the other', lambda: kept('LoRA, faded')[:1]),
+    ('results/quality', 'it is reached on one task (chats), with {:.0f}% on the other',
+     lambda: kept('LoRA, faded')[:1]),
     ('results/quality', "differs by at most {:.3f} nats from that of the model before. LoRA's rises by up to {:.2f}",
      rises),
     ('results/quality', 'With the penalty {:.2f} of the divergence of scaled LoRA is left, and the task loss is lower '
@@ -199,9 +200,9 @@ claims = [
     ('results/speed', 'dense LoRA needs {:.2f} of the steps on German manual pages and {:.2f} on chats', fewer_steps),
     ('results/speed', 'to that loss it takes {:.2f} to {:.2f} of the seconds of the fastest other library, and *LoRA, '
      'fast* takes {:.2f} to {:.2f}', lambda: (*to_loss('recommended'), *to_loss('LoRA, fast'))),
-    ('results/speed', 'of {} GiB brings the peak of progressive freezing from {:.1f} to {:.1f} GiB, over the whole run; '
-     "Unsloth needs {:.1f}. A step then takes {:.2f} of the time of Unsloth's. A step of *LoRA, fast* with the same "
-     'budget takes {:.2f}', with_budget),
+    ('results/speed', 'of {} GiB brings the peak of progressive freezing from {:.1f} to {:.1f} GiB, over the whole '
+     "run; Unsloth needs {:.1f}. A step then takes {:.2f} of the time of Unsloth's. A step of *LoRA, fast* with the "
+     'same budget takes {:.2f}', with_budget),
     ('results/speed', "takes {:.2f} of the time of Unsloth's and one of dense LoRA {:.2f} (one case",
      lambda: over_unsloth('with a budget', 'seconds', ', budget')),
     ('results/speed', "takes {:.2f} of the time of Unsloth's and one of *LoRA, fast* {:.2f}, but they need {:.2f} and "
