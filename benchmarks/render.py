@@ -140,7 +140,7 @@ def to_loss_table():
         rows.append((tasks[t], f"{llamas[c['shape']]}, {c['batch']} × {c['length']:,}", f'{rival}: {v[rival][0]:.1f}',
                      *(f'{v[k][0]:.1f} ({r:.2f})' for k,r in zip(ours, ratios)),
                      f"{v['recommended'][1]:.0f} for {v[rival][1]:.0f}"))
-    head = ['task', "step of", 'fastest other library, s:', *(f'{o}, s:' for o in ours), 'steps, for those of LoRA:']
+    head = ['task', "step of", 'fastest other library, s:', *(f'{o}, s:' for o in ours), 'steps, against LoRA:']
     return Markdown(table(head, rows)+'\n\n'+made_by(read('retain_lengths_SmolLM2-135M-Instruct'), (
         'Steps of SmolLM2-135M-Instruct to the loss that `recommended` reaches on every seed at its best length, each '
         'length at its own rate; times the seconds of a step at the shape; in brackets over the fastest other library; '
@@ -205,18 +205,19 @@ def speed_targets():
     big,small = shape('7b'),shape('pico')
     rows = [('**`recommended`**: time of a step, over that of the fastest other library', 0.75,
              max(beside('recommended'))),
-            ('the same, in seconds to the same held-out loss (steps times seconds)', 0.75,
+            ('`recommended`, seconds to the same held-out loss (steps times seconds), over the same', 0.75,
              max(beside_to_loss('recommended'))),
-            ('its peak memory, over that of the same library', 1.00, max(beside('recommended', what='peak'))),
-            ("the same where an activation budget holds it to that memory (8B shape, long rows): time of a step",
+            ('`recommended`, peak memory, over that of the same library', 1.00,
+             max(beside('recommended', what='peak'))),
+            ("`recommended` held to Unsloth's peak by a budget (8B shape, long rows): time of a step, over Unsloth's",
              0.75, of_unsloth('with a budget', 'recommended, budget')),
-            ('the same with checkpointing (8B shape, long rows): time of a step', 0.75,
+            ("`recommended` with checkpointing (8B shape, long rows): time of a step, over Unsloth's", 0.75,
              of_unsloth('with checkpointing', 'recommended')),
-            ('its peak memory then', 1.00, of_unsloth('with checkpointing', 'recommended', 'peak')),
-            ("its time a step, over that of LoRA in the Trainer", 0.30, max(beside('recommended', 'PEFT'))),
-            ('its tokens a second on two GPUs with DDP (8B shape, short rows), over twice those of one', -0.95,
-             -on_gpus('recommended')['of_linear']),
-            ('the same of LoRA, fast', -0.95, -on_gpus('LoRA, fast')['of_linear']),
+            ("its peak memory then, over Unsloth's", 1.00, of_unsloth('with checkpointing', 'recommended', 'peak')),
+            ("`recommended`, time of a step, over that of PEFT", 0.30, max(beside('recommended', 'PEFT'))),
+            ('`recommended` on two GPUs with DDP (8B shape, short rows): tokens a second, over twice those of one',
+             -0.95, -on_gpus('recommended')['of_linear']),
+            ('*LoRA, fast* on two GPUs with DDP, the same', -0.95, -on_gpus('LoRA, fast')['of_linear']),
             ("**`depth`, 7B shape**: seconds a step, over those of LoRA with the same optimisations", 0.60,
              ratio(big, best, same)),
             ("its peak memory of activations with a budget, over LoRA's", 0.30,
@@ -297,7 +298,8 @@ def speed_changes():
              ('Fused loss', best+'+liger', best, 'The logits are never formed, which saves memory, but the tokens are '
               'counted and waited for, which costs time.'),
              ('Products in 8 bits', best+'+fp8', best,
-              'The products take half the time, but the casts give the host more to queue than the GPU has to do.'),
+              'Not faster so far: the products take half the time, but the casts give the host more to queue. The '
+              'rounds overlap.'),
              ('Activation budget', best+', budget', best, 'Only the deep steps compute some blocks twice.')]
     of = shape('7b')
     rows = [(f'**{n}**', f'{a} / {b}', f'{ratio(of, a, b):.2f}', f"{ratio(of, a, b, 'peak'):.2f}", why)
