@@ -44,6 +44,29 @@ def clock_of(begin, end, cuda):
             self.t += 1
     return Clock()
 
+def kernels(events):
+    "Of a profile: milliseconds of the GPU's kernels, of those that exchange with other GPUs, and how many there are"
+    of = [(e.key.lower(), e.self_device_time_total/1e3, e.count) for e in events if e.self_device_time_total]
+    return dict(gpu=sum(o[1] for o in of), exchange=sum(o[1] for o in of if 'nccl' in o[0]),
+                launches=sum(o[2] for o in of))
+
+def profiler_of(at):
+    "A callback that profiles one step: if the kernels take less than the step, the GPU has waited"
+    from torch.profiler import ProfilerActivity,profile
+    from transformers import TrainerCallback
+    class Profiler(TrainerCallback):
+        t,running,found = 0,None,None
+        def on_step_begin(self, *args, **kwargs):
+            if self.t in (at, at+1): gathered()
+            if self.t==at:
+                self.running = profile(activities=[ProfilerActivity.CUDA])
+                self.running.start()
+            elif self.t==at+1:
+                self.running.stop()
+                self.found = kernels(self.running.key_averages())
+            self.t += 1
+    return Profiler()
+
 def wrapped_by(trainer):
     "The engine that the Trainer has used"
     from torch.distributed.fsdp import FSDPModule
@@ -93,7 +116,11 @@ def measured(spec, name, size, device):
         took,needs = time.time()-start,needs or time.time()-begun
         seconds.append(clock.seconds)
         peaks.append(max(gathered(clock.peak)) if cuda else None)
-    return dict(seconds=seconds, peak=peaks, needs=needs, held=held)
+    step = {}
+    if cuda and gathered(time.time()+took<spec['end'])[0]:
+        trained(spec, model, data, config, end+1, profiler := profiler_of((begin+end)//2))     # its times do not count
+        step = profiler.found
+    return dict(seconds=seconds, peak=peaks, needs=needs, held=held, step=step)
 
 def child(folder, rank, size):
     "One process: every contender in turn, a line of JSON for each. It ends where one fails"
@@ -150,7 +177,7 @@ def variant(found, n, rows, one=None):
     s = spread(found['seconds'])
     rate = n*rows/s['median']
     return dict(seconds=s, tokens_a_second=rate, peak=spread(found['peak']), held=found.get('held'),
-                rounds=len(found['seconds']),
+                rounds=len(found['seconds']), step=found.get('step'),
                 of_linear=1. if n==1 else rate/(n*one['tokens_a_second']) if one else None)
 
 def line(name, case):

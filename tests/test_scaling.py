@@ -1,6 +1,7 @@
 "The bench on several GPUs: its arithmetic on made-up numbers, processes that die, and all of it on a CPU"
 import json,subprocess,sys
 import pytest
+from types import SimpleNamespace
 from benchmarks import processes,scaling
 from benchmarks.scaling import launch,line,variant
 from pathlib import Path
@@ -18,6 +19,12 @@ def test_share_of_linear():
     case = dict(engine='DDP', processes=4, variants=dict(a=slow, b=one), failed=dict(c='no GPU'))
     assert ' 4000.0 ms' in line('a', case) and '50.0% of linear' in line('a', case) and 'GiB' not in line('a', case)
     assert '1.00 GiB' in line('b', case) and line('c', case).endswith('failed: no GPU')
+
+def test_what_a_profile_says():
+    "Milliseconds of kernels from microseconds; what the host does is left out"
+    def event(key, time, count): return SimpleNamespace(key=key, self_device_time_total=time, count=count)
+    events = event('ampere_gemm', 3000, 2),event('ncclDevKernel_AllReduce', 500, 1),event('aten::mm', 0, 9)
+    assert scaling.kernels(events)==dict(gpu=3.5, exchange=0.5, launches=3)
 
 def test_the_others_run_where_one_dies(monkeypatch):
     """Of two processes the second fails first and the first because of it; then one dies without a word. Each launch
