@@ -33,7 +33,7 @@ def refusal(
 @dataclass
 class Registry:
     "Named functions, each with a sentence on what it does"
-    kind:str # What the entries are, for messages: 'scorer' or 'sampler'
+    kind:str # The setting that names an entry, for messages: 'scorer', 'sampler' or 'fast'
     home:str # Module that fills the registry when imported
     def __post_init__(self): self.entries,self.about = {},{}
 
@@ -62,7 +62,7 @@ class Registry:
 
 scorers = Registry('scorer', 'ist_nb.scorers')
 samplers = Registry('sampler', 'ist_nb.samplers')
-optimisations = Registry('optimisation', 'ist_nb.speed')
+optimisations = Registry('fast', 'ist_nb.speed')
 
 # %% ../nbs/28_config.ipynb #1c5412cf
 def _read_value(word): # What a word of a command line means in JSON or Python; the word itself if it means nothing else

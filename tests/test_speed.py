@@ -509,10 +509,10 @@ def test_folded_4bit_evaluated():
 # -- applying optimisations
 def test_optimisations_that_cannot_be_applied(monkeypatch):
     model = tiny(); layers = find_layers(model)
-    with pytest.raises(ISTError, match="optimisation='fold-all' is unknown.*did you mean 'fold'.*Allowed: fold, "
+    with pytest.raises(ISTError, match="fast='fold-all' is unknown.*did you mean 'fold'.*Allowed: fold, "
                        "compile, fp8, loss"):
         apply_optimisations(model, layers, 'fold,fold-all')
-    with pytest.raises(ISTError, match="optimisation='turbo' is unknown"): ISTConfig(fast='fold,turbo')
+    with pytest.raises(ISTError, match="fast='turbo' is unknown"): ISTConfig(fast='fold,turbo')
     assert not any(isinstance(m, _Folded) for m in model.modules()) and not getattr(model, 'ist_optimisations', [])
     # whatever is missing here: torchao, or a GPU
     with pytest.raises(ISTError, match="'fp8' needs"): apply_optimisations(model, layers, 'fp8')
