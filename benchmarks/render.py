@@ -117,11 +117,11 @@ def scaling_table():
     rows = [(c['engine'], c['processes'], f'**{k}**', between(v['seconds'], 1e3, 1), f"{v['tokens_a_second']:,.0f}",
              f"{v['of_linear']:.2f}", between(v['peak'], 2**-30, 1))
             for c in res['cases'] for k,v in c['variants'].items()]
-    c = res['cases'][0]
+    c,rounds = res['cases'][0],{v['rounds'] for c in res['cases'] for v in c['variants'].values()}
     head = ['engine', 'GPUs:', 'variant', 'ms a step:', 'tokens/s:', 'of linear:', 'peak of a GPU, GiB:']
     return Markdown(table(head, rows)+'\n\n'+made_by(res, (
         f"{llamas[c['shape']]}'s shape, {c['batch']} rows of {c['length']} tokens on each GPU, bf16, random weights; "
-        f"medians of 2 rounds of {c['steps']} steps, in brackets the least and the most")))
+        f"medians of {max(rounds)} rounds of {c['steps']} steps, in brackets the least and the most")))
 
 @cache
 def to_loss(): # of each task and case: seconds and steps of each variant to the loss of `recommended`

@@ -50,7 +50,7 @@ def kernels(events):
     return dict(gpu=sum(o[1] for o in of), exchange=sum(o[1] for o in of if 'nccl' in o[0]),
                 launches=sum(o[2] for o in of))
 
-def profiler_of(at):
+def profiler_of(at, cuda):
     "A callback that profiles one step: if the kernels take less than the step, the GPU has waited"
     from torch.profiler import ProfilerActivity,profile
     from transformers import TrainerCallback
@@ -59,7 +59,7 @@ def profiler_of(at):
         def on_step_begin(self, *args, **kwargs):
             if self.t in (at, at+1): gathered()
             if self.t==at:
-                self.running = profile(activities=[ProfilerActivity.CUDA])
+                self.running = profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU])
                 self.running.start()
             elif self.t==at+1:
                 self.running.stop()
@@ -117,8 +117,8 @@ def measured(spec, name, size, device):
         seconds.append(clock.seconds)
         peaks.append(max(gathered(clock.peak)) if cuda else None)
     step = {}
-    if cuda and gathered(time.time()+took<spec['end'])[0]:
-        trained(spec, model, data, config, end+1, profiler := profiler_of((begin+end)//2))     # its times do not count
+    if gathered(time.time()+took<spec['end'])[0]:
+        trained(spec, model, data, config, end+1, profiler := profiler_of((begin+end)//2, cuda)) # not timed
         step = profiler.found
     return dict(seconds=seconds, peak=peaks, needs=needs, held=held, step=step)
 

@@ -6,7 +6,7 @@
 __all__ = ['assets', 'load_model']
 
 # %% ../nbs/20_model.ipynb #d6c096db
-import os,re
+import json,os,re
 from dataclasses import fields
 from pathlib import Path
 from .config import ISTError, _read_value, _suggest
@@ -51,6 +51,7 @@ def load_model(
 
 # %% ../nbs/20_model.ipynb #21aeaf13
 _most_r = 2**16
+_must_give = dict(num_virtual_tokens=20, adapter_len=10, adapter_layers=8)    # or PEFT fails late; numbers to try
 
 def _adapter_config(args):
     "The configuration of PEFT that the command line means"
@@ -70,8 +71,9 @@ def _adapter_config(args):
         raise ISTError(f"--peft_options: r={r} is larger than any layer is wide. Give a number from 1 to {_most_r}.")
     try: config = cls(task_type='CAUSAL_LM', **given)
     except Exception as e: raise ISTError(f"--peft {args.peft}: {' '.join(str(e).split())}") from e
-    if getattr(config, 'num_virtual_tokens', 1) is None: raise ISTError(
-        f"--peft {args.peft} must know how many tokens to learn. Give --peft_options '{{\"num_virtual_tokens\": 20}}'.")
+    if lacks := {k:v for k,v in _must_give.items() if getattr(config, k, v) is None}:
+        raise ISTError(f"--peft {args.peft} has settings without a default. Give --peft_options "
+                       f"'{json.dumps(lacks)}', or other numbers.")
     return config
 
 def _modules(names):

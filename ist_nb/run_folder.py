@@ -89,8 +89,8 @@ def _digest(*datasets):
         for row in o: h.update(json.dumps(row, sort_keys=True, default=str).encode())
     return h.hexdigest()
 
-# may change when a run resumes, as after it ran out of memory
-_cheaper = *_only_cost,'gradient_checkpointing','activation_checkpointing'
+_costs = *_only_cost,'gradient_checkpointing','activation_checkpointing'     # beginnings of names
+def _is_cost(k, *values): return k.startswith(_costs) or k=='optimizer_state' and 'reset' not in values
 
 def _check_same(folder, settings, data=None, source=''):
     "Refuse to resume a run with other settings, or with other rows if their digest `data` is given"
@@ -101,12 +101,12 @@ def _check_same(folder, settings, data=None, source=''):
                        "damaged. Start a new run in another folder.")
     now = json.loads(json.dumps(settings, default=str))
     other = {k:f'{k} was {old.get(k)!r:.80} and is {v!r:.80}' for k,v in now.items() if old.get(k)!=v}
-    if other.keys()-{*_cheaper}:
+    if not all(_is_cost(k, old.get(k), now[k]) for k in other):
         raise ISTError(f"The run in {folder} began with other settings: {'; '.join(other.values())}. "
                        f"Resume it with its first settings, {advice}")
     if other and data is not None and not Ranks().rank:
-        print(f"Resumed with steps of another cost: {'; '.join(other.values())}. The run computes the same but for "
-              'rounding, so it is not bit for bit the run that was interrupted.')
+        print(f"Resumed with steps of another cost: {'; '.join(other.values())}. So the rest of the run may not be bit "
+              'for bit what it would have been.')
     if data is not None and was.get('data')!=data:
         raise ISTError(f"The rows of {source} are not those that the run in {folder} began with, so it cannot resume. "
                        f"Restore the data, {advice}")
@@ -175,7 +175,9 @@ class RunFolder:
     ): # Raises `ISTError` if the checkpoint is not of this model, or if the disk has no room for a new one
         "Right before training: remove the run that is replaced, and write down what this one begins with"
         if self.checkpoint:
-            return _check_moments(self.checkpoint, [p for g in optimizer.param_groups for p in g['params']])
+            _check_moments(self.checkpoint, [p for g in optimizer.param_groups for p in g['params']])
+            now = _read_json(self.path/'run.json') | dict(settings=self.settings)     # those of cost may have changed
+            return None if Ranks().rank else _write_json(self.path/'run.json', now)
         if Ranks().rank: return
         need = 3*sum(p.nbytes for g in optimizer.param_groups for p in g['params'])    # the weights and two moments
         if (free := shutil.disk_usage(self.path).free)<need:

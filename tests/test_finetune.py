@@ -603,9 +603,19 @@ def test_a_run_resumes_with_steps_of_another_cost(here, capsys, method, first, t
     assert main([*line, *other_costs[then], '--resume'])==0
     said,got = capsys.readouterr().out,load_file(here/'out'/'adapter_model.safetensors')
     changed = [o[0].removeprefix('--') for o in (other_costs[first], other_costs[then]) if o]
-    assert 'not bit for bit' in said and all(f'{o} was ' in said for o in changed)
+    assert 'not be bit for bit' in said and all(f'{o} was ' in said for o in changed)
     assert all((got[k]-want[k]).abs().max()<1e-5 for k in want)
     assert json.loads((here/'out'/'results.json').read_text())['steps']==4
+    now,want = (json.loads((here/'out'/'run.json').read_text())['settings'][k] for k in ('fast', 'activation_budget'))
+    assert (now, want)==(then==1, '1GiB' if then==2 else None)
+
+def test_a_run_resumes_with_its_moments_elsewhere(done, half, capsys):
+    "Bit for bit; but 'reset' loses them, and is another run"
+    line = f'--data {done}/good.jsonl {saving} --resume'
+    assert main([*quick, *ist, *line.split(), '--output_dir', 'half', '--optimizer_state', 'reset'])==2
+    assert "optimizer_state was 'keep' and is 'reset'" in capsys.readouterr().err
+    run(f'{line} --optimizer_state offload', half)
+    assert weights(half)==weights(done/'out')
 
 def test_a_fast_dense_run_in_python(here, monkeypatch):
     "`ist_finetune --fast` is ISTConfig.rst(n_active=1., fast=True) and the part `Keep` in a callback"
@@ -634,15 +644,15 @@ def test_what_a_dense_run_cannot_have_is_named(here, capsys):
     off = '--fast False --activation_budget None --keep 0'
     assert f'To train without, give {off}.' in said and main([*line, *off.split()])==0
 
-@pytest.mark.parametrize('peft', ['prompt_tuning', 'prefix_tuning', 'p_tuning'])
-def test_a_prompt_without_a_length_is_refused(here, capsys, peft):
+@pytest.mark.parametrize('peft', ['prompt_tuning', 'prefix_tuning', 'p_tuning', 'adaption_prompt'])
+def test_a_setting_that_peft_has_no_default_for_is_named(here, capsys, peft):
     "With the option to give; and that option is then accepted"
     line = [*quick, '--data', 'good.jsonl', '--output_dir', 'out', '--keep', '0', '--peft', peft]
     assert main(line)==2
     option = re.search(r"--peft_options '(.*)'", capsys.readouterr().err)[1]
-    assert json.loads(option)=={'num_virtual_tokens':20}
     args,*_ = parse([*line, '--peft_options', option])
-    assert model._adapter_config(args).num_virtual_tokens==20
+    config = model._adapter_config(args)
+    assert json.loads(option) and all(getattr(config, k)==v for k,v in json.loads(option).items())
 
 def test_a_scaled_loss_is_refused_before_the_model_is_loaded(here, capsys, monkeypatch):
     monkeypatch.setattr(finetune, 'load_model', None)

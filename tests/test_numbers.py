@@ -64,11 +64,14 @@ def given_back(): # of what LoRA gains on German at its best rate, at the level 
     before,level = frontier.before(runs, 'german')[0],frontier.levels(runs, 'german', 0.05)
     best = mean(r['loss'] for r in learnt('german') if (r['name'], r['steps'])==('LoRA', 250))
     return 100*(level-best)/(before-best),
-def with_budget():
-    "The budget, the weights, the peaks without and with it and that of Unsloth in GiB, and times over Unsloth's"
+def held_and_free():
+    "The case with a budget, and that without"
     from benchmarks import render
     held, = render.cases(**render.unlike['with a budget'])
-    free = next(c for c in render.cases() if all(c[k]==held[k] for k in ('shape', 'batch', 'length')))
+    return held,next(c for c in render.cases() if all(c[k]==held[k] for k in ('shape', 'batch', 'length')))
+def with_budget():
+    "The budget, the weights, the peaks without and with it and that of Unsloth in GiB, and times over Unsloth's"
+    held,free = held_and_free()
     peaks = (c['variants'][k]['peak']['median']/2**30 for c,k in (
         (free, 'recommended'), (held, 'recommended, budget'), (held, 'Unsloth, rows')))
     weights = held['variants']['recommended, budget']['weights']/2**30
@@ -87,9 +90,7 @@ def sharded():
     found = {c['engine']:c['variants']['recommended']['peak']['median']/2**30 for c in read('scaling')['cases']}
     return found['FSDP2'],found['one process']
 def longer(): # a step with a budget, over one without
-    from benchmarks import render
-    held, = render.cases(**render.unlike['with a budget'])
-    free = next(c for c in render.cases() if all(c[k]==held[k] for k in ('shape', 'batch', 'length')))
+    held,free = held_and_free()
     step = lambda c, k: c['variants'][k]['seconds']['median']
     return [step(held, f'{k}, budget')/step(free, k) for k in ('recommended', 'LoRA, fast')]
 def held_to_loss(): # by the steps that a dense run saves

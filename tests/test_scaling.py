@@ -61,6 +61,7 @@ def test_on_a_cpu(tmp_path):
     for c in cases:
         assert set(c['failed'])=={'recommended, fp8'} and set(c['variants'])=={'LoRA', 'recommended'}, c
         for k,v in c['variants'].items():
+            assert set(v['step'])=={'gpu', 'exchange', 'launches'}
             assert v['rounds']==2 and 0<v['seconds']['min']<=v['seconds']['median']
             assert v['tokens_a_second']==pytest.approx(c['processes']*4*64/v['seconds']['median'])
             one = cases[0]['variants'][k]['tokens_a_second']
