@@ -126,8 +126,11 @@ def row_losses(model, b):
     losses[counts] = F.cross_entropy(logits[counts].float(), y[counts], reduction='none')
     return losses.sum(1),counts.sum(1)
 
+def at_once(model, most): # rows of a batch whose logits fit
+    return max(1, min(most, most*2**24//(length*model.config.vocab_size)))
+
 def mean_loss(model, rows, device, each=False):
-    total,n = (torch.cat(o) for o in zip(*(row_losses(model, b) for b in rows.batches(device))))
+    total,n = (torch.cat(o) for o in zip(*(row_losses(model, b) for b in rows.batches(device, at_once(model, 32)))))
     loss = (total.sum()/n.sum()).item()
     return (loss, total) if each else loss
 
@@ -151,7 +154,7 @@ def row_divergences(model, kept, device):
 
 def accuracy(model, items, device):
     flat = [(ids, k, 0) for options,*_ in items for ids,k in options]
-    scores = torch.cat([-row_losses(model, b)[0] for b in Rows(flat).batches(device, 128)]).tolist()
+    scores = torch.cat([-row_losses(model, b)[0] for b in Rows(flat).batches(device, at_once(model, 128))]).tolist()
     right = i = 0
     for options,y,chars in items:
         s = [v/c for v,c in zip(scores[i:], chars)]

@@ -4,6 +4,7 @@ GPUs and engine. Every process has a batch of its own, so with linear scaling n 
 the same time. A contender that fails or hangs is recorded, and the others run in new processes."""
 import gc,json,os,sys,tempfile,time,traceback
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from benchmarks import record
 from benchmarks.peers import arguments,lora,peak,quiet,random_model,shapes
@@ -14,10 +15,11 @@ alone,no_time = 'one process','not run: out of time'
 def contenders():
     "Name -> the settings of IST, or None without"
     from ist_nb import ISTConfig
-    return {'LoRA':None, 'LoRA, fast':ISTConfig.rst(n_active=1., fast=True),
+    fast = ISTConfig.rst(n_active=1., fast=True)
+    return {'LoRA':None, 'LoRA, fast':fast, cut:fast,
             'LoRA, folded':ISTConfig.rst(n_active=1., fast='fold'), 'recommended':ISTConfig.recommended(fast=True),
             'recommended, fp8':ISTConfig.recommended(fast='fold,compile,fp8')}
-usual = ['LoRA', 'LoRA, fast', 'recommended']
+usual,cut = ['LoRA', 'LoRA, fast', 'recommended'],'LoRA, fast, cut'    # at the buckets of DDP, as torch does
 
 # ---------------------------------------------------------------------------------------------------- in the processes
 def gathered(value=None):
@@ -75,7 +77,15 @@ def wrapped_by(trainer):
     sharded = {isinstance(o, FSDPModule) for o in trainer.model.get_base_model().model.layers}
     return 'FSDP2' if sharded=={True} else alone
 
-def trained(spec, model, data, config, steps, *callbacks):
+def cutter():
+    "A callback that lets torch cut compiled blocks where a bucket of DDP ends, which `compile_blocks` turns off"
+    import torch
+    from transformers import TrainerCallback
+    class Cutter(TrainerCallback):
+        def on_train_begin(self, *args, **kwargs): torch._dynamo.config.optimize_ddp = True
+    return Cutter()
+
+def trained(spec, model, data, config, steps, *callbacks, cuts=False):
     from transformers import Trainer,TrainingArguments,default_data_collator
     from ist_nb import ISTCallback
     from benchmarks.processes import fresh_accelerate
@@ -85,7 +95,8 @@ def trained(spec, model, data, config, steps, *callbacks):
     with fresh_accelerate(bool(how)):
         trainer = quiet(Trainer(model, arguments(TrainingArguments, spec, steps, **how), train_dataset=data,
                                 data_collator=default_data_collator,
-                                callbacks=[*callbacks, *([ISTCallback(config)] if config else [])]))
+                                callbacks=[*callbacks, *([ISTCallback(config)] if config else []),
+                                           *([cutter()] if cuts else [])]))
         trainer.train()
     if (found := wrapped_by(trainer))!=spec['engine']: raise RuntimeError(f"{found} in place of {spec['engine']}")
     # accelerate puts its autocast around a model once
@@ -107,18 +118,19 @@ def measured(spec, name, size, device):
                         generator=torch.Generator().manual_seed(0))
     with torch.device(device): model = get_peft_model(random_model(spec, device, use_cache=False), lora())
     data = [lm_batch(o) for o in ids.tolist()]
-    trained(spec, model, data, config, warm)
+    train = partial(trained, spec, model, data, config, cuts=name==cut)
+    train(warm)
     seconds,peaks,needs = [],[],None
     for r in range(spec['rounds']):
         start,clock = time.time(),clock_of(begin, end, cuda)
         if r and not gathered(start+1.2*took<spec['end'])[0]: break
-        trained(spec, model, data, config, end+1, clock)
+        train(end+1, clock)
         took,needs = time.time()-start,needs or time.time()-begun
         seconds.append(clock.seconds)
         peaks.append(max(gathered(clock.peak)) if cuda else None)
     step = {}
     if gathered(time.time()+took<spec['end'])[0]:
-        trained(spec, model, data, config, end+1, profiler := profiler_of((begin+end)//2, cuda)) # not timed
+        train(end+1, profiler := profiler_of((begin+end)//2, cuda)) # not timed
         step = profiler.found
     return dict(seconds=seconds, peak=peaks, needs=needs, held=held, step=step)
 
@@ -192,7 +204,7 @@ def line(name, case):
 
 def main(
     shape:str='8b',           # 1b and 8b (Llama 3), or tiny
-    rows:str='16x256',        # Rows x tokens in the batch of one process
+    rows:str='16x256',        # Rows x tokens in the batch of one process, separated by commas, such as 16x256,4x2048
     sizes:str='1 2 4',        # How many GPUs; 1 is what the others are compared with
     engines:str='DDP FSDP2',  # For more than one
     only:str='',              # Contenders, separated by semicolons; the usual ones if empty
@@ -209,22 +221,25 @@ def main(
         raise SystemExit(f'No contender is called {wrong[0]!r}: {list(contenders())}')
     if wrong := [o for o in engines.split() if o not in ('DDP', 'FSDP2')]:
         raise SystemExit(f'No engine is called {wrong[0]!r}: DDP and FSDP2 are')
-    batch,length = map(int, rows.split('x'))
-    spec = dict(shape=shape, batch=batch, length=length, checkpointing=False, steps=steps, rounds=rounds, limit=limit,
+    spec = dict(shape=shape, checkpointing=False, steps=steps, rounds=rounds, limit=limit,
                 device='cuda' if cuda else 'cpu', end=begun+seconds, names=names)
     head = record.about('tokens a second and memory on several GPUs', 'accelerate triton', gpu=cuda)
-    for n in map(int, sizes.split()):
+    wanted = [(b, l, n, e) for b,l in (map(int, o.split('x')) for o in rows.split(','))
+              for n in map(int, sizes.split()) for e in (engines.split() if n>1 else [alone])]
+    for batch,length,n,engine in wanted:
         if cuda and n>torch.cuda.device_count(): continue
-        for engine in engines.split() if n>1 else [alone]:
-            case = {k:spec[k] for k in ('shape', 'batch', 'length', 'steps')}
-            case = dict(engine=engine, processes=n) | case | dict(variants={}, failed={}, where={})
-            cases.append(case)
-            for name,found in launch(spec | dict(engine=engine, needs=needs), n).items():
-                if 'failed' in found: case['failed'][name],case['where'][name] = found['failed'],found.get('where', '')
-                else:
-                    needs[name],one = found['needs'],[c for c in cases if c['processes']==1][:1]
-                    case['variants'][name] = variant(found, n, batch*length, *(c['variants'].get(name) for c in one))
-                print(f'[{time.time()-begun:.0f} s] {line(name, case)}', flush=True)
-            record.save(out, head, seconds=round(time.time()-begun), cases=cases)
+        case = dict(engine=engine, processes=n, shape=shape, batch=batch, length=length, steps=steps, variants={},
+                    failed={}, where={})
+        cases.append(case)
+        todo = [o for o in names if o!=cut or engine=='DDP']    # nothing else cuts
+        for name,found in launch(spec | dict(batch=batch, length=length, engine=engine, names=todo, needs=needs),
+                                 n).items():
+            if 'failed' in found: case['failed'][name],case['where'][name] = found['failed'],found.get('where', '')
+            else:
+                one = next((c['variants'].get(o) for c in cases for o in [name.removesuffix(', cut')]
+                            if (c['processes'], c['batch'], c['length'])==(1, batch, length)), None)
+                needs[name],case['variants'][name] = found['needs'],variant(found, n, batch*length, one)
+            print(f'[{time.time()-begun:.0f} s] {line(name, case)}', flush=True)
+        record.save(out, head, seconds=round(time.time()-begun), cases=cases)
 
 if __name__=='__main__': child(sys.argv[1], *map(int, sys.argv[2:]))

@@ -228,6 +228,7 @@ def compile_blocks(
     if not _toggling_is_safe():
         for o in _shortcuts: setattr(config, o, False)
     config.recompile_limit = max(config.recompile_limit, 64)   # each length and batch size has the same few graphs
+    config.optimize_ddp = False   # DDP would cut each graph where one of its buckets ends; a block is one already
     if getattr(model.config, 'use_cache', False): model.config.use_cache = False   # or one graph per block
     blocks = _blocks_of(model, layers)
     for o in blocks:

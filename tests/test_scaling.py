@@ -47,6 +47,20 @@ def test_the_others_run_where_one_dies(monkeypatch):
     late = dict(failed=scaling.no_time)
     assert launch(dict(names=['x', 'y'], limit=9, end=0), 2)==dict(x=late, y=late)
 
+def test_each_length_has_a_process_of_its_own_to_compare_with(monkeypatch, tmp_path):
+    "Where graphs are cut, that is LoRA as it is; only DDP cuts"
+    def launch(spec, n):
+        return {o:dict(seconds=[spec['batch']*spec['length']*(1+(n>1 and o==scaling.cut))], peak=[None], needs=1)
+                for o in spec['names']}
+    monkeypatch.setattr(scaling, 'launch', launch)
+    names = ['LoRA, fast', scaling.cut]
+    scaling.main(shape='tiny', rows='4x64,2x32', sizes='1 2', only=';'.join(names), out=tmp_path/'found.json')
+    found = {(c['batch'], c['length'], c['engine']):{k:v['of_linear'] for k,v in c['variants'].items()}
+             for c in json.loads((tmp_path/'found.json').read_text())['cases']}
+    one,both = {names[0]:1},{names[0]:1, names[1]:0.5}
+    assert found=={(*o, k):both if k=='DDP' else one
+                   for o in ((4, 64), (2, 32)) for k in (scaling.alone, 'DDP', 'FSDP2')}
+
 @pytest.mark.slow
 def test_on_a_cpu(tmp_path):
     "One process, and two by each engine; what is refused is recorded, and the contender after it runs"
