@@ -221,8 +221,9 @@ def unsloth_trainer(spec, turn, packing):
                                 train_dataset=data_of(spec, bool(packing)), callbacks=[clock_of(spec, turn)]))
 
 def ours(spec, turn, config, liger=False):
-    """In the Trainer with `ISTCallback`. A schedule is timed over whole runs, because its first steps cost more than
-    its last ones; before each, a short run compiles and takes memory."""
+    """In the Trainer with `ISTCallback`. A schedule is timed over a whole run, because its first steps cost more than
+    its last ones, from the second step on: the first takes memory, and the others train as many layers on average as
+    those of a long run. Before each, a short run compiles."""
     import torch
     from peft import get_peft_model
     from transformers import Trainer,TrainingArguments,default_data_collator
@@ -248,24 +249,26 @@ def ours(spec, turn, config, liger=False):
         hand_over(turn, cuda)
         trained(settle)
         whole = whole_run(spec, cuda)
-        loss = trained(spec['steps']+1, whole)
+        loss = trained(1+spec['steps'], whole)
         turn.tell(seconds=whole.seconds, peak=whole.peak)
     turn.tell(done=True, loss=loss)
 
 def whole_run(spec, cuda):
-    "A callback that times the first `steps` steps of a run"
+    "A callback that times a run of `steps` steps after a first one"
     import torch
     from transformers import TrainerCallback
     class Whole(TrainerCallback):
         def __init__(self): self.t,self.start,self.seconds,self.peak = 0,None,None,None
         def on_step_begin(self, *args, **kwargs):
-            if cuda and self.t in (0, spec['steps']): torch.cuda.synchronize()
-            if self.t==0:
-                if cuda: torch.cuda.reset_peak_memory_stats()
+            if self.t==0 and cuda: torch.cuda.reset_peak_memory_stats()
+            if self.t==1:
+                if cuda: torch.cuda.synchronize()
                 self.start = time.perf_counter()
-            elif self.t==spec['steps']:
-                self.seconds,self.peak = (time.perf_counter()-self.start)/spec['steps'],peak(cuda)
             self.t += 1
+        def on_step_end(self, *args, **kwargs):
+            if self.t<=spec['steps']: return
+            if cuda: torch.cuda.synchronize()
+            self.seconds,self.peak = (time.perf_counter()-self.start)/spec['steps'],peak(cuda)
     return Whole()
 
 kinds = dict(trainer=plain_trainer, trl=trl_trainer, unsloth=unsloth_trainer, ours=ours)

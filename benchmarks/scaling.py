@@ -32,18 +32,21 @@ def gathered(value=None):
     return res
 
 def clock_of(begin, end, cuda):
-    "A callback that times the steps from `begin` to before `end`"
+    "A callback that times the steps from `begin` to before `end`, which end the run"
     import torch
     from transformers import TrainerCallback
     class Clock(TrainerCallback):
         t,start,seconds,peak = 0,None,None,None
         def on_step_begin(self, *args, **kwargs):
-            if self.t in (begin, end): gathered()
+            if self.t==0 and cuda: torch.cuda.reset_peak_memory_stats()
             if self.t==begin:
-                if cuda: torch.cuda.reset_peak_memory_stats()
+                gathered()
                 self.start = time.perf_counter()
-            elif self.t==end: self.seconds,self.peak = (time.perf_counter()-self.start)/(end-begin),peak(cuda)
             self.t += 1
+        def on_step_end(self, *args, **kwargs):
+            if self.t<end: return
+            gathered()
+            self.seconds,self.peak = (time.perf_counter()-self.start)/(end-begin),peak(cuda)
     return Clock()
 
 def kernels(events):
@@ -106,15 +109,16 @@ def trained(spec, model, data, config, steps, *callbacks, cuts=False):
     gc.collect()   # the wrapper too
 
 def measured(spec, name, size, device):
-    "Seconds of a step and the most memory of a GPU, by round. A schedule is timed over all its steps"
+    """Seconds of a step and the most memory of a GPU, by round. A schedule is timed from its second step on: the first
+    takes memory, and the others train as many layers on average as those of a long run"""
     import torch
     from peft import get_peft_model
     from benchmarks.small import lm_batch
     begun,cuda,config = time.time(),spec['device']=='cuda',contenders()[name]
     held = torch.cuda.memory_allocated() if cuda else None   # nothing, unless the contender before has left something
-    begin = 0 if config and config.schedule!='constant' else settle
+    begin = 1 if config and config.schedule!='constant' else settle
     end = begin+spec['steps']
-    ids = torch.randint(5, shapes[spec['shape']][0], (spec['batch']*size*(end+1), spec['length']),
+    ids = torch.randint(5, shapes[spec['shape']][0], (spec['batch']*size*end, spec['length']),
                         generator=torch.Generator().manual_seed(0))
     with torch.device(device): model = get_peft_model(random_model(spec, device, use_cache=False), lora())
     data = [lm_batch(o) for o in ids.tolist()]
@@ -124,13 +128,13 @@ def measured(spec, name, size, device):
     for r in range(spec['rounds']):
         start,clock = time.time(),clock_of(begin, end, cuda)
         if r and not gathered(start+1.2*took<spec['end'])[0]: break
-        train(end+1, clock)
+        train(end, clock)
         took,needs = time.time()-start,needs or time.time()-begun
         seconds.append(clock.seconds)
         peaks.append(max(gathered(clock.peak)) if cuda else None)
     step = {}
     if gathered(time.time()+took<spec['end'])[0]:
-        train(end+1, profiler := profiler_of((begin+end)//2, cuda)) # not timed
+        train(end, profiler := profiler_of((begin+end)//2, cuda)) # not timed
         step = profiler.found
     return dict(seconds=seconds, peak=peaks, needs=needs, held=held, step=step)
 

@@ -2,8 +2,10 @@
 import json,subprocess,sys
 import pytest
 from types import SimpleNamespace
-from benchmarks import processes,scaling
+from statistics import mean
+from benchmarks import peers,processes,scaling
 from benchmarks.scaling import launch,line,variant
+from ist_nb.config import shrunk
 from pathlib import Path
 
 root = Path(__file__).parent.parent
@@ -25,6 +27,20 @@ def test_what_a_profile_says():
     def event(key, time, count): return SimpleNamespace(key=key, self_device_time_total=time, count=count)
     events = event('ampere_gemm', 3000, 2),event('ncclDevKernel_AllReduce', 500, 1),event('aten::mm', 0, 9)
     assert scaling.kernels(events)==dict(gpu=3.5, exchange=0.5, launches=3)
+
+def test_what_is_timed(monkeypatch):
+    """Of a run of 21 steps, each a second, the last 20: the first takes memory. They train 0.4 of the layers on average,
+    to within a hundredth, as a long run does"""
+    for module,clock in (peers, peers.whole_run(dict(steps=20), False)),(scaling, scaling.clock_of(1, 21, False)):
+        now = 0
+        monkeypatch.setattr(module.time, 'perf_counter', lambda: now)
+        for t in range(21):
+            clock.on_step_begin()
+            now += 100 if t==0 else 1
+            clock.on_step_end(None, None, None)
+        assert clock.seconds==1
+    for N in 16,32,80:
+        for steps in 10,15,20: assert abs(mean(shrunk(0.4*N, N, t, steps+1) for t in range(1, steps+1))/N-0.4)<0.01
 
 def test_the_others_run_where_one_dies(monkeypatch):
     """Of two processes the second fails first and the first because of it; then one dies without a word. Each launch
