@@ -97,7 +97,9 @@ def _name(cls): return f'{cls.__module__}.{cls.__name__}'
 
 def _is_matrix(base):
     "Whether the weight of a base layer is a matrix that is not trained: torch's own, or bitsandbytes' with 4 bits"
-    if type(base) is not nn.Linear and _name(type(base))!='bitsandbytes.nn.modules.Linear4bit': return False
+    if type(base) is nn.Linear: return not base.weight.requires_grad
+    # the compiler cannot look into the unpacking, and would cut a block there
+    if _name(type(base))!='bitsandbytes.nn.modules.Linear4bit' or torch.compiler.is_compiling(): return False
     # evaluated on a CPU, bitsandbytes orders 4-bit weights in a way that dequantizing does not know
     packed = getattr(getattr(base.weight, 'quant_state', None), 'packing_format_for_cpu', False)
     return not packed and not base.weight.requires_grad
@@ -144,7 +146,7 @@ class _Folded:
 
     def _product(self, x, A, B, s, m):
         base = self.base_layer
-        if type(base) is nn.Linear and torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             y = _folded_linear(x, base.weight.to(x.dtype), A, B, s, m)
         else: y = _Recomputed.apply(x, lambda: folded_weight(dequantize_module_weight(base).to(x.dtype), A, B, s, m))
         return y if base.bias is None else y+base.bias.to(x.dtype)

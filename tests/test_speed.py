@@ -19,7 +19,7 @@ from ist_nb.samplers import _depth_plan,depth_sampler,inclusion_by_depth
 from ist_nb.scorers import Probe
 from ist_nb.probe import model_loss
 from ist_nb.activations import LiveBytes,kept_bytes
-from ist_nb.speed import _Folded,fold,apply_optimisations,_to_fp8,unfold
+from ist_nb.speed import _Folded,fold,apply_optimisations,compile_blocks,_to_fp8,unfold
 from ist_nb.suppression import suppress
 
 @pytest.fixture(scope='module', autouse=True)
@@ -495,6 +495,23 @@ def test_folded_4bit(dtype, eps, dora, monkeypatch):
         assert same_grads(g, h, eps)
         assert len(g)==len(active)*(21 if dora else 14)
         assert kept_folded<=kept
+
+@pytest.mark.parametrize('dtype,eps', [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_compiled_4bit_is_whole(dtype, eps):
+    "A frozen layer of 4 bits does not cut the graph of its block, and computes what it did"
+    ref,model = quantised(dtype),quantised(dtype)
+    layers = find_layers(model)
+    fold(model)
+    torch._dynamo.reset(); torch._dynamo.utils.counters.clear()
+    compile_blocks(model, layers, backend='aot_eager')
+    for active in ([0, 1, 2, 3], [2, 3], [1]):
+        for m in (ref, model):
+            find_layers(m).switch(active); m.zero_grad()
+            m(**long).loss.backward()
+        g,h = [{n:p.grad for n,p in m.named_parameters() if p.grad is not None} for m in (ref, model)]
+        assert len(g)==14*len(active) and same_grads(g, h, eps)
+    found = torch._dynamo.utils.counters
+    assert not found['graph_break'] and found['stats']['unique_graphs']==4
 
 def test_folded_4bit_evaluated():
     """bitsandbytes may pack the weights for the CPU when few tokens are evaluated; what is folded then must not be
