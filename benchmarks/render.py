@@ -114,14 +114,33 @@ def on_gpus(name, engine='DDP', n=2):
 def scaling_table():
     "One GPU and several"
     res = read('scaling')
-    rows = [(c['engine'], c['processes'], f'**{k}**', between(v['seconds'], 1e3, 1), f"{v['tokens_a_second']:,.0f}",
-             f"{v['of_linear']:.2f}", between(v['peak'], 2**-30, 1))
-            for c in res['cases'] for k,v in c['variants'].items()]
-    c,rounds = res['cases'][0],{v['rounds'] for c in res['cases'] for v in c['variants'].values()}
-    head = ['engine', 'GPUs:', 'variant', 'ms a step:', 'tokens/s:', 'of linear:', 'peak of a GPU, GiB:']
+    order = lambda c: (c['length'], c['processes']>1, c['engine'], c['processes'])
+    have = sorted((c for c in res['cases'] if c['variants']), key=order)
+    rows = [(f"{c['batch']} × {c['length']:,}", c['engine'], c['processes'], f'**{k}**', between(v['seconds'], 1e3, 1),
+             f'{kernels(v):.0f}', f"{v['tokens_a_second']:,.0f}", f"{v['of_linear']:.2f}",
+             between(v['peak'], 2**-30, 1)) for c in have for k,v in c['variants'].items()]
+    c,rounds = have[0],{v['rounds'] for c in have for v in c['variants'].values()}
+    head = ['rows × tokens', 'engine', 'GPUs:', 'variant', 'ms a step:', 'ms of kernels:', 'tokens/s:', 'of linear:',
+            'peak of a GPU, GiB:']
     return Markdown(table(head, rows)+'\n\n'+made_by(res, (
-        f"{llamas[c['shape']]}'s shape, {c['batch']} rows of {c['length']} tokens on each GPU, bf16, random weights; "
-        f"medians of {max(rounds)} rounds of {c['steps']} steps, in brackets the least and the most")))
+        f"{llamas[c['shape']]}'s shape, bf16, random weights, as many rows on each GPU; medians of {max(rounds)} "
+        f"rounds of {c['steps']} steps, in brackets the least and the most; kernels of one step halfway, without the "
+        'exchange between GPUs. *Cut*: compiled blocks are cut where a bucket of DDP ends')))
+def kernels(v): return v['step']['gpu']-v['step']['exchange']   # milliseconds
+
+def blocks_table():
+    "What compiles a step best"
+    res = read('blocks')
+    cell = lambda o: f"{1e3*o['seconds']:.1f} / {1e3*o['host']:.1f}"
+    rows = [(k, *map(cell, v.values()), f"{max(o['reserved'] for o in v.values())/2**30:.1f}")
+            for k,v in res['variants'].items()]
+    head = ['compiled', 'all layers train:', 'the upper half:', 'another part each step:', 'GPU memory, GiB:']
+    return Markdown(table(head, rows)+'\n\n'+made_by(res, (
+        f"Milliseconds a step / of the host alone; {llamas[res['shape']]}'s shape, {res['batch']} rows of "
+        f"{res['length']} tokens, a loop without a Trainer, {res['steps']} steps")))
+def graphs_over(turn, what='seconds', a='blocks as graphs, loss', b='blocks, loss'):
+    v = read('blocks')['variants']
+    return v[a][turn][what]/v[b][turn][what]
 
 @cache
 def to_loss(): # of each task and case: seconds and steps of each variant to the loss of `recommended`
@@ -215,9 +234,9 @@ def speed_targets():
              of_unsloth('with checkpointing', 'recommended')),
             ("its peak memory then, over Unsloth's", 1.00, of_unsloth('with checkpointing', 'recommended', 'peak')),
             ("`recommended`, time of a step, over that of PEFT", 0.30, max(beside('recommended', 'PEFT'))),
-            ('`recommended` on two GPUs with DDP (8B shape, short rows): tokens a second, over twice those of one',
-             -0.95, -on_gpus('recommended')['of_linear']),
-            ('*LoRA, fast* on two GPUs with DDP, the same', -0.95, -on_gpus('LoRA, fast')['of_linear']),
+            ('`recommended` on four GPUs with DDP (8B shape, short rows): tokens a second, over four times one\'s',
+             -0.95, -on_gpus('recommended', n=4)['of_linear']),
+            ('*LoRA, fast* on four GPUs with DDP, the same', -0.95, -on_gpus('LoRA, fast', n=4)['of_linear']),
             ("**`depth`, 7B shape**: seconds a step, over those of LoRA with the same optimisations", 0.60,
              ratio(big, best, same)),
             ("its peak memory of activations with a budget, over LoRA's", 0.30,

@@ -101,12 +101,10 @@ def _is_matrix(base):
     # the compiler cannot look into the unpacking, and would cut a block there
     if _name(type(base))!='bitsandbytes.nn.modules.Linear4bit' or torch.compiler.is_compiling(): return False
     # evaluated on a CPU, bitsandbytes orders 4-bit weights in a way that dequantizing does not know
-    packed = getattr(getattr(base.weight, 'quant_state', None), 'packing_format_for_cpu', False)
-    return not packed and not base.weight.requires_grad
+    return not getattr(getattr(base.weight, 'quant_state', None), 'packing_format_for_cpu', False)
 
 def _hooked(m):
-    kinds = m._forward_hooks,m._forward_pre_hooks,m._backward_hooks,m._backward_pre_hooks
-    return any(kinds) or 'forward' in m.__dict__
+    return any((m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks, 'forward' in vars(m)))
 
 class _Folded:
     "A layer of LoRA whose frozen adapter is part of its weight, made by `fold`"
@@ -227,8 +225,7 @@ def compile_blocks(
     "Compile each block by itself, in a way that survives changing selections"
     _check_compiled(model)
     config = torch._dynamo.config
-    if not _toggling_is_safe():
-        for o in _shortcuts: setattr(config, o, False)
+    for o in () if _toggling_is_safe() else _shortcuts: setattr(config, o, False)
     config.recompile_limit = max(config.recompile_limit, 64)   # each length and batch size has the same few graphs
     config.optimize_ddp = False   # DDP would cut each graph where one of its buckets ends; a block is one already
     if getattr(model.config, 'use_cache', False): model.config.use_cache = False   # or one graph per block

@@ -205,7 +205,7 @@ called_by_others = '''active counted on_* __* begin cell base_procs log_message 
     exclude_modules modules_to_save layers_to_transform layers_pattern other_param_names merged_adapters tuner_layer_cls
     target_module_mapping _create_and_replace current_key _get_train_sampler use_recursive_dict_tags_for_guards
     rotate_checkpoints create_model_card maxdict maxlist maxother maxstring should_training_stop print_verbose _n_gpu
-    _inner_training_loop _run_epoch'''.split()
+    _inner_training_loop _run_epoch optimize_ddp'''.split()
 
 def _parses(s):
     try: ast.parse(s); return True

@@ -29,8 +29,8 @@ def test_what_a_profile_says():
     assert scaling.kernels(events)==dict(gpu=3.5, exchange=0.5, launches=3)
 
 def test_what_is_timed(monkeypatch):
-    """Of a run of 21 steps, each a second, the last 20: the first takes memory. They train 0.4 of the layers on average,
-    to within a hundredth, as a long run does"""
+    """Of a run of 21 steps, each a second, the last 20: the first takes memory. They train 0.4 of the layers on
+    average, to within a hundredth, as a long run does"""
     for module,clock in (peers, peers.whole_run(dict(steps=20), False)),(scaling, scaling.clock_of(1, 21, False)):
         now = 0
         monkeypatch.setattr(module.time, 'perf_counter', lambda: now)
