@@ -129,11 +129,15 @@ def estimated(found, lora, config_of, variants, steps=24):
 def beside(case, rates):
     "Variant -> seconds and peak memory in a case of `peers`, the weights, the optimizer's moments and all included"
     s,T,res = shape_of(peers.config_of(case['shape']), peers.lora()),case['batch']*case['length'],{}
-    fixed = 2*s.frozen+(4+2)*s.trained   # adapters are in 32 bits, with a copy in 16
+    packed = s.P*s.n if case['bits']==4 else 0             # weights of 4 bits, with 0.127 for their scales
+    fixed = 2*(s.frozen-packed)+4.127/8*packed+(4+2)*s.trained   # adapters are in 32 bits, with a copy in 16
+    budget = float(case['budget'].removesuffix('GiB'))*2**30 if case.get('budget') else inf
     for k,(o,names) in planned.items():
-        costs = [step_cost(s, d, T, case['length'], rates, names.split(), mask=0) for d in drawn(s, o, case['steps']+1)]
+        costs = [step_cost(s, d, T, case['length'], rates, names.split(), budget, mask=0,
+                           checkpointing=case['checkpointing']) for d in drawn(s, o, case['steps']+1)]
         peaks = [fixed+b+8*s.trained*(t>0) for t,(_,b) in enumerate(costs)]   # AdamW's moments, after the first step
-        res[k] = statistics.mean(c for c,_ in costs[:-1]),max(peaks)
+        unpacked = 2*(4.127/8+2)*packed/(0.75*rates[1])     # read and written in both passes
+        res[k+', budget'*(budget<inf)] = statistics.mean(c for c,_ in costs[:-1])+unpacked,max(peaks)
     return res
 
 def probes(s, config, how):

@@ -190,13 +190,13 @@ def learning_picture(shape='8b', length=256):
     return fig
 
 @cache
-def foreseen():
+def foreseen(**kind):
     "Of each step beside other libraries that can be estimated: case, variant, measured and estimated by what"
     from benchmarks.estimate import beside as counted
     of = shape('7b')
     rates = of['matrix_flops'],of['copy_bytes']*4.8/3.35   # of an H100; the ratio is that of the data sheets
     return [(c, k, {o:(c['variants'][k][o]['median'], x) for o,x in zip(('seconds', 'peak'), v)})
-            for c in cases() for k,v in counted(c, rates).items() if k in c['variants']]
+            for c in cases(**kind) for k,v in counted(c, rates).items() if k in c['variants']]
 
 def by_host(case, name):
     "Whether the host sets the pace of one of our variants"
@@ -204,12 +204,13 @@ def by_host(case, name):
 
 def foreseen_table():
     "Seconds and memory, measured and estimated"
-    def row(c, k, found):
+    def row(how, c, k, found):
         (s,s_),(b,b_) = found['seconds'],found['peak']
-        return (f"{llamas[c['shape']]}, {c['batch']} × {c['length']:,}", k, f'{s*1e3:.0f}', f'{s_*1e3:.0f}',
+        return (f"{llamas[c['shape']]}, {c['batch']} × {c['length']:,}{how}", k.removesuffix(', budget'), f'{s*1e3:.0f}', f'{s_*1e3:.0f}',
                 f"{s_/s:.2f}{' (host)'*by_host(c, k)}", f'{b/2**30:.1f}', f'{b_/2**30:.1f}', f'{b_/b:.3f}')
     head = ['shape, rows × tokens', 'variant', 'ms a step:', 'estimate:', 'ratio:', 'peak, GiB:', 'estimate:', 'ratio:']
-    return Markdown(table(head, [row(*o) for o in foreseen()]) + "\n\n(Estimated with the measured rates of "
+    kinds = {'':{}} | {f', {k}':o for k,o in unlike.items()}
+    return Markdown(table(head, [row(how, *o) for how,kind in kinds.items() for o in foreseen(**kind)]) + "\n\n(Estimated with the measured rates of "
                     "an H100; copies are 4.8/3.35 times as fast, as in the data sheets of H200 and H100. *Host*: the "
                     'host sets the pace.)')
 
