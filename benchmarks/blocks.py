@@ -34,7 +34,8 @@ def make(shape, how, loss, whole):
     return model,layers
 
 def measure(shape, rows, length, how, loss, whole, steps):
-    "Milliseconds a step in a row, and of the host alone, with all layers, the upper half, and with both in turns"
+    """Milliseconds a step in a row, and of the host alone, with all layers, the upper half, both in turns, and with one
+    layer less at each step"""
     model,layers = make(shape, how, loss, whole)
     ids = torch.randint(5, shapes[shape][0], (rows, length), device=next(model.parameters()).device)
     opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=cuda)
@@ -47,7 +48,7 @@ def measure(shape, rows, length, how, loss, whole, steps):
         opt.zero_grad()
         return loss.detach()
     half,res = len(layers)//2,{}
-    turns = dict(all=[0], half=[half], turns=[half-half//2, half, 0])
+    turns = dict(all=[0], half=[half], turns=[half-half//2, half, 0], freezing=list(range(len(layers))))
     for name,firsts in turns.items():
         if whole and name!='all': continue     # compiled anew for each selection
         warm = time.perf_counter()

@@ -132,9 +132,10 @@ def blocks_table():
     "What compiles a step best"
     res = read('blocks')
     cell = lambda o: f"{1e3*o['seconds']:.1f} / {1e3*o['host']:.1f}"
-    rows = [(k, *map(cell, v.values()), f"{max(o['reserved'] for o in v.values())/2**30:.1f}")
+    turns = dict(all='all layers train', half='the upper half', turns='another part each step')
+    rows = [(k, *(cell(v[o]) for o in turns if o in v), f"{max(o['reserved'] for o in v.values())/2**30:.1f}")
             for k,v in res['variants'].items()]
-    head = ['compiled', 'all layers train:', 'the upper half:', 'another part each step:', 'GPU memory, GiB:']
+    head = ['compiled', *(f'{o}:' for o in turns.values()), 'GPU memory, GiB:']
     return Markdown(table(head, rows)+'\n\n'+made_by(res, (
         f"Milliseconds a step / of the host alone; {llamas[res['shape']]}'s shape, {res['batch']} rows of "
         f"{res['length']} tokens, a loop without a Trainer, {res['steps']} steps")))
@@ -206,13 +207,15 @@ def foreseen_table():
     "Seconds and memory, measured and estimated"
     def row(how, c, k, found):
         (s,s_),(b,b_) = found['seconds'],found['peak']
-        return (f"{llamas[c['shape']]}, {c['batch']} × {c['length']:,}{how}", k.removesuffix(', budget'), f'{s*1e3:.0f}', f'{s_*1e3:.0f}',
-                f"{s_/s:.2f}{' (host)'*by_host(c, k)}", f'{b/2**30:.1f}', f'{b_/2**30:.1f}', f'{b_/b:.3f}')
+        return (f"{llamas[c['shape']]}, {c['batch']} × {c['length']:,}{how}", k.removesuffix(', budget'),
+                f'{s*1e3:.0f}', f'{s_*1e3:.0f}', f"{s_/s:.2f}{' (host)'*by_host(c, k)}",
+                f'{b/2**30:.1f}', f'{b_/2**30:.1f}', f'{b_/b:.3f}')
     head = ['shape, rows × tokens', 'variant', 'ms a step:', 'estimate:', 'ratio:', 'peak, GiB:', 'estimate:', 'ratio:']
     kinds = {'':{}} | {f', {k}':o for k,o in unlike.items()}
-    return Markdown(table(head, [row(how, *o) for how,kind in kinds.items() for o in foreseen(**kind)]) + "\n\n(Estimated with the measured rates of "
-                    "an H100; copies are 4.8/3.35 times as fast, as in the data sheets of H200 and H100. *Host*: the "
-                    'host sets the pace.)')
+    rows = [row(how, *o) for how,kind in kinds.items() for o in foreseen(**kind)]
+    return Markdown(table(head, rows) + "\n\n(Estimated with the measured rates of an H100; "
+                    'copies are 4.8/3.35 times as fast, as in the data sheets of H200 and H100. *Host*: the host sets '
+                    'the pace.)')
 
 # -- seconds and bytes
 best,same = 'ours, fold+compile+ahead','LoRA, compile+liger+ahead'
