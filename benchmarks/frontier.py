@@ -163,6 +163,7 @@ def table_of(model, give_up=0.05, beside='LoRA, scaled', have=tuple(tasks)):
     have = [t for t in have if any(p['name']=='before' for r in runs if r['task']==t for p in r['points'])]
     calls = [r['call'] for r in runs if r['task'] in have and 'call' in r]
     if calls: head |= head['calls'][min(calls)]     # the first that ran one of these tasks
+    more = f', the first of {n} calls' if (n := len(set(calls)))>1 else ''
     values = {(f, t):judged(choose, runs, f, t, give_up)[1] for f in said for t in have}
     ran = {(f, t):len(curves(runs, f)[t].get(judged(choose, runs, f, t, give_up)[0], {})) for f,t in values}
     compare = {k:ratio(v, values[beside, k[1]]) for k,v in values.items() if k[0]!=beside}
@@ -183,7 +184,7 @@ def table_of(model, give_up=0.05, beside='LoRA, scaled', have=tuple(tasks)):
           'one seed, on the documents that chose the settings: nothing is judged yet')
     return table(['way', *(tasks[t]+':' for t in have)], rows)+'\n\n'+made_by(head, (
         f'{head["model"]}; divergence from the model before, nats a token, at the task loss at which {give_up:.0%} of '
-        f'what LoRA gained is given back ({limits}), and in brackets its ratio to that of {said[beside]}; {by}'))
+        f'what LoRA gained is given back ({limits}), and in brackets its ratio to that of {said[beside]}; {by}{more}'))
 
 def elsewhere(model, have=tuple(tasks), ways=('LoRA, faded', 'Keep')):
     "Markdown: what no method was given, before and as trained: losses on books, and shares of questions answered"

@@ -137,8 +137,9 @@ def blocks_table():
             for k,v in res['variants'].items()]
     head = ['compiled', *(f'{o}:' for o in turns.values()), 'GPU memory, GiB:']
     return Markdown(table(head, rows)+'\n\n'+made_by(res, (
-        f"Milliseconds a step / of the host alone; {llamas[res['shape']]}'s shape, {res['batch']} rows of "
-        f"{res['length']} tokens, a loop without a Trainer, {res['steps']} steps")))
+        f"Milliseconds a step in a row / of the host where it waits for the GPU after each step; "
+        f"{llamas[res['shape']]}'s shape, {res['batch']} rows of {res['length']} tokens, "
+        f"a loop without a Trainer, one run of {res['steps']} steps")))
 def graphs_over(turn, what='seconds', a='blocks as graphs, loss', b='blocks, loss'):
     v = read('blocks')['variants']
     return v[a][turn][what]/v[b][turn][what]
