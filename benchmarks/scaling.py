@@ -62,14 +62,16 @@ def profiler_of(at, cuda):
     class Profiler(TrainerCallback):
         t,running,found = 0,None,None
         def on_step_begin(self, *args, **kwargs):
-            if self.t in (at, at+1): gathered()
             if self.t==at:
+                gathered()
                 self.running = profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU])
                 self.running.start()
-            elif self.t==at+1:
-                self.running.stop()
-                self.found = kernels(self.running.key_averages())
             self.t += 1
+        def on_step_end(self, *args, **kwargs):
+            if self.t!=at+1: return
+            gathered()
+            self.running.stop()
+            self.found = kernels(self.running.key_averages())
     return Profiler()
 
 def wrapped_by(trainer):
