@@ -129,6 +129,7 @@ def estimated(found, lora, config_of, variants, steps=24):
 def beside(case, rates):
     "Variant -> seconds and peak memory in a case of `peers`, the weights, the optimizer's moments and all included"
     s,T,res = shape_of(peers.config_of(case['shape']), peers.lora()),case['batch']*case['length'],{}
+    first = case.get('first', 0)     # older cases have none: they timed a schedule from the very first step
     packed = s.P*s.n if case['bits']==4 else 0             # weights of 4 bits, with 0.127 for their scales
     fixed = 2*(s.frozen-packed)+4.127/8*packed+(4+2)*s.trained   # adapters are in 32 bits, with a copy in 16
     budget = float(case['budget'].removesuffix('GiB'))*2**30 if case.get('budget') else inf
@@ -137,7 +138,8 @@ def beside(case, rates):
                            checkpointing=case['checkpointing']) for d in drawn(s, o, case['steps']+1)]
         peaks = [fixed+b+8*s.trained*(t>0) for t,(_,b) in enumerate(costs)]   # AdamW's moments, after the first step
         unpacked = 2*(4.127/8+2)*packed/(0.75*rates[1])     # read and written in both passes
-        res[k+', budget'*(budget<inf)] = statistics.mean(c for c,_ in costs[:-1])+unpacked,max(peaks)
+        timed = costs[first:first+case['steps']]
+        res[k+', budget'*(budget<inf)] = statistics.mean(c for c,_ in timed)+unpacked,max(peaks)
     return res
 
 def probes(s, config, how):

@@ -366,7 +366,7 @@ def case_of(spec, runs, failed, wheres):
                     loss=said.get('loss'), rounds=len(rounds))
     found = {k:of(v, said) for k,(v,said) in runs.items() if v}
     keys = 'shape', 'bits', 'batch', 'length', 'documents', 'checkpointing', 'steps', 'budget'
-    asked = {k:spec[k] for k in keys if spec[k] is not None}
+    asked = {k:spec[k] for k in keys if spec[k] is not None} | dict(first=1)    # the first timed step of a schedule
     return asked | dict(rank=rank, variants=found, failed=failed, where=wheres)
 
 def line(name, case):

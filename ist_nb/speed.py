@@ -227,7 +227,7 @@ def compile_blocks(
     config = torch._dynamo.config
     for o in () if _toggling_is_safe() else _shortcuts: setattr(config, o, False)
     config.recompile_limit = max(config.recompile_limit, 64)   # each length and batch size has the same few graphs
-    config.optimize_ddp = False   # DDP would cut each graph where one of its buckets ends; a block is one already
+    config.optimize_ddp = False   # DDP would cut each graph where one of its buckets ends; a block is a part already
     if getattr(model.config, 'use_cache', False): model.config.use_cache = False   # or one graph per block
     blocks = _blocks_of(model, layers)
     for o in blocks:
