@@ -9,6 +9,9 @@ __all__ = ['shorten_backward', 'folded_weight', 'fold', 'unfold', 'compile_block
 import copy, copyreg, torch, warnings
 from typing import Optional
 from torch import nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_map_only
+from torch._functorch import config as functorch
 from importlib.util import find_spec
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora.variants import DoraLinearVariant
@@ -106,6 +109,11 @@ def _is_matrix(base):
 def _hooked(m):
     return any((m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks, 'forward' in vars(m)))
 
+def _as_plain(m, cls):
+    "What a copy or a pickle is made of, if it is to be of another class"
+    _,_,*state = object.__reduce_ex__(m, 2)
+    return copyreg._reconstructor,(cls, object, None),*state
+
 class _Folded:
     "A layer of LoRA whose frozen adapter is part of its weight, made by `fold`"
     def forward(self, x, *args, **kwargs):
@@ -165,8 +173,7 @@ class _Folded:
 
     def __reduce_ex__(self, _):
         "A copy or a pickle is of PEFT's own class, so opening it does not need this package"
-        _,_,*state = super().__reduce_ex__(2)
-        return copyreg._reconstructor,(type(self).__mro__[2], object, None),*state
+        return _as_plain(self, type(self).__mro__[2])
 
 # %% ../nbs/14_speed.ipynb #b2454e81
 _classes = {}   # from a class of PEFT's to the same with `_Folded` mixed in
@@ -228,6 +235,8 @@ def compile_blocks(
     for o in () if _toggling_is_safe() else _shortcuts: setattr(config, o, False)
     config.recompile_limit = max(config.recompile_limit, 64)   # each length and batch size has the same few graphs
     config.optimize_ddp = False   # DDP would cut each graph where one of its buckets ends; a block is a part already
+    # what is cheap to compute is computed again, not kept: norms, and what the MLP's last product reads
+    for o in 'used_far_apart','materialized_backward': setattr(functorch, f'ban_recompute_{o}', False)
     if getattr(model.config, 'use_cache', False): model.config.use_cache = False   # or one graph per block
     blocks = _blocks_of(model, layers)
     for o in blocks:
@@ -261,11 +270,96 @@ def _to_fp8(model, layers, **emulated):
     return len(todo)
 
 # %% ../nbs/14_speed.ipynb #b4239ff2
+def _piece(x, W, b, y, ignored):
+    "Of some tokens: the sum of their losses, and its gradient with respect to their hidden states `x`"
+    z,counts = F.linear(x, W, b),y!=ignored
+    top = z.float().logsumexp(-1)                                               # [tokens]
+    e_y = torch.arange(W.shape[0], device=y.device)==y[:, None]                 # [tokens, vocabulary]
+    loss = (top - z.float().where(e_y, 0).sum(-1)).where(counts, 0).sum()
+    dz = ((z.float()-top[:, None]).exp() - e_y.float()).where(counts[:, None], 0)   # softmax(z) - e_y
+    return loss,dz.to(W.dtype)@W
+
+class _Pieces(torch.autograd.Function):
+    "The sum of the losses of all tokens, piece by piece"
+    @staticmethod
+    def forward(ctx, x, W, b, y, ignored, piece, size):
+        dx,loss = torch.empty_like(x),0.
+        for xi,yi,di in zip(x.split(size), y.split(size), dx.split(size)):
+            part,g = piece(xi, W, b, yi, ignored)
+            loss = loss+part
+            di.copy_(g)
+        ctx.save_for_backward(dx)
+        return loss
+    @staticmethod
+    def backward(ctx, g): return ctx.saved_tensors[0]*g,*[None]*6
+
+# %% ../nbs/14_speed.ipynb #7475c6fa
+class _Later(torch.autograd.Function):
+    "Make `_Logits` that are part of the graph, for code that does not ask Python to read them"
+    @staticmethod
+    def forward(ctx, x, W, b, dtype):
+        ctx.W = W
+        return _Logits._make_wrapper_subclass(_Logits, (*x.shape[:-1], W.shape[0]), dtype=dtype, device=x.device)
+    @staticmethod
+    def backward(ctx, g): return g.to(ctx.W.dtype)@ctx.W,None,None,None
+
+class _Logits(torch.Tensor):
+    "Logits `x @ W.T + b` that are computed when something reads them"
+    known = {getattr(torch.Tensor, o).__get__ for o in ('shape', 'dtype', 'device', 'requires_grad')}
+    @classmethod
+    def of(cls, x, W, b, dtype):
+        z = _Later.apply(x, W, b, dtype)
+        z.x,z.W,z.b,z.read = x,W,b,None
+        return z
+    def whole(self):
+        if self.read is None:
+            with torch.enable_grad(), torch.autocast(self.device.type, enabled=False):
+                self.read = F.linear(self.x, self.W, self.b).to(self.dtype)
+        return self.read
+    @classmethod
+    def __torch_function__(cls, f, types, args=(), kwargs=None):
+        if f is torch.Tensor.float: return cls.of(args[0].x, args[0].W, args[0].b, torch.float32)   # by accelerate
+        if f in cls.known:
+            with torch._C.DisableTorchFunctionSubclass(): return f(*args)
+        args,kwargs = tree_map_only(cls, cls.whole, (args, kwargs or {}))
+        return f(*args, **kwargs)
+    @classmethod
+    def __torch_dispatch__(cls, f, types, args=(), kwargs=None):
+        args,kwargs = tree_map_only(cls, lambda o: o.whole().detach(), (args, kwargs or {}))
+        return f(*args, **kwargs)
+
+class _Head(nn.Linear):
+    "A model's last layer, whose logits wait to be read while the model trains"
+    def forward(self, x):
+        trained = any(p.requires_grad for p in self.parameters())
+        if trained or not (x.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+            return super().forward(x)
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        return _Logits.of(*(o if o is None else o.to(dtype) for o in (x, self.weight, self.bias)), dtype)
+    def __reduce_ex__(self, _): return _as_plain(self, nn.Linear)
+
+# %% ../nbs/14_speed.ipynb #441cfe82
 class _Compiled:
     "A function that is compiled; a copy or a pickle of it is the plain function"
     def __init__(self, f, **kwargs): self.f,self.compiled,self.__name__ = f,torch.compile(f, **kwargs),f.__name__
     def __call__(self, *args, **kwargs): return self.compiled(*args, **kwargs)
     def __reduce__(self): return copy.copy,(self.f,)
+
+class _Lean(_Compiled):
+    "A loss of transformers: compiled, or piece by piece if nothing has read the logits"
+    size = 1024     # tokens in a piece
+    def __init__(self, f, **kwargs):
+        super().__init__(f, **kwargs)
+        self.piece = torch.compile(_piece, **kwargs)
+    def __call__(self, logits, labels, vocab_size, num_items_in_batch=None, ignore_index=-100, shift_labels=None, **kwargs):
+        if not isinstance(logits, _Logits):
+            return self.compiled(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
+        if shift_labels is None: shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        x,y = logits.x.flatten(0, -2),shift_labels.reshape(-1).to(logits.device)
+        total = _Pieces.apply(x, logits.W, logits.b, y, ignore_index, self.piece, self.size)
+        n = (y!=ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
+        return total/(n.to(total.device) if torch.is_tensor(n) else n)
 
 def _loss_of(model):
     "The model of transformers, and its loss if that is one over a vocabulary, else None"
@@ -273,17 +367,20 @@ def _loss_of(model):
     f = getattr(base, 'loss_function', None)
     return base,f if getattr(f, '__name__', '') in ('ForCausalLMLoss', 'ForMaskedLMLoss') else None
 
-@optimisations.register('loss', 'The loss is compiled, and keeps no copy of the logits in 32 bits')
+@optimisations.register('loss', 'The loss goes through the tokens in pieces, and the logits are never whole')
 def compile_loss(
     model, # A model of transformers, with PEFT adapters or not
     layers=None, # Not needed
     **kwargs, # For `torch.compile`
 ):
-    "Compile the loss that the model computes from its logits; raises `ISTError` if there is none to exchange"
+    "Exchange the loss for one that saves memory; raises `ISTError` if the model computes none over a vocabulary"
     base,f = _loss_of(model)
     if f is None: raise ISTError("The optimisation 'loss' needs a model of transformers that computes its loss from "
                                  "logits over a vocabulary, which this one does not. Leave 'loss' out.")
-    if not isinstance(f, _Compiled): base.loss_function = _Compiled(f, **kwargs)
+    if isinstance(f, _Compiled): return
+    causal,head = f.__name__=='ForCausalLMLoss',base.get_output_embeddings()
+    if causal and type(head) is nn.Linear: head.__class__ = _Head
+    base.loss_function = (_Lean if causal else _Compiled)(f, **kwargs)
 
 # %% ../nbs/14_speed.ipynb #6cc75f34
 def _safe(model):
