@@ -6,7 +6,7 @@ from statistics import median
 import torch
 from peft import get_peft_model
 from ist_nb import find_layers
-from ist_nb.speed import _blocks_of,compile_loss,fold
+from ist_nb.speed import compile_blocks,compile_loss,fold,functorch
 from benchmarks import record
 from benchmarks.peers import lora,random_model,shapes
 
@@ -14,10 +14,11 @@ cuda = torch.cuda.is_available()
 wait = torch.cuda.synchronize if cuda else lambda: None
 graphs = dict(mode='reduce-overhead')
 variants = {   # how blocks are compiled (None: not), the loss too, the model as a whole
-    'not compiled':(None, False, False), 'blocks':({}, False, False), 'blocks, loss':({}, True, False),
-    'blocks as graphs, loss':(graphs, True, False), 'whole':(None, False, True)}
+    'not compiled':(None, False, False), 'blocks, more kept':({}, False, False), 'blocks':({}, False, False),
+    'blocks, loss':({}, True, False), 'blocks as graphs, loss':(graphs, True, False), 'whole':(None, False, True)}
+more = 'blocks, more kept'     # as torch decides by itself what is kept and what is computed again
 
-def make(shape, how, loss, whole):
+def make(shape, how, loss, whole, again):
     torch._dynamo.reset()
     gc.collect()
     if cuda: torch.cuda.empty_cache()
@@ -30,13 +31,14 @@ def make(shape, how, loss, whole):
     fold(model)
     if loss: compile_loss(model)
     if whole: model.compile()
-    for o in _blocks_of(model, layers) if how is not None else (): o.compile(**how)
+    if how is not None: compile_blocks(model, layers, **how)
+    for o in ('used_far_apart', 'materialized_backward'): setattr(functorch, f'ban_recompute_{o}', not again)
     return model,layers
 
-def measure(shape, rows, length, how, loss, whole, steps):
+def measure(shape, rows, length, how, loss, whole, steps, again=True):
     """Milliseconds a step in a row, and of the host alone, with all layers, the upper half, both in turns, and with one
     layer less at each step"""
-    model,layers = make(shape, how, loss, whole)
+    model,layers = make(shape, how, loss, whole, again)
     ids = torch.randint(5, shapes[shape][0], (rows, length), device=next(model.parameters()).device)
     opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=cuda)
     def step(first):
@@ -80,7 +82,7 @@ def main(
     batch,length = map(int, rows.split('x'))
     found,failed = {},{}
     for name in only.split(';') if only else variants:
-        try: found[name] = measure(shape, batch, length, *variants[name], steps)
+        try: found[name] = measure(shape, batch, length, *variants[name], steps, name!=more)
         except Exception as e:
             failed[name] = f'{type(e).__name__}: {" ".join(str(e).split())}'[:300]
             traceback.print_exc(limit=3)

@@ -17,6 +17,7 @@ rank,warm,settle = 16,4,2   # steps before the first round, in which libraries c
 packages = 'accelerate trl datasets unsloth unsloth_zoo liger_kernel bitsandbytes torchao triton xformers'
 fused = {o:False for o in ('rope', 'swiglu', 'rms_norm', 'cross_entropy')} | dict(fused_linear_cross_entropy=True)
 
+eight = 'fold,compile,fp8,loss'    # what `fast=True` does, with products in 8 bits
 # kind, its arguments; `needs` is imported first, so that what is missing is named before a model is loaded
 variants = {
     'PEFT':('trainer', {}),
@@ -36,7 +37,8 @@ variants = {
     'LoRA, fast, budget':('ours', dict(config=dict(fast=True))),    # of `--budget`, as large as a peer's peak, say
     'recommended':('ours', dict(config=dict(recommended=True))),
     'recommended, budget':('ours', dict(config=dict(recommended=True))),
-    'recommended, fp8':('ours', dict(config=dict(recommended=True, fast='fold,compile,fp8'), needs='torchao')),
+    'LoRA, fp8':('ours', dict(config=dict(fast=eight), needs='torchao')),
+    'recommended, fp8':('ours', dict(config=dict(recommended=True, fast=eight), needs='torchao')),
     'recommended, Liger loss':('ours', dict(config=dict(recommended=True), liger=True, needs='liger_kernel')),
 }
 usual = ['PEFT', 'PEFT, compiled', 'TRL, rows, Liger', 'TRL, padding-free, flex, Liger', 'Unsloth, rows',

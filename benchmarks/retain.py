@@ -313,7 +313,9 @@ plans = dict(
     lengths=[ # what is learnt in how many steps: seed 0 chooses the rate of each length, other seeds judge
         *(dict(name='LoRA', lr=v, part=o, brief=1) for o in (0.2, 0.35, 0.6, 1.) for v in (1e-3, 2e-3, 4e-3)),
         *(dict(name='recommended', lr=v, part=o, brief=1, ist=freezing) for o in (0.6, 1., 1.6)
-          for v in (1e-3, 2e-3, 4e-3))])
+          for v in (1e-3, 2e-3, 4e-3))],
+    eight=[dict(name='LoRA', lr=2e-3, brief=1), # what products in 8 bits cost, seed by seed
+           dict(name='LoRA, 8 bits', lr=2e-3, brief=1, ist=dict(sampler='uniform', n_active=1., fast='compile,fp8'))])
 found_out = 'points', 'doc_tokens', 'train_seconds', 'seconds', 'call'     # of a run, beside what the job says
 
 def jobs(plan, tasks, seeds, name='', families=tuple(frontier.families)):
@@ -361,7 +363,7 @@ def best_rate(runs, job):
 
 def heavy(job): return bool(set('gh') & set(job.get('post', '')))     # takes the most time
 
-def judged_on(plan, seed): return 'test' if plan=='judge' or plan=='lengths' and seed else 'choose'
+def judged_on(plan, seed): return 'test' if plan=='judge' or plan in ('lengths', 'eight') and seed else 'choose'
 
 def work(queue, done, cached, base, plan, gpu):
     torch.set_num_threads(1)
@@ -394,7 +396,7 @@ def main(
     model:str="HuggingFaceTB/SmolLM2-135M-Instruct", # A causal language model of the hub, or its folder
     files:str='',         # Tasks of your own in place of DATA: name=FILE, separated by semicolons
     plan:str='choose',    # choose: many settings; judge: the chosen, on fresh documents; lengths: how much is learnt
-                          # in how many steps; smoke: a few steps
+                          # in how many steps; eight: products in 8 bits or not; smoke: a few steps
     tasks:str='german chat cloze python few', # Which tasks
     seeds:str='0',        # Seeds
     choices:str='',       # To judge: the model whose runs of `choose` say how, such as SmolLM2-135M-Instruct; this

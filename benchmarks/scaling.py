@@ -18,7 +18,7 @@ def contenders():
     fast = ISTConfig.rst(n_active=1., fast=True)
     return {'LoRA':None, 'LoRA, fast':fast, cut:fast,
             'LoRA, folded':ISTConfig.rst(n_active=1., fast='fold'), 'recommended':ISTConfig.recommended(fast=True),
-            'recommended, fp8':ISTConfig.recommended(fast='fold,compile,fp8')}
+            'recommended, fp8':ISTConfig.recommended(fast='fold,compile,fp8,loss')}
 usual,cut = ['LoRA', 'LoRA, fast', 'recommended'],'LoRA, fast, cut'    # at the buckets of DDP, as torch does
 
 # ---------------------------------------------------------------------------------------------------- in the processes
