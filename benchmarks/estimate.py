@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from ist_nb import ISTConfig,find_layers
 from ist_nb.config import _layer_count,samplers,scorers,shrunk
 from ist_nb.probe import generator_for
-from ist_nb.speed import _blocks_of
+from ist_nb.speed import _blocks_of,_Lean
 from benchmarks import peers
 
 # variants of `peers`: settings, and what the Trainer and `fast=True` apply
@@ -28,7 +28,6 @@ class Shape:
     P:int     # Weights of the linear layers of a block
     P_a:int   # Of those with adapters
     sin:int   # Numbers a token that layers with adapters read
-    read:int  # The same, if what several of them read counts once
     sout:int  # That they write
     rank:int
     trained:int # Weights of all adapters
@@ -41,22 +40,20 @@ def shape_of(c, lora):
     adapted = [m for m in blocks[0].modules() if isinstance(m, LoraLayer)]
     inside = {id(o) for m in adapted for o in m.modules()}-{id(m.base_layer) for m in adapted}
     linears = [m for m in blocks[0].modules() if isinstance(m, nn.Linear) and not isinstance(m, LoraLayer)]
-    head,inputs = getattr(c, 'head_dim', None) or c.hidden_size//c.num_attention_heads,{}
-    for m in adapted: m.register_forward_pre_hook(lambda m, args: inputs.update({id(args[0]):args[0]}))
-    model(torch.zeros(1, 1, dtype=torch.long, device='meta'), use_cache=True)   # without, it looks for rows in rows
+    head = getattr(c, 'head_dim', None) or c.hidden_size//c.num_attention_heads
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return Shape(len(blocks), c.hidden_size, c.num_key_value_heads*head, c.intermediate_size, c.vocab_size,
                  sum(m.weight.numel() for m in linears if id(m) not in inside),
                  sum(m.in_features*m.out_features for m in adapted), sum(m.in_features for m in adapted),
-                 sum(x.shape[-1] for x in inputs.values()), sum(m.out_features for m in adapted), lora.r, trained,
+                 sum(m.out_features for m in adapted), lora.r, trained,
                  sum(p.numel() for p in model.parameters())-trained)
 
 def kept_per_token(s, kind, compiled, e, mask):
     """Bytes that a block ('trained', 'frozen' or 'folded') keeps of a token for its backward pass. An adapter keeps
-    what it reads; without dropout (`mask=0`) compiled code keeps it once where several read the same"""
+    what it reads. Compiled code without dropout (`mask=0`) computes it again, all but what attention gives"""
     base = e*(4*s.h+2*s.kv+2*s.f) if compiled else 8*s.h+e*(2*s.h+2*s.kv+3*s.f)
     if compiled: mask = min(mask, 1)
-    own = e*(s.read if compiled and not mask else s.sin)
+    own = e*(s.h if compiled and not mask else s.sin)
     return base + dict(trained=own+mask*s.sin, frozen=mask*s.sin, folded=0)[kind]
 
 def moved_per_token(s, kind, compiled, e):
@@ -68,10 +65,11 @@ def moved_per_token(s, kind, compiled, e):
         own = (23*s.sin+12*s.sout) if cast else (17*s.sin+24*s.sout)
     return base + (0 if kind=='folded' else own)
 
-def logit_bytes(names, e):
-    """Bytes of a logit at the peak, which comes when the loss is known. Plain: its logarithm and two gradients in 32
-    bits. Compiled: itself and the copy in 32 bits that accelerate returns (or the gradient). Liger: pieces"""
-    return 2 if 'liger' in names else e+4 if 'loss' in names else 12
+def loss_bytes(s, names, T, e):
+    """Bytes at the peak, which comes when the loss is known. Plain: of each logit its logarithm and two gradients in
+    32 bits. In pieces: a piece's logits and their gradient, and the gradient of the hidden states. Liger: pieces too"""
+    if 'loss' in names: return e*(2*min(T, _Lean.size)*s.vocab + T*s.h)
+    return T*s.vocab*(2 if 'liger' in names else 12)
 
 def step_cost(s, active, tokens, seq, rates, names=(), budget=inf, e=2, mask=1, checkpointing=False, wait=1e-3):
     """Seconds and bytes of a step that trains the blocks `active` (none: a forward pass) on `tokens` in rows of `seq`.
@@ -80,13 +78,13 @@ def step_cost(s, active, tokens, seq, rates, names=(), budget=inf, e=2, mask=1, 
     compiled,T,k,n = 'compile' in names,tokens,s.n-min(active, default=s.n),len(active)
     rest = 'folded' if 'fold' in names and T*(s.sin+2*s.sout)>2*s.P_a else 'frozen'
     kept = T*kept_per_token(s, rest, compiled, e, mask)*(k-n) + T*kept_per_token(s, 'trained', compiled, e, mask)*n
-    head = T*s.vocab*logit_bytes(names, e)
+    head = loss_bytes(s, names, T, e)
     freed = kept/k-e*s.h*T if k else 0   # by a block that keeps only its input
     again = k if checkpointing else min(k, ceil((kept+head-budget)/freed)) if kept+head>budget else 0
     move = lambda kind: T*moved_per_token(s, kind, compiled, e) + (2*e*s.P_a if kind=='folded' else 0)
     moved = move('trained')*2.2*n + move(rest)*(s.n-n+1.2*(k-n)+again)
-    # a compiled loss: written, read, copied in 32 bits, read and turned into the gradient, which is read
-    moved += T*s.vocab*(10 if 'liger' in names else 6*e+4 if 'loss' in names else 42)
+    # in pieces: written, read twice, read and turned into the gradient, which is read
+    moved += T*s.vocab*(10 if 'liger' in names else 6*e if 'loss' in names else 42)
     products = 2*T*s.P*(s.n+k+again) + 2*T*s.h*s.vocab*(3 if 'liger' in names else 2)
     tile,part = (128, 0.3) if e<4 else (0, 0.9)   # a GPU computes tiles on the diagonal whole; 0.3 is profiled
     attention = 2*T*(seq+tile)*s.h*(s.n+2.5*k+again)/(part*rates[0])

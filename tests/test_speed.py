@@ -4,11 +4,12 @@ import copy,io,json,math,pickle,random,re,shutil,sys,warnings
 import pytest,torch
 from pathlib import Path
 from dataclasses import fields
+from types import SimpleNamespace
 from datasets import Dataset
 from hypothesis import given,settings,strategies as st
 from peft import IA3Config,LoraConfig,PeftModel,get_peft_model,prepare_model_for_kbit_training
 from peft.tuners.lora import LoraLayer
-from transformers import (AutoModelForCausalLM,BitsAndBytesConfig,LlamaConfig,LlamaForCausalLM,MixtralConfig,
+from transformers import (AutoModelForCausalLM,BitsAndBytesConfig,Gemma2Config,LlamaConfig,LlamaForCausalLM,MixtralConfig,
                           MixtralForCausalLM,Qwen2Config,Qwen2ForCausalLM,
                           T5Config,T5ForConditionalGeneration,Trainer,TrainerCallback,TrainingArguments)
 from transformers.trainer_callback import PrinterCallback
@@ -523,6 +524,101 @@ def test_folded_4bit_evaluated():
             a,b = [m(**batch).loss.item() for m in (ref, model)]
             assert abs(a-b)<5e-3*a, (a, b)
 
+# -- a loss in pieces
+def headed(head=speed._Head, vocab=64, config=LlamaConfig, bias=False, **kwargs):
+    "A small model with a loss in pieces, and its logits unread; `head` None: as it is"
+    torch.manual_seed(0)
+    cfg = dict(vocab_size=vocab, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+               num_key_value_heads=2, head_dim=16, pad_token_id=0, bos_token_id=1, eos_token_id=2, use_cache=False)
+    model = AutoModelForCausalLM.from_config(config(**cfg | kwargs))
+    model = get_peft_model(model, LoraConfig(r=2, target_modules='all-linear', init_lora_weights=False,
+                                             task_type='CAUSAL_LM'))
+    if head: speed.compile_loss(model, backend='aot_eager')
+    return model.train()
+
+def step_of(model, how):
+    "The loss of a step and all gradients"
+    model.zero_grad()
+    loss = how(model)
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+class Custom(torch.autograd.Function):
+    "A loss by somebody's own function, which Python's override of torch functions does not see"
+    @staticmethod
+    def forward(ctx, z): ctx.save_for_backward(z); return (z**2).sum()
+    @staticmethod
+    def backward(ctx, g): return 2*g*ctx.saved_tensors[0]
+
+rows = torch.randint(3, 64, (3, 20), generator=gen())
+marked = rows.masked_fill(torch.rand(3, 20, generator=gen())<0.4, -100)
+def logits_of(m): return m(input_ids=rows, labels=marked).logits
+readers = {
+    'loss':lambda m: m(input_ids=rows, labels=marked).loss,
+    'loss over items':lambda m: m(input_ids=rows, labels=marked, num_items_in_batch=torch.tensor(17)).loss,
+    'shifted':lambda m: m(input_ids=rows, labels=marked, shift_labels=marked.flip(0)).loss,
+    'own loss':lambda m: torch.nn.functional.cross_entropy(logits_of(m).view(-1, 64), rows.view(-1)),
+    'without labels':lambda m: (m(input_ids=rows).logits[:, -1]**2).sum(),
+    'both':lambda m: (o := m(input_ids=rows, labels=rows)).loss+o.logits.softmax(-1)[..., 3].sum(),
+    'own function':lambda m: Custom.apply(logits_of(m)),
+    'in a list':lambda m: torch.stack([logits_of(m), logits_of(m)]).tanh().sum(),
+    'arithmetic':lambda m: (2/(3+logits_of(m)*logits_of(m))).sum(),
+    'in place':lambda m: logits_of(m).div_(2).exp().sum()}
+
+@pytest.mark.parametrize('how', readers)
+def test_logits_that_are_read(how):
+    "Whoever reads the logits of a training step gets the numbers and gradients of the plain model"
+    torch.testing.assert_close(*(step_of(headed(o), readers[how]) for o in (speed._Head, None)), rtol=1e-4, atol=1e-6)
+
+def test_logits_read_without_gradients_first():
+    "A metric that looks first, without gradients, must not cut the graph of who reads later"
+    def how(m):
+        z = logits_of(m)
+        with torch.no_grad(): z.argmax(-1)
+        return (z**2).mean()
+    torch.testing.assert_close(*(step_of(headed(o), how) for o in (speed._Head, None)), rtol=1e-4, atol=1e-6)
+
+def test_no_label_counts():
+    "As in transformers, a mean over no tokens is not a number"
+    m = headed()
+    assert m(input_ids=rows, labels=torch.full_like(rows, -100)).loss.isnan()
+
+def unread(model, monkeypatch, how):
+    "Whether a step computes no whole logits"
+    def never(self): raise AssertionError('read')
+    monkeypatch.setattr(speed._Logits, 'whole', never)
+    try: how(model)
+    except AssertionError: return False
+    finally: monkeypatch.undo()
+    return True
+
+def test_when_logits_stay_unread(monkeypatch):
+    "In training, also where accelerate asks for 32 bits. A cap reads them; a trained head and evaluation have plain ones"
+    from accelerate.utils.operations import ConvertOutputsToFp32
+    step = readers['loss']
+    assert unread(headed(), monkeypatch, step)
+    def autocast(m):
+        with torch.autocast('cpu', torch.bfloat16): z = ConvertOutputsToFp32(m)(input_ids=rows, labels=rows).logits
+        assert z.dtype==torch.float32 and type(z) is speed._Logits and z.requires_grad and z.shape==(3, 20, 64)
+    assert unread(headed(), monkeypatch, autocast)
+    assert not unread(headed(config=Gemma2Config, final_logit_softcapping=5.), monkeypatch, step)
+    m = headed()
+    m.get_output_embeddings().weight.requires_grad_(True)
+    assert type(m(input_ids=rows, labels=rows).logits) is torch.Tensor
+    with torch.no_grad(): assert type(headed()(input_ids=rows, labels=rows).logits) is torch.Tensor
+
+def test_a_cap_on_the_logits():
+    a,b = (step_of(headed(o, config=Gemma2Config, final_logit_softcapping=5.), readers['loss']) for o in (True, None))
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+def test_a_copy_has_a_plain_head():
+    "So opening a copy or a pickle does not need this package"
+    m = headed()
+    for o in (copy.deepcopy(m), pickle.loads(pickle.dumps(m))):
+        assert type(o.get_output_embeddings()) is torch.nn.Linear
+        assert o.get_base_model().loss_function.__module__.startswith('transformers')
+    assert type(m.get_output_embeddings()) is speed._Head
+
 # -- applying optimisations
 def test_optimisations_that_cannot_be_applied(monkeypatch):
     model = tiny(); layers = find_layers(model)
@@ -691,22 +787,25 @@ def test_estimate_beside_other_libraries():
     assert 2*16*256*(256+128)*4096*32/(ms*1e-3)==pytest.approx(0.3*big['matrix_flops'], rel=0.05)
 
 def test_estimate_of_the_loss():
-    "Bytes of a logit that are kept and at the peak, plain and compiled"
-    from benchmarks.estimate import logit_bytes
+    "Bytes that are kept of plain and compiled logits and of those in pieces, and at the peak of plain ones"
+    from benchmarks.estimate import loss_bytes
     T,V = 64,4096
+    s = SimpleNamespace(vocab=V, h=8)
     model = torch.nn.Linear(8, V, bias=False, dtype=torch.bfloat16)
-    x,labels = torch.randn(1, T, 8, dtype=torch.bfloat16),torch.randint(0, V, (1, T))
+    head = speed._Head(8, V, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    x,labels = torch.randn(1, T, 8, dtype=torch.bfloat16, requires_grad=True),torch.randint(0, V, (1, T))
     plain = pico().get_base_model().loss_function
-    lean = speed._Compiled(plain, backend='aot_eager_decomp_partition')
-    kept = lambda f: kept_bytes(lambda: f(model(x), labels, V), model)-x.nbytes
-    small = 8*(T+1)+4                              # the labels, and their number
+    lean = speed._Lean(plain, backend='aot_eager_decomp_partition')
+    kept = lambda f, head=model: kept_bytes(lambda: f(head(x), labels, V), head)
+    small = x.nbytes+8*(T+1)+4                     # the labels, and their number
     assert kept(plain)==4*T*V+small and kept(lean)==2*T*V+small+8*T   # of a token, a maximum and a sum
-    assert logit_bytes(('loss',), 2)==2+torch.float32.itemsize        # accelerate returns logits in 32 bits
+    assert kept(lean, head)==x.nbytes+8            # the gradient of the hidden states, and how many labels count
+    assert loss_bytes(s, ('loss',), T, 2)==2*2*T*V+x.nbytes           # of the one piece: logits and their gradient
     meter = LiveBytes()
     meter.start()
     try:
         plain(model(x), labels, V).backward()
-        assert meter.peak()==pytest.approx(logit_bytes((), 2)*T*V, rel=0.01)
+        assert meter.peak()==pytest.approx(loss_bytes(s, (), T, 2), rel=0.01)
     finally: meter.stop()
 
 @pytest.mark.parametrize('names,active', [('', [0, 1]), ('compile fold', [0, 1]), ('compile fold', [0])])
@@ -727,6 +826,7 @@ def test_estimate_of_a_block(names, active):
     with torch.autocast('cpu', torch.bfloat16): kept = kept_bytes(lambda: block(x, position_embeddings=rotary), model)
     s,T,trained = shape_of(config, lora),512,1 in active
     small = sum(o.nbytes for o in rotary) + 4*T*(4+2)                  # of each head and norm a number in 32 bits
-    if trained: small += 2*(7*T+sum(p.numel() for p in layers[1].params))   # what A gives; a copy of the adapters
+    if trained: small += 2*7*T                     # what A gives
+    if not names: small += 2*sum(p.numel() for p in layers[1].params)       # a copy of the adapters
     kind = 'trained' if trained else 'folded'
     assert kept==T*kept_per_token(s, kind, 'compile' in names, 2, 0)+small
