@@ -352,9 +352,9 @@ class _Lean(_Compiled):
     def __init__(self, f, **kwargs):
         super().__init__(f, **kwargs)
         self.piece = torch.compile(_piece, **kwargs)
-    def __call__(self, logits, labels, vocab_size, num_items_in_batch=None, ignore_index=-100, shift_labels=None, **kwargs):
+    def __call__(self, logits, labels, vocab_size, num_items_in_batch=None, ignore_index=-100, shift_labels=None, **kw):
         if not isinstance(logits, _Logits):
-            return self.compiled(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
+            return self.compiled(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kw)
         if shift_labels is None: shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         x,y = logits.x.flatten(0, -2),shift_labels.reshape(-1).to(logits.device)
         total = _Pieces.apply(x, logits.W, logits.b, y, ignore_index, self.piece, self.size)

@@ -9,9 +9,9 @@ from datasets import Dataset
 from hypothesis import given,settings,strategies as st
 from peft import IA3Config,LoraConfig,PeftModel,get_peft_model,prepare_model_for_kbit_training
 from peft.tuners.lora import LoraLayer
-from transformers import (AutoModelForCausalLM,BitsAndBytesConfig,Gemma2Config,LlamaConfig,LlamaForCausalLM,MixtralConfig,
-                          MixtralForCausalLM,Qwen2Config,Qwen2ForCausalLM,
-                          T5Config,T5ForConditionalGeneration,Trainer,TrainerCallback,TrainingArguments)
+from transformers import (AutoModelForCausalLM,BitsAndBytesConfig,Gemma2Config,LlamaConfig,LlamaForCausalLM,
+                          MixtralConfig,MixtralForCausalLM,Qwen2Config,Qwen2ForCausalLM,T5Config,
+                          T5ForConditionalGeneration,Trainer,TrainerCallback,TrainingArguments)
 from transformers.trainer_callback import PrinterCallback
 import ist_nb.speed as speed
 from ist_nb import IST,ISTCallback,ISTConfig,ISTError,find_layers
