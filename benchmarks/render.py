@@ -3,6 +3,7 @@ import statistics
 from functools import cache
 from IPython.display import Markdown
 from scipy.stats import t as student
+from benchmarks.peers import variants
 from benchmarks.record import read
 
 def table(head, rows):
@@ -27,6 +28,7 @@ def mean_difference(a, b, interval=True):
 
 # -- beside other libraries
 ours,llamas = ('LoRA, fast', 'recommended'),{'1b':'Llama-3.2-1B', '8b':'Llama-3-8B'}
+def mine(name): return variants[name][0]=='ours'    # products in 8 bits too
 def cases(**of):
     "Those in 16 bits without checkpointing or budget; or others"
     want = dict(bits=16, checkpointing=False, budget=None) | of
@@ -34,7 +36,7 @@ def cases(**of):
 def fastest(case):
     "The other library with the least time a step"
     v = case['variants']
-    return min((k for k in v if not k.startswith(ours)), key=lambda k: v[k]['seconds']['median'])
+    return min((k for k in v if not mine(k)), key=lambda k: v[k]['seconds']['median'])
 def beside(name, other=None, what='seconds'):
     "A variant over another, or over the fastest other library: the ratio in each case that has both"
     pairs = [(c['variants'], other or fastest(c)) for c in cases()]
@@ -54,7 +56,7 @@ def peers_picture():
             rows,unit = by_time(c)[::-1],c['variants'][fastest(c)]['seconds']['median']
             for y,(k,v) in enumerate(rows):
                 t,most,bar = v['seconds'],v['peak']['median']/2**30,dict(color='#BBBBBB', height=0.75)
-                if k in ours: bar['color'] = palette['blue']
+                if mine(k): bar['color'] = palette['blue']
                 left.barh(y, t['median']/unit, **bar)
                 left.plot((t['min']/unit, t['max']/unit), (y, y), color=palette['red'], lw=1.2)
                 left.text(t['max']/unit+0.04, y, f"{t['median']*1e3:.0f} ms", va='center',
@@ -75,7 +77,7 @@ def peers_table(shape):
     for c in have:
         unit = c['variants'][fastest(c)]
         of = lambda v, k: f"{v[k]['median']/unit[k]['median']:.2f}"
-        rows += [(f"{c['batch']} × {c['length']:,}", f'**{k}**' if k in ours else k, between(v['seconds'], 1e3, 1),
+        rows += [(f"{c['batch']} × {c['length']:,}", f'**{k}**' if mine(k) else k, between(v['seconds'], 1e3, 1),
                   f"{v['tokens_a_second']:,.0f}", between(v['peak'], 2**-30, 1), of(v, 'seconds'), of(v, 'peak'))
                  for k,v in by_time(c)]
     c,rounds = have[0],sorted({v['rounds'] for c in have for v in c['variants'].values()})
@@ -100,7 +102,7 @@ def unlike_table():
     for how,c in have.items():
         for k,v in by_time(c):
             name = k.removesuffix(', budget')
-            rows.append((how, f"{c['batch']} × {c['length']:,}", f'**{name}**' if name in ours else name,
+            rows.append((how, f"{c['batch']} × {c['length']:,}", f'**{name}**' if mine(k) else name,
                          between(v['seconds'], 1e3, 1), v['rounds'], between(v['peak'], 2**-30, 1),
                          *(f'{of_unsloth(how, k, o):.2f}' for o in ('seconds', 'peak'))))
     head = ['8B shape', 'rows × tokens', 'variant', 'ms a step:', 'rounds:', 'peak, GiB:', "time, over Unsloth's:",
@@ -150,14 +152,14 @@ def to_loss(): # of each task and case: seconds and steps of each variant to the
     return [(t, c, to_same_loss(c, t)) for t in learnt_tasks for c in cases() if c['length']==256]   # as they learned
 learnt_tasks = 'german', 'chat'
 def beside_to_loss(name): # its seconds over those of the fastest other library, in each
-    return [v[name][0]/min(o for k,(o,_) in v.items() if k not in ours) for *_,v in to_loss()]
+    return [v[name][0]/min(o for k,(o,_) in v.items() if not mine(k)) for *_,v in to_loss()]
 
 def to_loss_table():
     "Seconds to the same loss"
     from benchmarks.frontier import tasks
     rows = []
     for (t,c,v),*ratios in zip(to_loss(), *map(beside_to_loss, ours)):
-        rival = min((k for k in v if k not in ours), key=lambda k: v[k][0])
+        rival = min((k for k in v if not mine(k)), key=lambda k: v[k][0])
         rows.append((tasks[t], f"{llamas[c['shape']]}, {c['batch']} × {c['length']:,}", f'{rival}: {v[rival][0]:.1f}',
                      *(f'{v[k][0]:.1f} ({r:.2f})' for k,r in zip(ours, ratios)),
                      f"{v['recommended'][1]:.0f} for {v[rival][1]:.0f}"))

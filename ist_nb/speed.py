@@ -340,18 +340,13 @@ class _Head(nn.Linear):
     def __reduce_ex__(self, _): return _as_plain(self, nn.Linear)
 
 # %% ../nbs/14_speed.ipynb #441cfe82
-class _Compiled:
-    "A function that is compiled; a copy or a pickle of it is the plain function"
-    def __init__(self, f, **kwargs): self.f,self.compiled,self.__name__ = f,torch.compile(f, **kwargs),f.__name__
-    def __call__(self, *args, **kwargs): return self.compiled(*args, **kwargs)
-    def __reduce__(self): return copy.copy,(self.f,)
-
-class _Lean(_Compiled):
-    "A loss of transformers: compiled, or piece by piece if nothing has read the logits"
+class _Lean:
+    "A loss of transformers: compiled, or piece by piece if nothing has read the logits; a copy of it is the plain loss"
     size = 1024     # tokens in a piece
     def __init__(self, f, **kwargs):
-        super().__init__(f, **kwargs)
-        self.piece = torch.compile(_piece, **kwargs)
+        self.f,self.__name__ = f,f.__name__
+        self.compiled,self.piece = (torch.compile(o, **kwargs) for o in (f, _piece))
+    def __reduce__(self): return copy.copy,(self.f,)
     def __call__(self, logits, labels, vocab_size, num_items_in_batch=None, ignore_index=-100, shift_labels=None, **kw):
         if not isinstance(logits, _Logits):
             return self.compiled(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kw)
@@ -377,10 +372,9 @@ def compile_loss(
     base,f = _loss_of(model)
     if f is None: raise ISTError("The optimisation 'loss' needs a model of transformers that computes its loss from "
                                  "logits over a vocabulary, which this one does not. Leave 'loss' out.")
-    if isinstance(f, _Compiled): return
-    causal,head = f.__name__=='ForCausalLMLoss',base.get_output_embeddings()
-    if causal and type(head) is nn.Linear: head.__class__ = _Head
-    base.loss_function = (_Lean if causal else _Compiled)(f, **kwargs)
+    if isinstance(f, _Lean): return
+    base.loss_function,head = _Lean(f, **kwargs),base.get_output_embeddings()
+    if f.__name__=='ForCausalLMLoss' and type(head) is nn.Linear: head.__class__ = _Head
 
 # %% ../nbs/14_speed.ipynb #6cc75f34
 def _safe(model):

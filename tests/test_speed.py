@@ -187,7 +187,7 @@ def test_compiled_loss(compiled, dtype):
     "The loss and its gradient are the same, and nothing of the size of the logits is kept beside them"
     from ist_nb.activations import kept_bytes
     from transformers.loss.loss_utils import ForCausalLMLoss as plain
-    lean = speed._Compiled(plain)
+    lean = speed._Lean(plain)
     logits,labels = torch.randn(2, 48, 2048).to(dtype),torch.randint(0, 2048, (2, 48))
     labels[:, :9] = -100
     found,kept = [],[]
@@ -593,7 +593,7 @@ def unread(model, monkeypatch, how):
     return True
 
 def test_when_logits_stay_unread(monkeypatch):
-    "In training, also where accelerate asks for 32 bits. A cap reads them; a trained head and evaluation have plain ones"
+    "In training, also where accelerate asks for 32 bits; a cap reads them. A trained head and evaluation do not wait"
     from accelerate.utils.operations import ConvertOutputsToFp32
     step = readers['loss']
     assert unread(headed(), monkeypatch, step)
