@@ -160,7 +160,10 @@ class Keep:
         if ist.engine.name not in ('one process', 'DDP'):
             raise ISTError(f"Keep works in one process and with DDP, not with {ist.engine.name}. Leave it out.")
         _check_base(ist.model)
-        self.ist = weakref.ref(ist)
+        self.ist,(n,length) = weakref.ref(ist),self.text['labels'].shape
+        if ist.activations: ist.activations.beside = (
+            f" Keep needs memory too: it runs {min(n, self.rows, _at_once)} rows of {length} tokens at a time. Give it "
+            "fewer or shorter ones (ist_finetune: a smaller --max_length), or leave it out (--keep 0).")
 
     def frozen(self, active):
         ist = self.ist()
@@ -219,11 +222,6 @@ def _forever(task):
         if empty: raise ISTError("`task` has no row, or it can be read only once. Give a list of batches, or a "
                                  "DataLoader.")
 
-def _check_price(price):
-    if not 0<price<float('inf'):
-        raise ISTError(f"price={price} is not allowed. It says how many nats of divergence a nat of task loss is "
-                       "worth, so give a number above 0, such as 4. A higher one fades less.")
-
 def fade(
     model, # With a trained adapter; the gates are multiplied into its weights
     task, # Batches of the task: a list or a `DataLoader`; best of rows that it was not trained on
@@ -235,7 +233,9 @@ def fade(
     "Turn down the adapted modules that change more than they bring; raises `ISTError` and then changes nothing"
     _check_base(model)
     _check_text(text)
-    _check_price(price)
+    if not 0<price<float('inf'):
+        raise ISTError(f"price={price} is not allowed. It says how many nats of divergence a nat of task loss is "
+                       "worth, so give a number above 0, such as 4. A higher one fades less.")
     gated,device = _gated(model),_device_of(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     gates,batches = nn.Parameter(torch.ones(len(gated))),_forever(task)

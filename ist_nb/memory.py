@@ -49,6 +49,7 @@ class ActivationBudget:
         self.head,self.rest = 0,0                     # bytes at work in the head; bytes that stay through the backward
         self.repeats = 1                              # calls of a block before it goes back
         self.checked,self.told,self.was = False,0,None
+        self.beside = ''                              # for a refusal: what else runs in a step
         self.checkpointed,self.expected = [],0        # blocks computed twice, and the peak that this should give
 
 # %% ../nbs/12_memory.ipynb #09887e96
@@ -150,7 +151,8 @@ def _call(self:ActivationBudget, i, inner, *args, **kwargs):
     if any(isinstance(o, Cache) for o in (*args, *kwargs.values())):
         raise ISTError("A block was given a key-value cache, which would be written twice if the block is computed "
                        "twice. Call the model with use_cache=False.")
-    if not self._covers(i, shapes): self._measure(i, inner, args, kwargs, tensors, shapes)
+    if not any(_fits(shapes, o) for o in self.seen.get(i, ())):
+        self._measure(i, inner, args, kwargs, tensors, shapes)
     if self.measuring and self._compiled(i): inner = self._unseen(inner)
     trained = any(p.requires_grad for p in self.blocks[i][2].parameters())
     stored = not self.measuring and i in self.planned and i not in self.checkpointed
@@ -191,9 +193,6 @@ def _kind(block):
 
 # %% ../nbs/12_memory.ipynb #f58bb0ad
 def _fits(a, b): return len(a)==len(b) and all(len(s)==len(t) and all(x<=y for x,y in zip(s, t)) for s,t in zip(a, b))
-
-@patch
-def _covers(self:ActivationBudget, i, shapes): return any(_fits(shapes, o) for o in self.seen.setdefault(i, set()))
 
 @patch
 def _compiled(self:ActivationBudget, i): return self.was[0][i][1] is not None
@@ -287,14 +286,10 @@ def _weigh(self:ActivationBudget, i, inner, args, kwargs, first, passes):
     return self._forward_backward(block, inner, args, kwargs, first, passes)
 
 # %% ../nbs/12_memory.ipynb #c87cd322
-def _fork_rng(device):
-    if device.type=='cpu': return torch.random.fork_rng([])
-    return torch.random.fork_rng([device], device_type=device.type)
-
 @patch
 def _forward_backward(self:ActivationBudget, block, inner, args, kwargs, first, passes):
     meter,leaf = self.meter,first.detach().requires_grad_(passes)
-    with _fork_rng(self.device):
+    with torch.random.fork_rng([self.device]*(self.device.type!='cpu'), device_type=self.device.type):
         start = meter.now(); meter.restart()
         x = leaf.clone()
         args,kwargs = tree_map_only(torch.Tensor, lambda t: x if t is first else t, (args, kwargs))
@@ -371,7 +366,7 @@ def _choose(self:ActivationBudget, active):
     model = self._model_of(where, active)
     small = (f"activation_budget={_size(self.budget)} cannot be kept: with every block checkpointed, a step that "
              f"goes down to the lowest layer needs {_size(least)}. Give at least that much, or make the batches "
-             "smaller or shorter.")
+             "smaller or shorter."+self.beside)
     if least>self.budget and not self.checked: raise ISTError(small)
     self.checked = True
     which = fewest_checkpoints(**model, budget=self.budget)

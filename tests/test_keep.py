@@ -1,5 +1,5 @@
 "What a model forgets: the measure, the part that holds it, and the gates that turn an adapter back"
-import pytest,shutil,torch,warnings
+import pytest,re,shutil,torch,warnings
 from peft import (AdaptionPromptConfig,IA3Config,LoHaConfig,LoraConfig,PeftModel,PromptTuningConfig,VeraConfig,
                   get_peft_model)
 from transformers import LlamaConfig,LlamaForCausalLM
@@ -280,6 +280,21 @@ def test_keep_beside_other_parts(settings, n):
     (seen,found),(want_seen,want) = gradients(settings),gradients({})
     assert seen[0][1]==pytest.approx(want_seen[0][1], rel=1e-4) and seen[0][1]>0.01
     for a,b in zip(found, want): torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+def test_a_budget_too_small_says_what_the_penalty_needs():
+    "More than the batches, if its rows are longer; fewer or shorter ones less; without a penalty it is not named"
+    def refused(text=None, **kwargs):
+        ist = IST(tuned(), ISTConfig.rst(n_active=1., activation_budget='1KiB'))
+        if text: ist.add(Keep(text, every=1, **kwargs))
+        with pytest.raises(ISTError, match='cannot be kept') as said:
+            for _ in range(2):
+                with ist.step(): ist.model(**some_text(2, 8)).loss.backward(); ist.model.zero_grad()
+        return str(said.value),float(re.search(r'needs ([\d.]+)KiB', str(said.value))[1])
+    (bare,least),(held,more) = refused(),refused(some_text(rows=4))
+    assert 'Keep' not in bare and more>1.3*least
+    assert re.search(r'Keep needs memory too: it runs 4 rows of \d+ tokens.*fewer or shorter.*leave it out', held)
+    (_,shorter),(fewer,less) = refused(some_text(4, 8)),refused(some_text(rows=4), rows=2)
+    assert shorter<more and less<more and 'runs 2 rows' in fewer
 
 @pytest.mark.parametrize('spoil', [
     lambda o: o.pop('labels'), lambda o: o['labels'].fill_(-100), lambda o: o.update(labels=o['labels'][:, 1:]),
