@@ -8,12 +8,13 @@ __all__ = ['main', 'parse', 'make_trainer', 'train', 'report']
 # %% ../nbs/23_finetune.ipynb #b4355096
 import json,math,os,re,shlex,sys
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
+from functools import partial
 from pathlib import Path
 from fastcore.docments import docments
 from .cli import _Stopped, _check_names, _from_config, _make_parser, _quiet, during, plain_errors
 from .config import ISTConfig, ISTError, _only_cost, _read_value, scorers
 from .evaluate import _versions
-from .model import _adapter_config, _check_patterns, _check_template, assets, load_model
+from .model import _adapter_config, _check_fast, _check_patterns, _check_template, assets, load_model
 
 # %% ../nbs/23_finetune.ipynb #c080cea6
 @plain_errors('ist_finetune')
@@ -29,6 +30,7 @@ def main(
         from ist_nb.run_folder import RunFolder
         folder = RunFolder(args, cfg, sft)
         if folder.results: return _say(_finished.format(path=folder.path, **folder.results)) or 0
+        _check_fast(cfg.fast, sft.device)
         data = _read_data(args, sft)
         with folder.open(data):
             trainer = make_trainer(args, cfg, sft, data)
@@ -242,7 +244,6 @@ def make_trainer(
     data, # From `load_data`
 ): # An `SFTTrainer`; raises `ISTError`
     "The model, its adapter and the callbacks in TRL's trainer"
-    from transformers.trainer_callback import ProgressCallback
     from ist_nb.callback import ISTCallback
     from ist_nb.runs import RunGuard
     model,tokenizer = load_model(args.model, bool(sft.trust_remote_code), **(sft.model_init_kwargs or {}))
@@ -255,7 +256,7 @@ def make_trainer(
     except ISTError as e:    # of our callbacks; in a dense run they are there for what is `asked` alone
         raise _unmet(asked, e) if asked and args.method=='dense' and 'together' in getattr(e, 'during', '') else e
     trainer.create_model_card = lambda *args, **kwargs: None      # TRL's knows nothing of IST; `report` writes ours
-    if trainer.pop_callback(ProgressCallback): trainer.add_callback(_progress_bar())
+    if bar := _callback(trainer, 'ProgressCallback'): bar.on_log = partial(_show_loss, bar)
     _check_rows(trainer, cfg)
     if said := _rows_report(data, trainer): _say(f'Rows: {said}.')
     trained,every = trainer.model.get_nb_trainable_parameters()
@@ -294,14 +295,9 @@ def _check_rows(trainer, cfg):
                            "tokens are joined until one is full, and prompts that fill max_length leave nothing to "
                            "learn. Give more data, or another --max_length.")
 
-def _progress_bar():
-    "The Trainer's progress bar, with the loss on it instead of printed dictionaries"
-    from transformers.trainer_callback import ProgressCallback
-    class ProgressBar(ProgressCallback):
-        def on_log(self, args, state, control, logs=None, **kwargs):
-            if self.training_bar is not None and 'loss' in logs:
-                self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
-    return ProgressBar()
+def _show_loss(bar, args, state, control, logs=None, **kwargs):
+    "The loss on the Trainer's progress bar, instead of printed dictionaries"
+    if bar.training_bar is not None and 'loss' in logs: bar.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
 
 # %% ../nbs/23_finetune.ipynb #db33a512
 def _rows_report(data, trainer):
@@ -402,7 +398,7 @@ def report(
 ) -> dict: # What is in `results.json`
     "Write the run's folder and print the summary"
     from ist_nb.plot import _attempt, _try_picture, layer_table, plot_importance
-    from ist_nb.run_folder import _ist_settings, _losses, model_card, write_report
+    from ist_nb.run_folder import _distance, _ist_settings, _losses, model_card, write_report
     from ist_nb.runs import _write_json
     folder,cb = Path(trainer.args.output_dir),_callback(trainer, 'ISTCallback') if args.method!='dense' else None
     state = cb.ist.state_dict() if cb else dict(importance=None, times_active=None, n_dropped=0)
@@ -424,14 +420,11 @@ def report(
     page = None
     with _attempt('report.html'): page = write_report(folder)
     names = sorted(p.name+'/'*p.is_dir() for p in folder.iterdir() if p.name!='.ist_lock')
-    print(_summary.format(**res, told=_told(res), folder=folder, names=', '.join(names)))
+    hint,o = '' if args.keep else '; --keep 1 holds it',res['forgotten']
+    told = o and f'Forgotten: {_distance(o)}{hint}\n' or ''
+    print(_summary.format(**res, told=told, folder=folder, names=', '.join(names)))
     if page: print(f'Open {page} in a browser to see the run: losses, layers, what was forgotten, settings.')
     return res
-
-def _told(res):
-    from ist_nb.run_folder import _distance
-    if not (o := res['forgotten']): return ''
-    return f"Forgotten: {_distance(o)}{'' if res['config']['finetune']['keep'] else '; --keep 1 holds it'}\n"
 
 _summary = '''Held-out loss: {loss_before:.4f} -> {loss_after:.4f} in {steps} steps and {seconds:.0f} s
 {told}Saved in {folder}: {names}

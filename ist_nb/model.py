@@ -9,7 +9,7 @@ __all__ = ['assets', 'load_model']
 import json,os,re
 from dataclasses import fields
 from pathlib import Path
-from .config import ISTError, _read_value, _suggest
+from .config import ISTError, _read_value, _suggest, optimisations
 
 # %% ../nbs/20_model.ipynb #b914d91f
 assets = Path(__file__).parent/'assets' if '__file__' in globals() else Path('../ist_nb/assets')
@@ -144,11 +144,23 @@ def _check_template(tokenizer, sft, model, chats):
 # %% ../nbs/20_model.ipynb #5c2f4864
 def _check_patterns(conf, names):
     "Refuse patterns in the settings of an adapter that are invalid, or take long to match the `names` of modules"
-    fields = 'target_modules','exclude_modules','target_parameters'
-    patterns = [(k, conf[k]) for k in fields if isinstance(conf.get(k), str) and conf[k]!='all-linear']
-    for k in ('rank_pattern', 'alpha_pattern'):
-        if isinstance(conf.get(k), dict): patterns += [(k, o) for o in conf[k]]
-    for k,v in patterns:
+    fields = 'target_modules exclude_modules target_parameters rank_pattern alpha_pattern'.split()
+    of = lambda v: list(v) if isinstance(v, dict) else [v] if isinstance(v, str) and v!='all-linear' else []
+    for k,v in [(k, o) for k in fields for o in of(conf.get(k))]:
         if why := _bounded(lambda: [re.fullmatch(v, o) for o in names[:100]], seconds=5):
             raise ISTError(f"{k}: the pattern {v!r:.80} cannot be used: {why}. Give a simpler pattern, or a list of "
                            "names.")
+
+# %% ../nbs/20_model.ipynb #2b7d9e41
+def _check_fast(fast, device):
+    "Refuse an optimisation that `device` can apply to no model"
+    import torch
+    from types import SimpleNamespace
+    names = {'compile'} if fast is True and device.type=='cuda' else {o.strip() for o in str(fast).split(',')}
+    if 'fp8' in names: optimisations['fp8'](torch.nn.Linear(1, 1, device=device), SimpleNamespace(stacks=[]))
+    if not names & {'compile', 'loss'}: return
+    try: torch.compile(torch.neg)(torch.ones(1, device=device))
+    except Exception as e:
+        raise ISTError(f"--fast {fast} needs a compiler for {device.type}, and torch finds none that works: "
+                       f"{str(e).partition(chr(10))[0]:.200} Install one, or give --fast fold.") from e
+
