@@ -324,7 +324,7 @@ def train(
     _say(f'Held-out loss before: {before:.4f}')
     text = _kept_text(trainer, folder.args, folder.data.general)
     with during('making the optimizer'): trainer.create_optimizer()
-    folder.begin(trainer.optimizer)
+    folder.begin(trainer)
     with during(f'training, resumed from {checkpoint},' if checkpoint else 'training'):
         if checkpoint: _resume(trainer, checkpoint)
         else: trainer.train()
@@ -420,8 +420,7 @@ def report(
     page = None
     with _attempt('report.html'): page = write_report(folder)
     names = sorted(p.name+'/'*p.is_dir() for p in folder.iterdir() if p.name!='.ist_lock')
-    hint,o = '' if args.keep else '; --keep 1 holds it',res['forgotten']
-    told = o and f'Forgotten: {_distance(o)}{hint}\n' or ''
+    told = (o := res['forgotten']) and f"Forgotten: {_distance(o)}{'' if args.keep else '; --keep 1 holds it'}\n" or ''
     print(_summary.format(**res, told=told, folder=folder, names=', '.join(names)))
     if page: print(f'Open {page} in a browser to see the run: losses, layers, what was forgotten, settings.')
     return res

@@ -48,8 +48,7 @@ class ActivationBudget:
         self.lowest = len(self.blocks)                # where gradients enter from below
         self.head,self.rest = 0,0                     # bytes at work in the head; bytes that stay through the backward
         self.repeats = 1                              # calls of a block before it goes back
-        self.checked,self.told,self.was = False,0,None
-        self.beside = ''                              # for a refusal: what else runs in a step
+        self.checked,self.told,self.was,self.beside = False,0,None,''    # the last: what to say of other parts
         self.checkpointed,self.expected = [],0        # blocks computed twice, and the peak that this should give
 
 # %% ../nbs/12_memory.ipynb #09887e96

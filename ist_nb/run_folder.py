@@ -14,6 +14,7 @@ from fastcore.xml import (Body, Code, Dd, Details, Div, Dl, Dt, Figcaption, Figu
                           Pre, Safe, Section, Strong, Style, Summary, Table, Tbody, Td, Th, Thead, Title, Tr, to_xml)
 from itertools import count
 from pathlib import Path
+from transformers import TrainerCallback
 from .config import ISTError, _only_cost
 from .evaluate import _versions
 from .model import assets
@@ -90,7 +91,6 @@ def _digest(*datasets):
     return h.hexdigest()
 
 _costs = *_only_cost,'gradient_checkpointing','activation_checkpointing'     # beginnings of names
-def _is_cost(k, *values): return k.startswith(_costs) or k=='optimizer_state' and 'reset' not in values
 
 def _check_same(folder, settings, data=None, source=''):
     "Refuse to resume a run with other settings, or with other rows if their digest `data` is given"
@@ -101,7 +101,7 @@ def _check_same(folder, settings, data=None, source=''):
                        "damaged. Start a new run in another folder.")
     now = json.loads(json.dumps(settings, default=str))
     other = {k:f'{k} was {old.get(k)!r:.80} and is {v!r:.80}' for k,v in now.items() if old.get(k)!=v}
-    if not all(_is_cost(k, old.get(k), now[k]) for k in other):
+    if not all(k.startswith(_costs) or k=='optimizer_state' and 'reset' not in (old.get(k), now[k]) for k in other):
         raise ISTError(f"The run in {folder} began with other settings: {'; '.join(other.values())}. "
                        f"Resume it with its first settings, {advice}")
     if other and data is not None and not Ranks().rank:
@@ -130,7 +130,7 @@ def _check_moments(folder, params):
 # %% ../nbs/21_run_folder.ipynb #f86894fe
 def _is_result(o): return isinstance(o, dict) and {'loss_before', 'loss_after', 'steps'} <= o.keys()
 
-class RunFolder:
+class RunFolder(TrainerCallback):
     "The folder of a run, from the first look to the first step"
     def __init__(self,
         args, # The first group of what `parse` returns
@@ -138,16 +138,10 @@ class RunFolder:
         sft, # An `SFTConfig`
     ): # Raises `ISTError` if the run may not use the folder
         self.path,self.args,self.settings = Path(sft.output_dir),args,_outcome_settings(args, cfg, sft)
-        self.checkpoint,self.results = None,None     # to resume from; of a run that is finished already
-        if args.resume or args.auto_resume: self.results = self._finished()
-        if self.results is None: self.checkpoint = _find_checkpoint(self.path, args)
-
-    def _finished(self):
-        "What is in the results of a finished run with these settings, or None"
-        res = _read_json(self.path/'results.json')
-        if not _is_result(res): return None
-        _check_same(self.path, self.settings)
-        return res
+        res = _read_json(self.path/'results.json') if args.resume or args.auto_resume else None
+        self.results,self.checkpoint = res if _is_result(res) else None,None   # of a finished run; to resume from
+        if self.results: _check_same(self.path, self.settings)
+        else: self.checkpoint = _find_checkpoint(self.path, args)
 
     @contextmanager
     def open(self,
@@ -171,26 +165,34 @@ class RunFolder:
             raise
 
     def begin(self,
-        optimizer, # Of the trainer
+        trainer, # With its optimizer
     ): # Raises `ISTError` if the checkpoint is not of this model, or if the disk has no room for a new one
-        "Right before training: remove the run that is replaced, and write down what this one begins with"
-        if self.checkpoint:
-            _check_moments(self.checkpoint, [p for g in optimizer.param_groups for p in g['params']])
-            now = _read_json(self.path/'run.json') | dict(settings=self.settings)     # those of cost may have changed
-            return None if Ranks().rank else _write_json(self.path/'run.json', now)
-        if Ranks().rank: return
-        need = 3*sum(p.nbytes for g in optimizer.param_groups for p in g['params'])    # the weights and two moments
-        if (free := shutil.disk_usage(self.path).free)<need:
+        "Right before training; an earlier run stays as it is until two steps are made, or one that will be saved"
+        params = [p for g in trainer.optimizer.param_groups for p in g['params']]
+        need,self.steps,self.began = 3*sum(p.nbytes for p in params),0,False    # the weights and two moments
+        if self.checkpoint: _check_moments(self.checkpoint, params)
+        elif not Ranks().rank and (free := shutil.disk_usage(self.path).free)<need:
             raise ISTError(f"The disk of --output_dir {self.path} has {free/2**20:.0f} MiB free, and one checkpoint "
                            f"takes about {need/2**20:.0f} MiB. Free some space, or give a folder on another disk.")
-        if self.args.overwrite: _clear(self.path)
-        _write_json(self.path/'run.json', dict(data=self.rows, settings=self.settings, versions=_versions(),
-                                             command=self.args.command))
+        if self.checkpoint or self.args.overwrite: trainer.add_callback(self)
+        else: self._replace()
 
-def _clear(folder):
-    "Remove the files and checkpoints of an earlier run; leave everything else"
-    for p in _checkpoints(folder): _remove_checkpoint(p)
-    for name in _run_files: (folder/name).unlink(missing_ok=True)
+    def on_step_end(self, args, state, control, **kwargs):
+        self.steps += 1
+        if self.steps>1 or control.should_save or control.should_evaluate: self._replace()
+
+    def _replace(self, *args, **kwargs):
+        "Write down what this run begins with; of the run that it replaces only foreign files stay"
+        if self.began: return
+        self.began,new = True,dict(data=self.rows, versions=_versions(), command=self.args.command)
+        if self.checkpoint: new = _read_json(self.path/'run.json')
+        if not Ranks().rank:
+            for p in _checkpoints(self.path) if self.args.overwrite else (): _remove_checkpoint(p)
+            for name in _run_files if self.args.overwrite else (): (self.path/name).unlink(missing_ok=True)
+            _write_json(self.path/'run.json', new | dict(settings=self.settings))    # those of cost may have changed
+        Ranks().gather('')    # no process saves before
+
+    on_epoch_end = on_train_end = _replace
 
 # %% ../nbs/21_run_folder.ipynb #e3ab7881
 _methods = dict(ist='Importance-aware Sparse Tuning', recommended='progressive freezing', rst='random sparse tuning',

@@ -357,6 +357,22 @@ def test_overwrite_takes_only_its_own(done, tmp_path):
                   'checkpoint-x.txt', 'sub/results.json']
     assert not (out/'ist_state.json').exists() and not (out/'checkpoint-2').exists()
 
+too_late = {'a budget too small':'--activation_budget 1KiB', 'two ways to compute twice':'--activation_budget 0.5 '
+            '--gradient_checkpointing true', 'a scheduler that cannot be':'--lr_scheduler_kwargs {"nope":1}'}
+@pytest.mark.parametrize('line', too_late.values(), ids=too_late)
+def test_a_run_that_is_refused_in_its_first_steps_replaces_nothing(done, tmp_path, line):
+    "The run that was there stays, or with --resume its settings; a run that works then takes the place"
+    out,more = tmp_path/'out',['--data', f'{done}/good.jsonl', '--output_dir', str(tmp_path/'out')]
+    shutil.copytree(done/'out', out)
+    before = tree(out)
+    assert main([*quick, *more, '--overwrite', *line.split()])==2 and tree(out)==before
+    interrupted(out)
+    before = tree(out)
+    assert main([*quick, *ist, *more, *saving.split(), '--resume', *line.split()])==2 and tree(out)==before
+    assert main([*quick, *more, '--max_steps', '1', '--save_strategy', 'no', '--overwrite'])==0
+    left = {p.name for p in out.iterdir()}
+    assert json.loads((out/'run.json').read_text())['settings']['max_steps']==1 and 'checkpoint-2' not in left
+
 def test_auto_resume_after_a_failed_start(here, monkeypatch):
     "run.json could not be written; the same command begins when there is room again"
     write = run_folder._write_json
