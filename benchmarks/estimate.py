@@ -81,6 +81,8 @@ def step_cost(s, active, tokens, seq, rates, names=(), budget=inf, e=2, mask=1, 
     head = loss_bytes(s, names, T, e)
     freed = kept/k-e*s.h*T if k else 0   # by a block that keeps only its input
     again = k if checkpointing else min(k, ceil((kept+head-budget)/freed)) if kept+head>budget else 0
+    # a block that is computed again: all that it keeps, and the gradients inside of its MLP
+    if again: head = max(head, freed+T*e*(3*s.f+2*s.h))
     move = lambda kind: T*moved_per_token(s, kind, compiled, e) + (2*e*s.P_a if kind=='folded' else 0)
     moved = move('trained')*2.2*n + move(rest)*(s.n-n+1.2*(k-n)+again)
     # in pieces: written, read twice, read and turned into the gradient, which is read

@@ -306,7 +306,7 @@ class Child:
         r,w = os.pipe()
         own = Path(spec['folder'], 'work', spec['name'].replace(' ', '_').replace(',', ''))
         own.mkdir(parents=True, exist_ok=True)   # Unsloth writes what it compiles into the working directory
-        self.log = open(own/'log', 'w+')
+        self.log = open(own/'log', 'w+', errors='replace')   # a bar of progress may be cut within a character
         self.process = subprocess.Popen(command(spec, w), stdin=subprocess.PIPE, stdout=self.log, stderr=self.log,
                                         text=True, pass_fds=[w], env=env | dict(PYTHONPATH=os.pathsep.join(path)),
                                         cwd=own, start_new_session=True)

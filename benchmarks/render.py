@@ -90,8 +90,7 @@ def peers_table(shape):
     on,by = ', '.join(f'{k} {v}' for k,v in versions.items()),' and '.join(f"`{c['command']}`" for c in have)
     return Markdown(f"{table(head, rows)}\n\n({said}. {c['hardware']}, {on}. Made by {by}.)")
 
-unlike = {'with checkpointing':dict(checkpointing=True), 'with a budget':dict(budget='30.2GiB'),
-          'in 4 bits':dict(bits=4)}
+unlike = {'with checkpointing':dict(checkpointing=True), 'in 4 bits':dict(bits=4)}
 def of_unsloth(how, name, what='seconds'):
     "A variant over Unsloth in one of those cases"
     v = cases(**unlike[how])[0]['variants']
@@ -101,8 +100,7 @@ def unlike_table():
     rows,have = [],{k:cases(**o)[0] for k,o in unlike.items()}
     for how,c in have.items():
         for k,v in by_time(c):
-            name = k.removesuffix(', budget')
-            rows.append((how, f"{c['batch']} × {c['length']:,}", f'**{name}**' if mine(k) else name,
+            rows.append((how, f"{c['batch']} × {c['length']:,}", f'**{k}**' if mine(k) else k,
                          between(v['seconds'], 1e3, 1), v['rounds'], between(v['peak'], 2**-30, 1),
                          *(f'{of_unsloth(how, k, o):.2f}' for o in ('seconds', 'peak'))))
     head = ['8B shape', 'rows × tokens', 'variant', 'ms a step:', 'rounds:', 'peak, GiB:', "time, over Unsloth's:",
@@ -110,14 +108,15 @@ def unlike_table():
     said = '; '.join(f"{k}: {c['hardware']}, `{c['command']}`" for k,c in have.items())
     return Markdown(f"{table(head, rows)}\n\n(Rounds of {c['steps']} steps. {said}.)")
 
-def on_gpus(name, engine='DDP', n=2):
-    "Tokens a second on several GPUs, over as many times those of one"
-    return next(c for c in read('scaling')['cases'] if (c['engine'], c['processes'])==(engine, n))['variants'][name]
+def on_gpus(name, engine='DDP', n=2, rows='short'):
+    "A contender on several GPUs, with short rows or long"
+    cases = read('scaling' if rows=='short' else 'scaling_long')['cases']
+    return next(c for c in cases if (c['engine'], c['processes'])==(engine, n))['variants'][name]
 def scaling_table():
     "One GPU and several"
-    res = read('scaling')
+    res,long = read('scaling'),read('scaling_long')
     order = lambda c: (c['length'], c['processes']>1, c['engine'], c['processes'])
-    have = sorted((c for c in res['cases'] if c['variants']), key=order)
+    have = sorted((c for c in res['cases']+long['cases'] if c['variants']), key=order)
     rows = [(f"{c['batch']} × {c['length']:,}", c['engine'], c['processes'], f'**{k}**', between(v['seconds'], 1e3, 1),
              f'{kernels(v):.0f}', f"{v['tokens_a_second']:,.0f}", f"{v['of_linear']:.2f}",
              between(v['peak'], 2**-30, 1)) for c in have for k,v in c['variants'].items()]
@@ -126,16 +125,18 @@ def scaling_table():
             'peak of a GPU, GiB:']
     return Markdown(table(head, rows)+'\n\n'+made_by(res, (
         f"{llamas[c['shape']]}'s shape, bf16, random weights, as many rows on each GPU; medians of {max(rounds)} "
-        f"rounds of {c['steps']} steps, in brackets the least and the most; kernels of one step halfway, without the "
-        'exchange between GPUs. *Cut*: compiled blocks are cut where a bucket of DDP ends')))
+        f"rounds of {c['steps']} steps, long rows {have[-1]['steps']}, in brackets the least and the most; kernels of "
+        'one step halfway, without the exchange between GPUs. *Cut*: compiled blocks are cut where a bucket of DDP '
+        'ends'))+f" Long rows: `{long['command']}`.")
 def kernels(v): return v['step']['gpu']-v['step']['exchange']   # milliseconds
 
 def blocks_table():
     "What compiles a step best"
     res = read('blocks')
     cell = lambda o: f"{1e3*o['seconds']:.1f} / {1e3*o['host']:.1f}"
-    turns = dict(all='all layers train', half='the upper half', turns='another part each step')
-    rows = [(k, *(cell(v[o]) for o in turns if o in v), f"{max(o['reserved'] for o in v.values())/2**30:.1f}")
+    turns = dict(all='all layers train', half='the upper half', turns='another part each step',
+                 freezing='one layer less each step')
+    rows = [(k, *(cell(v[o]) if o in v else '' for o in turns), f"{max(o['reserved'] for o in v.values())/2**30:.1f}")
             for k,v in res['variants'].items()]
     head = ['compiled', *(f'{o}:' for o in turns.values()), 'GPU memory, GiB:']
     return Markdown(table(head, rows)+'\n\n'+made_by(res, (
@@ -204,15 +205,14 @@ def foreseen(**kind):
 
 def by_host(case, name):
     "Whether the host sets the pace of one of our variants"
-    return name in ours and (case['shape'], case['length'])==('1b', 256)
+    return name in ours and case['length']==256 and case['bits']==16 and (case['shape'], name)!=('8b', 'LoRA, fast')
 
 def foreseen_table():
     "Seconds and memory, measured and estimated"
     def row(how, c, k, found):
         (s,s_),(b,b_) = found['seconds'],found['peak']
-        return (f"{llamas[c['shape']]}, {c['batch']} × {c['length']:,}{how}", k.removesuffix(', budget'),
-                f'{s*1e3:.0f}', f'{s_*1e3:.0f}', f"{s_/s:.2f}{' (host)'*by_host(c, k)}",
-                f'{b/2**30:.1f}', f'{b_/2**30:.1f}', f'{b_/b:.3f}')
+        return (f"{llamas[c['shape']]}, {c['batch']} × {c['length']:,}{how}", k, f'{s*1e3:.0f}', f'{s_*1e3:.0f}',
+                f"{s_/s:.2f}{' (host)'*by_host(c, k)}", f'{b/2**30:.1f}', f'{b_/2**30:.1f}', f'{b_/b:.3f}')
     head = ['shape, rows × tokens', 'variant', 'ms a step:', 'estimate:', 'ratio:', 'peak, GiB:', 'estimate:', 'ratio:']
     kinds = {'':{}} | {f', {k}':o for k,o in unlike.items()}
     rows = [row(how, *o) for how,kind in kinds.items() for o in foreseen(**kind)]
@@ -233,17 +233,18 @@ def speed_targets():
              max(beside('recommended'))),
             ('`recommended`, seconds to the same held-out loss (steps times seconds), over the same', 0.75,
              max(beside_to_loss('recommended'))),
-            ('`recommended`, peak memory, over that of the same library', 1.00,
-             max(beside('recommended', what='peak'))),
-            ("`recommended` held to Unsloth's peak by a budget (8B shape, long rows): time of a step, over Unsloth's",
-             0.75, of_unsloth('with a budget', 'recommended, budget')),
+            ("`recommended`, peak memory, over Unsloth's, the least of the others", 1.00,
+             max(beside('recommended', 'Unsloth, rows', 'peak'))),
+            ("*LoRA, fast*, the same", 1.00, max(beside('LoRA, fast', 'Unsloth, rows', 'peak'))),
+            ("*LoRA* with products in 8 bits (8B shape, long rows): time of a step, over Unsloth's", 0.75,
+             beside('LoRA, fp8', 'Unsloth, rows')[-1]),
             ("`recommended` with checkpointing (8B shape, long rows): time of a step, over Unsloth's", 0.75,
              of_unsloth('with checkpointing', 'recommended')),
             ("its peak memory then, over Unsloth's", 1.00, of_unsloth('with checkpointing', 'recommended', 'peak')),
             ("`recommended`, time of a step, over that of PEFT", 0.30, max(beside('recommended', 'PEFT'))),
-            ('`recommended` on four GPUs with DDP (8B shape, short rows): tokens a second, over four times one\'s',
-             -0.95, -on_gpus('recommended', n=4)['of_linear']),
-            ('*LoRA, fast* on four GPUs with DDP, the same', -0.95, -on_gpus('LoRA, fast', n=4)['of_linear']),
+            *((f"{name} on four GPUs with DDP (8B shape, {o} rows): tokens a second, over four times one's", -0.95,
+               -on_gpus(k, n=4, rows=o)['of_linear']) for o in ('short', 'long')
+              for k,name in (('recommended', '`recommended`'), ('LoRA, fast', '*LoRA, fast*'))),
             ("**`depth`, 7B shape**: seconds a step, over those of LoRA with the same optimisations", 0.60,
              ratio(big, best, same)),
             ("its peak memory of activations with a budget, over LoRA's", 0.30,
