@@ -131,12 +131,14 @@ def beside(case, rates):
     s,T,res = shape_of(peers.config_of(case['shape']), peers.lora()),case['batch']*case['length'],{}
     first = case.get('first', 0)     # older cases have none: they timed a schedule from the very first step
     packed = s.P*s.n if case['bits']==4 else 0             # weights of 4 bits, with 0.127 for their scales
-    fixed = 2*(s.frozen-packed)+4.127/8*packed+(4+2)*s.trained   # adapters are in 32 bits, with a copy in 16
+    fixed = 2*(s.frozen-packed)+4.127/8*packed
     budget = float(case['budget'].removesuffix('GiB'))*2**30 if case.get('budget') else inf
     for k,(o,names) in planned.items():
         costs = [step_cost(s, d, T, case['length'], rates, names.split(), budget, mask=0,
                            checkpointing=case['checkpointing']) for d in drawn(s, o, case['steps']+1)]
-        peaks = [fixed+b+8*s.trained*(t>0) for t,(_,b) in enumerate(costs)]   # AdamW's moments, after the first step
+        # adapters in 32 bits, and in 16 if that copy is not computed again; AdamW's moments, after the first step
+        own = [4+2*('compile' not in names)+8*(t>0) for t in range(len(costs))]
+        peaks = [fixed+b+n*s.trained for n,(_,b) in zip(own, costs)]
         unpacked = 2*(4.127/8+2)*packed/(0.75*rates[1])     # read and written in both passes
         timed = costs[first:first+case['steps']]
         res[k+', budget'*(budget<inf)] = statistics.mean(c for c,_ in timed)+unpacked,max(peaks)
