@@ -2,7 +2,7 @@
 import json,re,pytest
 from functools import cache
 from pathlib import Path
-from statistics import mean
+from statistics import mean,median
 from benchmarks import frontier
 
 root = Path(__file__).parent.parent
@@ -145,6 +145,14 @@ def kept(family):
     "By how many per cent a family diverges less than scaled LoRA at equal task loss, least and most"
     def at(f, t): return frontier.judged(*frontier.found('SmolLM2-135M-Instruct'), f, t, 0.05)[1]
     return tuple(sorted(100*(1-frontier.ratio(at(family, t), at('LoRA, scaled', t))[0]) for t in judged_tasks))
+def held_longer():
+    "Seconds of a run with `Keep` over those of one without, where a call has three and more of both, least and most"
+    by,calls = {},lambda r: (r['task'], r['steps'], r.get('call'))
+    for r in read('retain_judge_SmolLM2-135M-Instruct')['runs']:
+        if not (r.get('ist') or r.get('replay')):
+            by.setdefault(calls(r), ([], []))[bool(r.get('keep'))].append(r['train_seconds'])
+    found = [median(held)/median(plain) for plain,held in by.values() if min(len(plain), len(held))>2]
+    return min(found),max(found)
 def second():
     "By Gemma: `Keep` on German and on chats over scaled LoRA at equal task loss, and `fade`"
     def at(f, t): return frontier.judged(*frontier.found('gemma-3-270m'), f, t, 0.05)[1]
@@ -244,6 +252,7 @@ claims = [
     ('results/quality', 'leaves {2:.2f} and {3:.2f}. A weight', second),
     ('results/quality', '{:.0f} to {:.0f}% less (two tasks', lambda: sorted(100*(1-o) for o in second()[:2])),
     ('results/quality', 'a step takes {:.2f} to {:.2f} of the time of LoRA with', freezing_over_dense),
+    ('results/quality', 'a step takes {:.1f} to {:.1f} times as long', held_longer),
     ('results/quality', 'of that gain our level gives back {:.0f}%', given_back),
     ('results/quality', 'change by about {:.2f} at most',
      lambda: (max(abs(o) for f in ('LoRA, faded', 'Keep') for o in answers(f)),)),
