@@ -66,7 +66,7 @@ def peers_picture():
             left.axvline(1, color='black', lw=0.7, ls=':', zorder=0.5)
             left.set_title(f"{llamas[c['shape']]}, {c['batch']} rows of {c['length']:,} tokens", fontweight='bold')
             left.set(xlim=(0, 2.75), yticks=range(len(rows)), yticklabels=[k for k,_ in rows])
-            right.set(xlim=(0, 88), yticks=[])
+            right.set(xlim=(0, 60), yticks=[])
             for ax in (left, right): ax.tick_params(left=False)
         left.set_xlabel('time a step;\nfastest other library = 1')
         right.set_xlabel('peak memory,\nGiB')
