@@ -357,12 +357,12 @@ class _Lean:
         return total/(n.to(total.device) if torch.is_tensor(n) else n)
 
 def _loss_of(model):
-    "The model of transformers, and its loss if that is one over a vocabulary, else None"
+    "The model of transformers, and its loss if that is one over a vocabulary which its forward pass calls, else None"
     base = model.get_base_model() if hasattr(model, 'get_base_model') else model
-    f = getattr(base, 'loss_function', None)
-    return base,f if getattr(f, '__name__', '') in ('ForCausalLMLoss', 'ForMaskedLMLoss') else None
+    f,other = getattr(base, 'loss_function', None),'forward' in vars(base) and not hasattr(base, '_hf_hook')
+    return base,f if not other and getattr(f, '__name__', '') in ('ForCausalLMLoss', 'ForMaskedLMLoss') else None
 
-@optimisations.register('loss', 'The loss goes through the tokens in pieces, and the logits are never whole')
+@optimisations.register('loss', 'The loss goes through the tokens in pieces; whole logits only if something reads them')
 def compile_loss(
     model, # A model of transformers, with PEFT adapters or not
     layers=None, # Not needed
@@ -371,7 +371,8 @@ def compile_loss(
     "Exchange the loss for one that saves memory; raises `ISTError` if the model computes none over a vocabulary"
     base,f = _loss_of(model)
     if f is None: raise ISTError("The optimisation 'loss' needs a model of transformers that computes its loss from "
-                                 "logits over a vocabulary, which this one does not. Leave 'loss' out.")
+                                 "logits over a vocabulary. This one does not, or no longer: TRL's SFTTrainer and "
+                                 "Liger exchange the loss for their own. Leave 'loss' out.")
     if isinstance(f, _Lean): return
     base.loss_function,head = _Lean(f, **kwargs),base.get_output_embeddings()
     if f.__name__=='ForCausalLMLoss' and type(head) is nn.Linear: head.__class__ = _Head

@@ -9,8 +9,8 @@ from datasets import Dataset
 from hypothesis import given,settings,strategies as st
 from peft import IA3Config,LoraConfig,PeftModel,get_peft_model,prepare_model_for_kbit_training
 from peft.tuners.lora import LoraLayer
-from transformers import (AutoModelForCausalLM,BitsAndBytesConfig,Gemma2Config,LlamaConfig,LlamaForCausalLM,
-                          MixtralConfig,MixtralForCausalLM,Qwen2Config,Qwen2ForCausalLM,T5Config,
+from transformers import (AutoModelForCausalLM,AutoTokenizer,BitsAndBytesConfig,Gemma2Config,LlamaConfig,
+                          LlamaForCausalLM,MixtralConfig,MixtralForCausalLM,Qwen2Config,Qwen2ForCausalLM,T5Config,
                           T5ForConditionalGeneration,Trainer,TrainerCallback,TrainingArguments)
 from transformers.trainer_callback import PrinterCallback
 import ist_nb.speed as speed
@@ -610,6 +610,19 @@ def test_when_logits_stay_unread(monkeypatch):
 def test_a_cap_on_the_logits():
     a,b = (step_of(headed(o, config=Gemma2Config, final_logit_softcapping=5.), readers['loss']) for o in (True, None))
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+def test_a_loss_of_another_library_is_left_alone(tmp_path):
+    "In TRL's trainer ours would never be called, so it is not said to be on"
+    from trl import SFTConfig,SFTTrainer
+    model = pico()
+    config = SFTConfig(str(tmp_path), max_steps=1, use_cpu=True, report_to='none', save_strategy='no',
+                       per_device_train_batch_size=2)
+    SFTTrainer(model, config, train_dataset=data.select(range(4)),
+               processing_class=AutoTokenizer.from_pretrained(str(assets/'pico')))
+    assert speed._loss_of(model)[1] is None
+    with pytest.raises(ISTError, match="TRL's SFTTrainer and Liger.*Leave 'loss' out"):
+        apply_optimisations(model, find_layers(model), 'loss')
+    assert type(model.get_output_embeddings()) is torch.nn.Linear
 
 def test_a_copy_has_a_plain_head():
     "So opening a copy or a pickle does not need this package"
