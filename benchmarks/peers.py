@@ -33,6 +33,7 @@ variants = {
     'Unsloth, packed':('unsloth', dict(packing='bfd', needs='unsloth')),
     'Unsloth, packed, xformers':('unsloth', dict(packing='bfd', needs='unsloth xformers')),
     'LoRA, fast':('ours', dict(config=dict(fast=True))),
+    'LoRA, fast, in TRL':('trl', dict(packing='wrapped', config=dict(fast=True))),     # as `ist_finetune` trains
     'LoRA, fast, Liger loss':('ours', dict(config=dict(fast=True), liger=True, needs='liger_kernel')),
     'LoRA, fast, budget':('ours', dict(config=dict(fast=True))),    # of `--budget`, as large as a peer's peak, say
     'recommended':('ours', dict(config=dict(recommended=True))),
@@ -43,7 +44,8 @@ variants = {
 }
 usual = ['PEFT', 'PEFT, compiled', 'TRL, rows, Liger', 'TRL, padding-free, flex, Liger', 'Unsloth, rows',
          'Unsloth, packed', 'LoRA, fast', 'recommended', 'recommended, Liger loss', 'TRL, padding-free, flash, Liger']
-on_cpu = ['PEFT', 'TRL, rows', 'TRL, padding-free, sdpa', 'Unsloth, packed', 'LoRA, fast', 'recommended']
+on_cpu = ['PEFT', 'TRL, rows', 'TRL, padding-free, sdpa', 'Unsloth, packed', 'LoRA, fast', 'LoRA, fast, in TRL',
+          'recommended']
 
 # ------------------------------------------------------------------- in the child; libraries are imported when needed
 class Turn:
@@ -193,16 +195,19 @@ def trl_arguments(spec, packing, **kwargs):
     how = dict(packing=True, packing_strategy=packing) if packing else dict(packing=False, padding_free=False)
     return arguments(SFTConfig, spec, all_steps(spec), max_length=spec['length'], **how, **kwargs)
 
-def trl_trainer(spec, turn, packing, attention='sdpa', **kwargs):
+def trl_trainer(spec, turn, packing, attention='sdpa', config=None, **kwargs):
     from peft import get_peft_model
     from transformers import AutoTokenizer
     from trl import SFTTrainer   # before a model is loaded
+    if config:
+        from ist_nb import ISTCallback,ISTConfig
+        config = [ISTCallback(ISTConfig.rst(n_active=1., **config))]
     # TRL takes a model with adapters as it takes one and a LoraConfig
     model = loaded(turn, get_peft_model(load(spec, attention), lora()), spec)
     told(spec, turn, SFTTrainer(model, trl_arguments(spec, packing, **kwargs),
                                 train_dataset=data_of(spec, bool(packing)),
                                 processing_class=AutoTokenizer.from_pretrained(spec['folder']),
-                                callbacks=[clock_of(spec, turn)]))
+                                callbacks=[clock_of(spec, turn), *(config or [])]))
 
 def unsloth_trainer(spec, turn, packing):
     "As Unsloth's guides do it; its import comes before those of the libraries that it patches"

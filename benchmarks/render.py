@@ -28,7 +28,7 @@ def mean_difference(a, b, interval=True):
 
 # -- beside other libraries
 ours,llamas = ('LoRA, fast', 'recommended'),{'1b':'Llama-3.2-1B', '8b':'Llama-3-8B'}
-def mine(name): return variants[name][0]=='ours'    # products in 8 bits too
+def mine(name): return 'config' in variants[name][1]    # products in 8 bits too
 def cases(**of):
     "Those in 16 bits without checkpointing or budget; or others"
     want = dict(bits=16, checkpointing=False, budget=None) | of
