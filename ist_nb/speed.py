@@ -347,9 +347,9 @@ class _Lean:
         self.f,self.__name__ = f,f.__name__
         self.compiled,self.piece = (torch.compile(o, **kwargs) for o in (f, _piece))
     def __reduce__(self): return copy.copy,(self.f,)
-    def __call__(self, logits, labels, vocab_size, num_items_in_batch=None, ignore_index=-100, shift_labels=None, **kw):
-        if not isinstance(logits, _Logits):
-            return self.compiled(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kw)
+    def __call__(self, logits, *args, **kwargs):
+        return (self.pieces if isinstance(logits, _Logits) else self.compiled)(logits, *args, **kwargs)
+    def pieces(self, logits, labels, vocab_size, num_items_in_batch=None, ignore_index=-100, shift_labels=None, **kw):
         if shift_labels is None: shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         x,y = logits.x.flatten(0, -2),shift_labels.reshape(-1).to(logits.device)
         total = _Pieces.apply(x, logits.W, logits.b, y, ignore_index, self.piece, self.size)

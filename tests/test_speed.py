@@ -22,6 +22,7 @@ from ist_nb.probe import model_loss
 from ist_nb.activations import LiveBytes,kept_bytes
 from ist_nb.speed import _Folded,fold,apply_optimisations,compile_blocks,_to_fp8,unfold
 from ist_nb.suppression import suppress
+from benchmarks.models import make as build,models as architectures
 
 @pytest.fixture(scope='module', autouse=True)
 def on_four_layers(four_layers):
@@ -610,6 +611,19 @@ def test_when_logits_stay_unread(monkeypatch):
 def test_a_cap_on_the_logits():
     a,b = (step_of(headed(o, config=Gemma2Config, final_logit_softcapping=5.), readers['loss']) for o in (True, None))
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+usual = 'llama', 'gemma2', 'gpt2', 'modernbert', 't5'
+@pytest.mark.parametrize('name', [pytest.param(o, marks=[pytest.mark.slow]*(o not in usual)) for o in architectures])
+def test_loss_of_every_architecture(name):
+    "Whatever a model does to its logits, its loss and gradients are the same"
+    batch,found = architectures[name]['batch'],[]
+    for lean in (False, True):
+        model = build(name).train()
+        if speed._loss_of(model)[1] is None or 'labels' not in batch: pytest.skip('it has no such loss')
+        if lean: speed.compile_loss(model, backend='eager')
+        torch.manual_seed(1)
+        found.append(step_of(model, lambda m: m(**batch).loss))
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-6)
 
 def test_a_loss_of_another_library_is_left_alone(tmp_path):
     "In TRL's trainer ours would never be called, so it is not said to be on"
