@@ -6,7 +6,7 @@
 __all__ = ['own_text', 'text_rows', 'divergence', 'Keep', 'fade']
 
 # %% ../nbs/16_keep.ipynb #7a89674a
-import re,torch,warnings,weakref
+import re,sys,torch,warnings,weakref
 from accelerate.utils import send_to_device
 from contextlib import contextmanager
 from functools import partial
@@ -187,7 +187,7 @@ class Keep:
 
     def close(self):
         ist = self.ist()
-        if ist and 0<ist.t<=self.every and all(v<1e-6 for _,v in self.seen): warnings.warn(     # by a new adapter
+        if ist and not sys.exc_info()[0] and 0<ist.t<=self.every and all(v<1e-6 for _,v in self.seen): warnings.warn(
             f"Keep: the run ended at step {ist.t}, and the penalty of a new adapter first acts in the step after "
             f"{self.every}, so the model was not held. Train more steps, or give a smaller `every`.")
 

@@ -1,5 +1,5 @@
 "What a model forgets: the measure, the part that holds it, and the gates that turn an adapter back"
-import pytest,re,shutil,torch,warnings
+import contextlib,pytest,re,shutil,torch,warnings
 from peft import (AdaptionPromptConfig,IA3Config,LoHaConfig,LoraConfig,PeftModel,PromptTuningConfig,VeraConfig,
                   get_peft_model)
 from transformers import LlamaConfig,LlamaForCausalLM
@@ -266,9 +266,10 @@ compiled = pytest.param(dict(fast='fold,compile'), marks=[pytest.mark.slow, pyte
     not shutil.which('g++'), reason='inductor needs a compiler')])
 
 @pytest.mark.parametrize('n', [2, 1.], ids=['some layers', 'all layers'])
-@pytest.mark.parametrize('settings', [dict(fast='fold'), dict(activation_budget='1KiB'), compiled])
+@pytest.mark.parametrize('settings', [dict(fast='fold'), dict(activation_budget='1GiB'), compiled])
 def test_keep_beside_other_parts(settings, n):
-    "Folded adapters can be switched off too, and blocks that are computed again, or compiled, give the same gradient"
+    """Folded adapters can be switched off too, and blocks that are computed again, as all are in the first step with a
+    budget, or compiled, give the same gradient"""
     def gradients(settings):
         ist = IST(tuned(), ISTConfig.rst(n_active=n, **settings))
         ist.add(part := Keep(some_text(), every=1))
@@ -304,6 +305,19 @@ def test_a_text_without_a_divergence_is_refused(spoil):
     spoil(text)
     for f in (lambda: divergence(tuned(), text), lambda: Keep(text), lambda: fade(tuned(), [some_text()], text)):
         with pytest.raises(ISTError, match='at least one label'): f()
+
+def test_a_run_too_short_to_be_held_says_so_unless_it_failed():
+    def run(n, fail=False):
+        ist = IST(tuned(noise=0), ISTConfig.rst(n_active=1.))
+        ist.add(Keep(some_text(), every=2))
+        with warnings.catch_warnings(record=True) as said, contextlib.suppress(ZeroDivisionError), ist:
+            warnings.simplefilter('always')
+            for _ in range(n):
+                with ist.step(): ist.model(**some_text(2, 8)).loss.backward()
+            if fail: 1/0
+        return [str(o.message) for o in said if 'Keep' in str(o.message)]
+    (said,) = run(1)
+    assert 'the run ended at step 1' in said and run(1, fail=True)==[]
 
 def test_a_loss_scaler_is_refused(tmp_path):
     "It would leave a gradient of ours at a 65,536th of its weight"
