@@ -14,7 +14,7 @@ from importlib import import_module
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import CallbackHandler, ExportableState
 from types import SimpleNamespace
-from .config import ISTConfig, ISTError, _layer_count
+from .config import ISTConfig, ISTError, _both, _layer_count
 from .ist import IST, _find_budgets
 from .probe import model_loss
 
@@ -114,6 +114,7 @@ _refused = [   # a function of the case `o`: whether it is refused; and what is 
     (lambda o: o.budget and getattr(o.args, 'torch_compile', False),
      "activation_budget chooses between the calls of blocks, and torch_compile=True compiles them away. Set "
      "torch_compile=False and compile the blocks: for block in ...layers: block.compile()."),
+    (lambda o: o.budget and getattr(o.args, 'gradient_checkpointing', False), _both),
     (lambda o: o.adds and getattr(o.args, 'fp16', False),
      "fp16=True multiplies the loss by a scale, and a part that adds a gradient of its own, such as Keep, would not be "
      "multiplied: it would count for nothing. Set bf16=True in its place."),
@@ -130,8 +131,7 @@ _refused = [   # a function of the case `o`: whether it is refused; and what is 
 
 def _check_run(args, config, state=None, size=None, lost=(), parts=()):
     "Refuse what `_refused` lists; the state and the number of processes are known once training begins"
-    budget = config.activation_budget is not None
-    adds = any(getattr(o, 'adds_gradient', False) for o in parts)
+    adds,budget = any(getattr(o, 'adds_gradient', False) for o in parts),config.activation_budget is not None
     o = SimpleNamespace(args=args, budget=budget, state=state, size=size, lost=' and '.join(lost), adds=adds)
     for broken,says in _refused:
         if broken(o): raise ISTError(says.format(o=o))

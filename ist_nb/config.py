@@ -95,6 +95,8 @@ class ISTConfig:
     def __post_init__(self): _check_config(self)
 
 _only_cost = 'fast', 'activation_budget'   # settings that change what a step costs, and not what it trains
+_both = ("activation_budget and gradient checkpointing are both on, and gradient checkpointing computes every block "
+         "twice. Set gradient_checkpointing=False in the training arguments (TRL has it on by default).")
 
 # %% ../nbs/28_config.ipynb #4cf674ca
 def _is_int(v): return isinstance(v, int) and not isinstance(v, bool)

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache
 from .activations import _DeviceMeter, LiveBytes, fewest_checkpoints, peak_of, _storage, _tensors_in
-from .config import ISTError, _to_bytes
+from .config import ISTError, _both, _to_bytes
 from .layers import Layers, _is_trainable
 
 # %% ../nbs/12_memory.ipynb #a98c5d44
@@ -70,8 +70,6 @@ def _free_memory(device):
 # %% ../nbs/12_memory.ipynb #bc338943
 _compiled_whole = ("activation_budget decides for each block, and in a model that is compiled as a whole no block is "
                    "called. Compile the blocks where they are: for block in ...layers: block.compile().")
-_both = ("activation_budget and gradient checkpointing are both on, and gradient checkpointing computes every block "
-         "twice. Set gradient_checkpointing=False in the training arguments (TRL has it on by default).")
 _twice = ("IST: activation_budget computes some blocks twice, so hooks inside them are called twice. There are some "
           "on {} modules, such as a {}. Put a hook on the block itself, where it is called once, or leave "
           "activation_budget out.")
@@ -109,11 +107,10 @@ def begin(self:ActivationBudget,
 ): # Raises `ISTError` if the budget cannot be kept
     "Begin a step: choose the blocks to checkpoint"
     active = [int(i) for i in active]
-    self.end()
+    self.end(False)
     self._check()
     self.on,self.planned = {self.at[i] for i in active},[i for i,*_ in self.graph(active)]
-    everything = self.repeats>1 or not self.cost
-    self.checkpointed,self.expected = (self.planned, None) if everything else self._choose(active)
+    self.checkpointed,self.expected = (self.planned, None) if self.repeats>1 or not self.cost else self._choose(active)
     self.measuring,self.pending,self.before_head = False,{},False
     self.base,self.grads_before = self.meter.now(),self._gradients()
     self.was = [(b, b._compiled_call_impl) for *_,b in self.blocks],[c for c in self.configs if c.use_cache]
@@ -123,7 +120,7 @@ def begin(self:ActivationBudget,
 
 @patch
 def end(self:ActivationBudget, counted=True):
-    "End a step: leave the model as it was"
+    "End a step: leave the model as it was; raises `ISTError` if what was measured shows that the budget is too small"
     if self.was is None: return
     for b,impl in self.was[0]:
         if impl is None: del b._compiled_call_impl      # the class says None
@@ -131,12 +128,13 @@ def end(self:ActivationBudget, counted=True):
     for c in self.was[1]: c.use_cache = True
     self.meter.stop()
     self.was = None
+    if counted and self.measuring and self.entry: self._choose([i for i,k in enumerate(self.at) if k in self.on])
 
 def _lift_all(model):
     "End the step of a budget that was never ended, as in a run that died"
     for m in model.modules():
         owner = getattr(getattr(m._compiled_call_impl, 'func', None), '__self__', None)
-        if isinstance(owner, ActivationBudget): owner.end()
+        if isinstance(owner, ActivationBudget): owner.end(False)
 
 # %% ../nbs/12_memory.ipynb #f5b423da
 @patch

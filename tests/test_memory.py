@@ -269,6 +269,26 @@ def test_refused():
     apart = own(); apart.base_model.model.blocks[0].to('meta')
     with pytest.raises(ISTError, match='one device'): ActivationBudget(apart, find_layers(apart), '1GiB')
 
+@pytest.mark.parametrize('n', [1, 2])
+def test_a_budget_too_small_is_refused_at_the_end_of_the_first_step(n):
+    "In a run of one step too; and the model is left as it was, also if the next IST finds a step that died"
+    model = llama().train()
+    ist = IST(model, ISTConfig.rst(n_active=2, activation_budget='100KiB'))
+    with pytest.raises(ISTError, match='needs .*KiB. Give at least that much'):
+        for _ in range(n):
+            with ist.step(): model(**batch()).loss.backward()
+            raise AssertionError('the first step was counted')
+    assert ist.t==0 and all(b._compiled_call_impl is None for *_,b in ist.activations.blocks)
+    assert all(p.requires_grad for o in ist.layers for p in o.params)
+    again = IST(model, ISTConfig.rst(n_active=2, activation_budget='100KiB'))
+    again.begin_step(); model(**batch()).loss.backward()
+    IST(model, ISTConfig.rst(n_active=2))
+
+def test_a_last_batch_too_large_is_said():
+    free,_ = steps(llama(4), n=2, active=[[0, 3]]*2)
+    with pytest.warns(UserWarning, match='The reason is a batch larger than those before'):
+        steps(llama(4), most(free), n=2, batches=lambda t: [batch(*((2, 12), (32, 32))[t])], active=[[0, 3]]*2)
+
 def test_under_ist():
     "Probes, evaluation and a step that fails in between"
     def run(**dials):
