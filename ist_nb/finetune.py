@@ -6,7 +6,7 @@
 __all__ = ['main', 'parse', 'make_trainer', 'train', 'report']
 
 # %% ../nbs/23_finetune.ipynb #b4355096
-import json,math,os,re,shlex,sys
+import importlib.util,json,math,os,re,shlex,sys
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from functools import partial
 from pathlib import Path
@@ -97,8 +97,7 @@ def _parser():
     made = [(o, str|None, field(default=None, metadata=dict(help=about[o], nargs='?', const='true'))) for o in names]
     return _make_parser('ist_finetune', _Arguments, make_dataclass('ISTArguments', made), SFTConfig)
 
-def _names():
-    "Names of flags beside the training arguments"
+def _names():     # of flags beside the training arguments
     ours = {f.name for o in (_Arguments, ISTConfig) for f in fields(o)}
     return ours | {'target_modules', 'model_name_or_path', 'dataset_name'}
 
@@ -110,8 +109,7 @@ def parse(
     argv = _from_config(argv)
     _check_names('ist_finetune', argv, _names())
     with _quiet():
-        ours = _make_parser('ist_finetune', _Arguments)
-        first,rest = ours.parse_args_into_dataclasses(argv, return_remaining_strings=True)    # for our defaults
+        first,rest = _make_parser('ist_finetune', _Arguments).parse_args_into_dataclasses(argv, True)   # for defaults
         for o in ('model', 'data', 'test_data', 'general'): _check_path(f'--{o}', getattr(first, o))
         parser = _parser()
         parser.set_defaults(**_defaults(first, rest))
@@ -124,14 +122,13 @@ def parse(
             raise ISTError("--overwrite replaces what is in the folder, and --resume continues it. Give one of them.")
         if not 0<=args.keep<math.inf: raise ISTError(f'--keep {args.keep} is not allowed. Give a number of at least 0.')
         _check_path('--output_dir', sft.output_dir)
-        _check_training(sft, args.keep)
         cfg = _ist_config(args, {k:_number(v) for k,v in asdict(given).items() if v is not None}, sft.seed)
         _join_processes(sft)
+        _check_training(args, cfg, sft)
     args.command = re.sub(r'(--[\w-]*token[= ])\S+', r'\1...', shlex.join(['ist_finetune', *argv]))
     return args,cfg,sft
 
-def _number(s):
-    "The number that a word looks like, else what it is as JSON, or the word"
+def _number(s):     # the number that a word looks like, else what it is as JSON, or the word
     try: return int(s) if s.isdigit() else float(s)
     except ValueError: return _read_value(s)
 
@@ -141,8 +138,8 @@ def _ist_config(args, given, seed):
     if every and (wrong := given.keys()-set(_only_cost)):
         raise ISTError(f"--{min(wrong)} is a setting of IST, but --method dense trains every layer at every step. Of "
                        f"these settings give only --{' and --'.join(_only_cost)}, or choose --method ist.")
-    make = getattr(ISTConfig, args.method, ISTConfig)        # .recommended, .paper, .rst
-    return make(**({'seed':seed} | every | given))
+    args.asked = {k:v for k,v in (given | vars(args)).items() if every and v and k in (*_only_cost, 'keep')}
+    return getattr(ISTConfig, args.method, ISTConfig)(**({'seed':seed} | every | given))   # .recommended, .paper, .rst
 
 # %% ../nbs/23_finetune.ipynb #5629997f
 _count = 'a whole number of at least 1',lambda v: v>=1
@@ -155,15 +152,22 @@ _training_allowed = dict(
     max_steps=('a whole number of at least 1, or -1 for whole epochs', lambda v: v>=1 or v==-1),
     model_init_kwargs=('a dictionary, such as \'{"dtype": "bfloat16"}\'', lambda v: isinstance(v or {}, dict)),
     resume_from_checkpoint=('--resume instead: it finds the last intact checkpoint', lambda v: v is None),
+    use_liger_kernel=('false, or install liger-kernel', lambda v: not v or importlib.util.find_spec('liger_kernel')),
     dataloader_num_workers=('a whole number from 0 to four for each processor', lambda v: 0<=v<=_few),
     dataset_num_proc=('a whole number from 1 to four for each processor', lambda v: v is None or 1<=v<=_few))
 
-def _check_training(sft, keep=0):
-    "Refuse numbers that the libraries would refuse much later, or not at all"
+def _check_training(args, cfg, sft):
+    "Refuse what the libraries, or our callbacks, would refuse much later, or not at all"
+    from ist_nb.callback import _check_run
     for name,(words,ok) in _training_allowed.items():
         if not ok(v := getattr(sft, name)): raise ISTError(f"--{name} {v} is not allowed. Give {words}.")
-    if keep and sft.fp16: raise ISTError(f"--fp16 scales the loss, but not the penalty of --keep {keep:g}. Give "
-                                         "--bf16, or --keep 0.")
+    if args.keep and sft.fp16:
+        raise ISTError(f"--fp16 scales the loss, but not the penalty of --keep {args.keep:g}. Give --bf16 or --keep 0.")
+    if args.method=='dense' and not args.asked:
+        if args.stack is None: return
+        raise ISTError(f"--stack {args.stack:.80} has no effect in this dense run. Leave it out, or give --method ist.")
+    try: _check_run(sft, cfg, lost=['parts'] if args.keep and sft.restore_callback_states_from_checkpoint else ())
+    except ISTError as e: raise _unmet(args.asked, e) if args.asked else e
 
 def _check_path(flag, path):
     "Refuse what cannot be the name of a file"
@@ -182,8 +186,7 @@ def _join_processes(sft):
     n,ranks = sft.n_gpu,Ranks()          # n_gpu joins the other processes, if there are any
     if not ranks.size==sft.world_size==_launched():
         raise ISTError(f"{_launched()} processes were launched, but they are not in one group, so each would train a "
-                       "model of its own. On a CPU give --use_cpu; on GPUs, start as many processes as there are "
-                       "GPUs.")
+                       "model of its own. On a CPU give --use_cpu; on GPUs, start one process for each GPU.")
     sft.output_dir = ranks.gather(sft.output_dir)[0]
     if n<=1: return
     sft._n_gpu = 1
@@ -249,12 +252,10 @@ def make_trainer(
     model,tokenizer = load_model(args.model, bool(sft.trust_remote_code), **(sft.model_init_kwargs or {}))
     config = _adapter_config(args)
     _check_patterns(config.to_dict(), [k for k,_ in model.named_modules()])
-    asked = {k:v for k,v in (vars(cfg) | vars(args)).items() if v and k in (*_only_cost, 'keep')}
-    callbacks = [ISTCallback(cfg, stack=args.stack)] if asked or args.method!='dense' else []
+    callbacks = [ISTCallback(cfg, stack=args.stack)] if args.asked or args.method!='dense' else []
     callbacks.append(RunGuard(reraise=False, how='the same command with --resume'))
     try: trainer = _sft_trainer(model, tokenizer, args.model, sft, data, peft_config=config, callbacks=callbacks)
-    except ISTError as e:    # of our callbacks; in a dense run they are there for what is `asked` alone
-        raise _unmet(asked, e) if asked and args.method=='dense' and 'together' in getattr(e, 'during', '') else e
+    except ISTError as e: raise _unmet(args.asked, e) if args.asked and 'together' in getattr(e, 'during', '') else e
     trainer.create_model_card = lambda *args, **kwargs: None      # TRL's knows nothing of IST; `report` writes ours
     if bar := _callback(trainer, 'ProgressCallback'): bar.on_log = partial(_show_loss, bar)
     _check_rows(trainer, cfg)
@@ -268,7 +269,7 @@ def _unmet(asked, e):
     "What a dense run is asked for beside the training, and why it cannot be had"
     asked = {k:v for k,v in asked.items() if k in re.findall(r'\w+', str(e))} or asked   # what it is about
     flags = ' '.join(f'--{k} {v:g}' if isinstance(v, float) else f'--{k} {v}' for k,v in asked.items())
-    off = ' '.join(f'--{k} {getattr(ISTConfig, k, 0)}' for k in asked)
+    off = ' '.join(f'--{k} {getattr(ISTConfig, k, 0)}' for k in asked)+' and no --stack'*('stack=' in str(e))
     return ISTError(f"{flags}: {str(e).removesuffix('.')}. To train without, give {off}.")
 
 def _sft_trainer(model, tokenizer, name, sft, data, **kwargs):
@@ -308,8 +309,7 @@ def _rows_report(data, trainer):
     for name,before,after in pairs:
         full = sum(len(o)>=most for o in after['input_ids'])
         if n := len(before)-len(after):
-            said.append(f'{n:,} of {len(before):,} {name} rows are left out, because their prompt alone fills '
-                        f'max_length={most}')
+            said.append(f'{n:,} of {len(before):,} {name} rows are left out: the prompt alone fills max_length={most}')
         if full: said.append(f'{full:,} {name} rows fill max_length={most}, and anything beyond it was cut off')
     return '; '.join(said)
 
@@ -320,10 +320,10 @@ def train(
 ) -> dict: # The held-out losses before and after, and what was forgotten
     "Train, or finish what was trained, and save the adapter"
     if checkpoint := folder.checkpoint: _say(f'Resuming from {checkpoint}')
+    with during('making the optimizer'): trainer.create_optimizer()
     before = _held_out(trainer)
     _say(f'Held-out loss before: {before:.4f}')
     text = _kept_text(trainer, folder.args, folder.data.general)
-    with during('making the optimizer'): trainer.create_optimizer()
     folder.begin(trainer)
     with during(f'training, resumed from {checkpoint},' if checkpoint else 'training'):
         if checkpoint: _resume(trainer, checkpoint)

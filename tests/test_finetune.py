@@ -1,5 +1,5 @@
 "The command line: bad input is answered by a sentence, good input by a run"
-import errno,json,os,re,shutil,subprocess,sys,pytest
+import dataclasses,errno,importlib.util,json,os,re,shutil,subprocess,sys,pytest
 from pathlib import Path
 from types import SimpleNamespace
 from ist_nb import finetune,model,run_folder,runs
@@ -541,6 +541,28 @@ def test_a_dense_run_refuses_what_changes_the_training(capsys, name):
     said = capsys.readouterr().err
     assert f'--{name} is a setting of IST' in said and 'give only --fast and --activation_budget' in said
 
+settings = {o.name:o.default for o in dataclasses.fields(finetune.ISTConfig)
+            if o.name not in ('seed', *finetune._only_cost)} | dict(depth='0.5 --sampler depth')
+
+@pytest.mark.parametrize('name', settings)
+def test_no_setting_of_ist_is_ignored_by_a_plain_dense_run(capsys, name):
+    "It makes the run one of IST, unless the dense method is named: then it is refused"
+    line = f'--keep 0 --{name} {settings[name]}'.split()
+    assert parse(line)[0].method=='ist'
+    assert main([*line, '--method', 'dense'])==2 and 'is a setting of IST' in capsys.readouterr().err
+
+@pytest.mark.parametrize('line', ['--keep 0', '--method dense', '--fast false --keep 0'])
+def test_a_stack_for_nothing_is_refused(capsys, line):
+    assert main(['--stack', 'layers', *line.split()])==2
+    assert '--stack layers has no effect' in capsys.readouterr().err
+    for o in ('', '--fast', '--activation_budget 1GiB --keep 0', '--method ist'):
+        assert parse(['--stack', 'layers', *o.split()])[0].stack=='layers'
+
+def test_a_wrong_stack_is_not_to_be_named_without_the_penalty(here, capsys):
+    "The advice of the refusal can be followed"
+    assert main([*quick, '--data', 'good.jsonl', '--output_dir', 'out', '--stack', 'nonsense'])==2
+    assert "stack='nonsense'" in (said := capsys.readouterr().err) and 'give --keep 0 and no --stack.' in said
+
 @pytest.fixture(scope='module')
 def held(short_pico, tmp_path_factory):
     "The default run, which a cheaper one must equal"
@@ -675,6 +697,35 @@ def test_a_scaled_loss_is_refused_before_the_model_is_loaded(here, capsys, monke
     assert main([*quick, '--data', 'good.jsonl', '--output_dir', 'out', '--fp16'])==2
     said = capsys.readouterr().err
     assert '--fp16' in said and '--keep 1' in said and '--bf16' in said
+
+@pytest.mark.parametrize('line,parts', [
+    ('--activation_budget 0.5 --gradient_checkpointing true', ['--activation_budget 0.5: ', 'every block twice']),
+    ('--activation_budget 0.5 --gradient_checkpointing true --method ist', ['computes every block twice']),
+    ('--activation_budget 0.5 --torch_compile true', ['torch_compile=True']),
+    ('--enable_jit_checkpoint true', ['enable_jit_checkpoint=True']),
+    ('--resume --restore_callback_states_from_checkpoint true', ['lacks your parts', 'Leave that flag off']),
+    ('--use_liger_kernel true --keep 0', ['--use_liger_kernel', 'install liger-kernel'])])
+def test_what_must_fail_later_is_refused_before_the_model_is_loaded(here, capsys, monkeypatch, line, parts):
+    find = importlib.util.find_spec
+    monkeypatch.setattr('importlib.util.find_spec', lambda o, *a: None if o=='liger_kernel' else find(o, *a))
+    for o in ('load_model', '_read_data'): monkeypatch.setattr(finetune, o, None)
+    assert main([*quick, '--data', 'good.jsonl', '--output_dir', 'out', *line.split()])==2
+    said = capsys.readouterr().err
+    assert all(o in said for o in parts), said
+    assert not (here/'out').exists()
+
+def test_an_optimizer_that_is_not_there_is_refused_before_anything_is_measured(here, capsys, monkeypatch):
+    for o in ('_held_out', '_kept_text'): monkeypatch.setattr(finetune, o, None)
+    assert main([*quick, '--data', 'good.jsonl', '--output_dir', 'out', '--optim', 'schedule_free_adamw'])==2
+    assert 'schedulefree' in capsys.readouterr().err
+
+@pytest.mark.parametrize('n', ['1', '4'])
+def test_a_budget_too_small_is_all_that_is_said(here, capsys, n):
+    "In a run of one step too; the end of a run that fails is not also called too early for `Keep`"
+    assert main([*quick, '--data', 'good.jsonl', '--output_dir', 'out', '--activation_budget', '1KiB', '--max_steps', n,
+                 '--save_strategy', 'no'])==2
+    said = capsys.readouterr().err
+    assert 'activation_budget=1KiB cannot be kept' in said and 'the run ended' not in said and not (here/'out').exists()
 
 def no_compiler(*args, **kwargs): raise RuntimeError('No working compiler found\nat all')
 
