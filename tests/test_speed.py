@@ -537,7 +537,7 @@ def headed(head=speed._Head, vocab=64, config=LlamaConfig, bias=False, **kwargs)
     if head: speed.compile_loss(model, backend='aot_eager')
     return model.train()
 
-def step_of(model, how):
+def loss_and_grads(model, how):
     "The loss of a step and all gradients"
     model.zero_grad()
     loss = how(model)
@@ -569,7 +569,7 @@ readers = {
 @pytest.mark.parametrize('how', readers)
 def test_logits_that_are_read(how):
     "Whoever reads the logits of a training step gets the numbers and gradients of the plain model"
-    torch.testing.assert_close(*(step_of(headed(o), readers[how]) for o in (speed._Head, None)), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(*(loss_and_grads(headed(o), readers[how]) for o in (speed._Head, None)), rtol=1e-4, atol=1e-6)
 
 def test_logits_read_without_gradients_first():
     "A metric that looks first, without gradients, must not cut the graph of who reads later"
@@ -577,7 +577,7 @@ def test_logits_read_without_gradients_first():
         z = logits_of(m)
         with torch.no_grad(): z.argmax(-1)
         return (z**2).mean()
-    torch.testing.assert_close(*(step_of(headed(o), how) for o in (speed._Head, None)), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(*(loss_and_grads(headed(o), how) for o in (speed._Head, None)), rtol=1e-4, atol=1e-6)
 
 def test_no_label_counts():
     "As in transformers, a mean over no tokens is not a number"
@@ -609,7 +609,7 @@ def test_when_logits_stay_unread(monkeypatch):
     with torch.no_grad(): assert type(headed()(input_ids=rows, labels=rows).logits) is torch.Tensor
 
 def test_a_cap_on_the_logits():
-    a,b = (step_of(headed(o, config=Gemma2Config, final_logit_softcapping=5.), readers['loss']) for o in (True, None))
+    a,b = (loss_and_grads(headed(o, config=Gemma2Config, final_logit_softcapping=5.), readers['loss']) for o in (True, None))
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 usual = 'llama', 'gemma2', 'gpt2', 'modernbert', 't5'
@@ -622,7 +622,7 @@ def test_loss_of_every_architecture(name):
         if speed._loss_of(model)[1] is None or 'labels' not in batch: pytest.skip('it has no such loss')
         if lean: speed.compile_loss(model, backend='eager')
         torch.manual_seed(1)
-        found.append(step_of(model, lambda m: m(**batch).loss))
+        found.append(loss_and_grads(model, lambda m: m(**batch).loss))
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-6)
 
 def test_a_loss_of_another_library_is_left_alone(tmp_path):
