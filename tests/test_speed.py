@@ -569,7 +569,8 @@ readers = {
 @pytest.mark.parametrize('how', readers)
 def test_logits_that_are_read(how):
     "Whoever reads the logits of a training step gets the numbers and gradients of the plain model"
-    torch.testing.assert_close(*(loss_and_grads(headed(o), readers[how]) for o in (speed._Head, None)), rtol=1e-4, atol=1e-6)
+    found = [loss_and_grads(headed(o), readers[how]) for o in (speed._Head, None)]
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
 
 def test_logits_read_without_gradients_first():
     "A metric that looks first, without gradients, must not cut the graph of who reads later"
@@ -609,7 +610,8 @@ def test_when_logits_stay_unread(monkeypatch):
     with torch.no_grad(): assert type(headed()(input_ids=rows, labels=rows).logits) is torch.Tensor
 
 def test_a_cap_on_the_logits():
-    a,b = (loss_and_grads(headed(o, config=Gemma2Config, final_logit_softcapping=5.), readers['loss']) for o in (True, None))
+    a,b = (loss_and_grads(headed(o, config=Gemma2Config, final_logit_softcapping=5.), readers['loss'])
+           for o in (True, None))
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 usual = 'llama', 'gemma2', 'gpt2', 'modernbert', 't5'
