@@ -64,8 +64,12 @@ def _adapter_config(args):
     cls,given = LoraConfig if lora else _peft_method(args.peft),{}
     if lora: given = dict(r=args.lora_r, use_dora=args.peft=='dora') | {k:getattr(args, k) for k in list(allowed)[1:]}
     known = [f.name for f in fields(cls)]
+    idle = [k for k in allowed if not lora and getattr(args, k)!=getattr(type(args), k, getattr(args, k))]
     every = 'all-linear' if lora or args.peft=='bottleneck' else None   # other methods choose their own modules
     if 'target_modules' in known: given['target_modules'] = _modules(args.lora_target_modules) or every
+    elif args.lora_target_modules: idle.append('lora_target_modules')
+    if idle: raise ISTError(f"--{idle[0]} has no effect on --peft {args.peft}. Leave it out; the settings of that "
+                            f"method go into --peft_options, with the names of PEFT's {cls.__name__}.")
     given |= _peft_options(args, known)
     if isinstance(r := given.get('r'), int) and r>_most_r:
         raise ISTError(f"--peft_options: r={r} is larger than any layer is wide. Give a number from 1 to {_most_r}.")

@@ -11,6 +11,7 @@ rows = [dict(prompt=f'What is {i}? ', completion=f'It is number {i}.') for i in 
 ist = '--score_interval 2 --score_batch_size 4'.split()
 quick = ('--max_steps 4 --per_device_train_batch_size 2 --max_length 32 --lora_r 2 --disable_tqdm true '
          '--logging_strategy no').split()
+unlike_lora = ' '.join(quick).replace('--lora_r 2 ', '').split()     # other methods have no such rank
 def weights(folder): return (folder/'adapter_model.safetensors').read_bytes()
 
 def jsonl(path, rows): path.write_text(''.join(json.dumps(r)+'\n' for r in rows), encoding='utf-8'); return str(path)
@@ -208,7 +209,8 @@ def test_help_all(capsys):
     assert all(f'--{o} ' in out for o in ('model', 'explore', 'packing', 'weight_decay'))
 
 def run(line, folder):
-    assert main([*quick, *([] if 'dense' in line else ist), *line.split(), '--output_dir', str(folder)])==0
+    start = unlike_lora if '--peft' in line else quick
+    assert main([*start, *([] if 'dense' in line else ist), *line.split(), '--output_dir', str(folder)])==0
     return json.loads((folder/'results.json').read_text())
 
 @pytest.mark.parametrize('line', ['--peft dora', '--peft ia3', '--peft bottleneck --peft_options {"form":"parallel"}',
@@ -674,8 +676,8 @@ def test_a_fast_dense_run_in_python(here, monkeypatch):
 
 def test_what_a_dense_run_cannot_have_is_named(here, capsys):
     "With all that must be left out, and then it trains"
-    line = [*quick, '--data', 'good.jsonl', '--output_dir', 'out', '--peft', 'prompt_tuning', '--peft_options',
-            '{"num_virtual_tokens":4}', '--lora_r', '2']
+    line = [*unlike_lora, '--data', 'good.jsonl', '--output_dir', 'out', '--peft', 'prompt_tuning', '--peft_options',
+            '{"num_virtual_tokens":4}']
     assert main([*line, '--fast', '--activation_budget', '0.5'])==2
     said = capsys.readouterr().err
     assert '--fast True --activation_budget 0.5 --keep 1: ' in said
@@ -685,12 +687,21 @@ def test_what_a_dense_run_cannot_have_is_named(here, capsys):
 @pytest.mark.parametrize('peft', ['prompt_tuning', 'prefix_tuning', 'p_tuning', 'adaption_prompt'])
 def test_a_setting_that_peft_has_no_default_for_is_named(here, capsys, peft):
     "With the option to give; and that option is then accepted"
-    line = [*quick, '--data', 'good.jsonl', '--output_dir', 'out', '--keep', '0', '--peft', peft]
+    line = [*unlike_lora, '--data', 'good.jsonl', '--output_dir', 'out', '--keep', '0', '--peft', peft]
     assert main(line)==2
     option = re.search(r"--peft_options '(.*)'", capsys.readouterr().err)[1]
     args,*_ = parse([*line, '--peft_options', option])
     config = model._adapter_config(args)
     assert json.loads(option) and all(getattr(config, k)==v for k,v in json.loads(option).items())
+
+@pytest.mark.parametrize('peft,flag', [('ia3', '--lora_r 8'), ('oft', '--lora_dropout 0.1'), ('vera', '--lora_alpha 8'),
+                                       ('prompt_tuning', '--target_modules q_proj')])
+def test_a_setting_of_lora_is_not_ignored_by_another_method(here, capsys, monkeypatch, peft, flag):
+    "Nor is one that chooses modules by a method that has none; both before the model is loaded"
+    monkeypatch.setattr(finetune, 'load_model', None)
+    assert main([*unlike_lora, '--data', 'good.jsonl', '--output_dir', 'out', '--peft', peft, *flag.split()])==2
+    said = capsys.readouterr().err
+    assert f'has no effect on --peft {peft}. Leave it out' in said and flag.split()[0].split('_')[-1] in said
 
 def test_a_scaled_loss_is_refused_before_the_model_is_loaded(here, capsys, monkeypatch):
     monkeypatch.setattr(finetune, 'load_model', None)
@@ -745,7 +756,8 @@ def test_what_this_machine_cannot_do_is_refused_before_the_model_is_loaded(here,
 @pytest.mark.parametrize('peft', ['oft', 'ia3', 'bottleneck'])
 def test_what_fast_cannot_make_faster_is_said(here, capsys, peft):
     "Adapters that do not fold"
-    assert main([*quick, '--data', 'good.jsonl', '--output_dir', 'out', '--peft', peft, '--fast', '--keep', '0'])==0
+    assert main([*unlike_lora, '--data', 'good.jsonl', '--output_dir', 'out', '--peft', peft, '--fast', '--keep',
+                 '0'])==0
     said = capsys.readouterr().out
     assert 'nothing in this model can be made faster by fold' in said and 'fast steps with' not in said
 
