@@ -153,7 +153,7 @@ flag('peft_options', nested(50_000), f"peft_options {nested(60)!r}")
 flag('peft_options', '{"bias": "zz"}')
 flag('peft_options', '{"exclude_modules": "("}')
 flag('peft_options', '{"runtime_config": 3}')
-case('flag', 'peft vera r huge', argv(peft='vera', peft_options='{"r": 100000000}'))
+case('flag', 'peft vera r huge', argv(peft='vera', lora_r=32, peft_options='{"r": 100000000}'))
 # of the same kinds, beyond those that were found first
 for k,v in dict(warmup_steps='-1', weight_decay='nan', max_length='0', seed='-1', max_grad_norm='x', optim='zz',
                 report_to='wandb', lr_scheduler_type='zz', dataloader_prefetch_factor='2', deepspeed='nofile',
