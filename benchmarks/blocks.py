@@ -6,7 +6,7 @@ from statistics import median
 import torch
 from peft import get_peft_model
 from ist_nb import find_layers
-from ist_nb.speed import compile_blocks,compile_loss,fold,functorch
+from ist_nb.speed import _cheap,compile_blocks,compile_loss,fold,functorch
 from benchmarks import record
 from benchmarks.peers import lora,random_model,shapes
 
@@ -32,7 +32,7 @@ def make(shape, how, loss, whole, again):
     if loss: compile_loss(model)
     if whole: model.compile()
     if how is not None: compile_blocks(model, layers, **how)
-    for o in ('used_far_apart', 'materialized_backward'): setattr(functorch, f'ban_recompute_{o}', not again)
+    for o in _cheap: setattr(functorch, f'ban_recompute_{o}', not again)
     return model,layers
 
 def measure(shape, rows, length, how, loss, whole, steps, again=True):

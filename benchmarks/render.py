@@ -33,14 +33,11 @@ def cases(**of):
     "Those in 16 bits without checkpointing or budget; or others"
     want = dict(bits=16, checkpointing=False, budget=None) | of
     return [c for c in read('peers')['cases'] if all(c.get(k)==v for k,v in want.items())]
-def fastest(case):
-    "The other library with the least time a step"
+def fastest(case, what='seconds'):
+    "The other library with the least time a step, or the least peak"
     v = case['variants']
-    return min((k for k in v if not mine(k)), key=lambda k: v[k]['seconds']['median'])
-def least(case):
-    "The other library with the least peak memory"
-    v = case['variants']
-    return min((k for k in v if not mine(k)), key=lambda k: v[k]['peak']['median'])
+    return min((k for k in v if not mine(k)), key=lambda k: v[k][what]['median'])
+def least(case): return fastest(case, 'peak')
 def beside(name, other=fastest, what='seconds'):
     "A variant over another, by name or by what chooses it in each case: the ratio in each case that has both"
     pairs = [(c['variants'], other if isinstance(other, str) else other(c)) for c in cases()]

@@ -159,9 +159,12 @@ def _check_patterns(conf, names):
 def _check_fast(fast, device):
     "Refuse an optimisation that `device` can apply to no model"
     import torch
+    from importlib import import_module
     from types import SimpleNamespace
     names = {'compile'} if fast is True and device.type=='cuda' else {o.strip() for o in str(fast).split(',')}
     if 'fp8' in names: optimisations['fp8'](torch.nn.Linear(1, 1, device=device), SimpleNamespace(stacks=[]))
+    if 'loss' in names and hasattr(import_module('trl.trainer.utils'), 'add_fused_lm_head'):
+        raise ISTError(f"--fast {fast}: the trainer has a loss in pieces of its own. Leave 'loss' out.")
     if not names & {'compile', 'loss'}: return
     try: torch.compile(torch.neg)(torch.ones(1, device=device))
     except Exception as e:

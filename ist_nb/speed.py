@@ -208,6 +208,7 @@ def _blocks_of(model, layers):
 
 # settings of torch._dynamo that let guards skip parameters
 _shortcuts = 'use_recursive_dict_tags_for_guards','skip_tensor_guards_with_matching_dict_tags'
+_cheap = 'used_far_apart','materialized_backward'     # settings that keep what is cheap to compute
 
 def _toggling_is_safe():
     "Whether compiled code notices that `requires_grad` has changed (pytorch PR 177158)"
@@ -236,7 +237,7 @@ def compile_blocks(
     config.recompile_limit = max(config.recompile_limit, 64)   # each length and batch size has the same few graphs
     config.optimize_ddp = False   # DDP would cut each graph where one of its buckets ends; a block is a part already
     # what is cheap to compute is computed again, not kept: norms, and what the MLP's last product reads
-    for o in 'used_far_apart','materialized_backward': setattr(functorch, f'ban_recompute_{o}', False)
+    for o in _cheap: setattr(functorch, f'ban_recompute_{o}', False)
     if getattr(model.config, 'use_cache', False): model.config.use_cache = False   # or one graph per block
     blocks = _blocks_of(model, layers)
     for o in blocks:
@@ -270,22 +271,22 @@ def _to_fp8(model, layers, **emulated):
     return len(todo)
 
 # %% ../nbs/14_speed.ipynb #b4239ff2
-def _piece(x, W, b, y, ignored):
+def _piece(x, W, b, c, ignored):
     "Of some tokens: the sum of their losses, and its gradient with respect to their hidden states `x`"
-    z,counts = F.linear(x, W, b),y!=ignored
+    z,counts = F.linear(x, W, b),c!=ignored
     top = z.float().logsumexp(-1)                                               # [tokens]
-    e_y = torch.arange(W.shape[0], device=y.device)==y[:, None]                 # [tokens, vocabulary]
-    loss = (top - z.float().where(e_y, 0).sum(-1)).where(counts, 0).sum()
-    dz = ((z.float()-top[:, None]).exp() - e_y.float()).where(counts[:, None], 0)   # softmax(z) - e_y
+    e_c = torch.arange(W.shape[0], device=c.device)==c[:, None]                 # [tokens, vocabulary]
+    loss = (top - z.float().where(e_c, 0).sum(-1)).where(counts, 0).sum()
+    dz = ((z.float()-top[:, None]).exp() - e_c.float()).where(counts[:, None], 0)   # softmax(z) - e_c
     return loss,dz.to(W.dtype)@W
 
 class _Pieces(torch.autograd.Function):
     "The sum of the losses of all tokens, piece by piece"
     @staticmethod
-    def forward(ctx, x, W, b, y, ignored, piece, size):
+    def forward(ctx, x, W, b, c, ignored, piece, size):
         dx,loss = torch.empty_like(x),0.
-        for xi,yi,di in zip(x.split(size), y.split(size), dx.split(size)):
-            part,g = piece(xi, W, b, yi, ignored)
+        for xi,ci,di in zip(x.split(size), c.split(size), dx.split(size)):
+            part,g = piece(xi, W, b, ci, ignored)
             loss = loss+part
             di.copy_(g)
         ctx.save_for_backward(dx)
@@ -351,9 +352,9 @@ class _Lean:
         return (self.pieces if isinstance(logits, _Logits) else self.compiled)(logits, *args, **kwargs)
     def pieces(self, logits, labels, vocab_size, num_items_in_batch=None, ignore_index=-100, shift_labels=None, **kw):
         if shift_labels is None: shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-        x,y = logits.x.flatten(0, -2),shift_labels.reshape(-1).to(logits.device)
-        total = _Pieces.apply(x, logits.W, logits.b, y, ignore_index, self.piece, self.size)
-        n = (y!=ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
+        x,c = logits.x.flatten(0, -2),shift_labels.reshape(-1).to(logits.device)
+        total = _Pieces.apply(x, logits.W, logits.b, c, ignore_index, self.piece, self.size)
+        n = (c!=ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
         return total/(n.to(total.device) if torch.is_tensor(n) else n)
 
 def _loss_of(model):

@@ -256,6 +256,7 @@ claims = [
     ('results/quality', '{:.0f} to {:.0f}% less (two tasks', lambda: sorted(100*(1-o) for o in second()[:2])),
     ('results/quality', 'a step takes {:.2f} to {:.2f} of the time of LoRA with', freezing_over_dense),
     ('results/quality', 'a step takes {:.1f} to {:.1f} times as long', held_longer),
+    ('tutorials/keep', 'a step took {:.1f} to {:.1f} times as long', held_longer),
     ('results/quality', 'of that gain our level gives back {:.0f}%', given_back),
     ('results/quality', 'change by about {:.2f} at most',
      lambda: (max(abs(o) for f in ('LoRA, faded', 'Keep') for o in answers(f)),)),
