@@ -287,7 +287,8 @@ def after(job, model, d, own, note, amp, device):
                 if s+1 in (16, 64): note('trained on', full=price==1. and s==63, price=price, at=s+1)
 # --------------------------------------------------------------------------------------------------------- the plans
 standard = dict(german=250, python=250, cloze=250, chat=140, few=100)
-few,both = dict(on='few'),dict(on='few, many')      # of data; without, a job is for the other tasks alone
+# of data, or of another domain; without `on`, a job is for all tasks but the one with few data
+few,both,domain,other = (dict(on=o) for o in ('few', 'few, many', 'domain', 'other'))
 early,keep = dict(stops=[0.35, 0.6]),dict(lr=2e-3, post='s')
 short = [ # where data are few, all is best after few steps
     dict(name='shorter', lr=2e-3, part=0.35, post='sl', **few),
@@ -309,7 +310,12 @@ plans = dict(
         dict(name='freezing', lr=1e-3, ist=freezing, post='s'),
         dict(name='shorter', lr=2e-3, part=0.35, post='s'), dict(name='rank 4', lr=2e-3, r=4, post='s'),
         dict(name='rates falling', lr=2e-3, falling=0.9, post='s'), dict(name='LoRA', lr=5e-4, post='s', **early),
-        dict(name='rsLoRA', lr=5e-4, rslora=True, post='s'), dict(name='weight decay', lr=2e-3, decay=0.1, post='s')],
+        dict(name='rsLoRA', lr=5e-4, rslora=True, post='s'), dict(name='weight decay', lr=2e-3, decay=0.1, post='s'),
+        # on a domain the highest rate was best
+        dict(name='LoRA', lr=4e-3, post='slgh', **domain, **early), dict(name='LoRA', lr=4e-3, post='s', **other, **early),
+        *(dict(name=f'keep {o:g}', keep=o, lr=4e-3, post='s', **domain) for o in (1., 3., 10.)),
+        dict(name='replay', lr=4e-3, replay=0.1, post='s', **domain),
+        dict(name='LoRA', lr=8e-3, post='s', **domain, **early)],
     lengths=[ # what is learnt in how many steps: seed 0 chooses the rate of each length, other seeds judge
         *(dict(name='LoRA', lr=v, part=o, brief=1) for o in (0.2, 0.35, 0.6, 1.) for v in (1e-3, 2e-3, 4e-3)),
         *(dict(name='recommended', lr=v, part=o, brief=1, ist=freezing) for o in (0.6, 1., 1.6)
@@ -317,10 +323,12 @@ plans = dict(
     eight=[dict(name='LoRA', lr=2e-3, brief=1), # what products in 8 bits cost, seed by seed
            dict(name='LoRA, 8 bits', lr=2e-3, brief=1, ist=dict(sampler='uniform', n_active=1., fast='compile,fp8'))])
 found_out = 'points', 'doc_tokens', 'train_seconds', 'seconds', 'call'     # of a run, beside what the job says
+def same(job): return json.dumps({k:job[k] for k in sorted(job) if k not in (*found_out, 'base', 'post')})   # training
 
-def jobs(plan, tasks, seeds, name='', families=tuple(frontier.families)):
-    "What is run, all of one seed and then of the next; the first of each task also looks at the model before"
-    res,seen = [],set()
+def jobs(plan, tasks, seeds, name='', families=tuple(frontier.families), seen=()):
+    """What is run, all of one seed and then of the next; to judge, the longest first. The first of each task also looks
+    at the model before, except for those in `seen`"""
+    res,seen = [],set(seen)
     found = {t:chosen_jobs(name, t, families) for t in tasks} if plan=='judge' else {t:wanted(plan, t) for t in tasks}
     for seed in seeds:
         for i in range(max(map(len, found.values()))):
@@ -328,7 +336,7 @@ def jobs(plan, tasks, seeds, name='', families=tuple(frontier.families)):
                 if i>=len(found[t]): continue
                 res.append(dict(task=t, seed=seed) | found[t][i])
                 if t not in seen: res[-1]['base'] = 1; seen.add(t)
-    return res
+    return sorted(res, key=heavy, reverse=True) if plan=='judge' else res
 
 def wanted(plan, task):
     "The jobs of a plan that are for a task"
@@ -336,7 +344,8 @@ def wanted(plan, task):
     for o in plans[plan]:
         job = {k:v for k,v in o.items() if k not in ('part', 'on')} | dict(
             steps=round(standard.get(task, 250)*o.get('part', 1)))
-        if ('few' if task=='few' else 'many') in o.get('on', 'many'): res.append(job)
+        kinds = ['few'] if task=='few' else ['many', 'domain' if task in ('german', 'python') else 'other']
+        if any(k in o.get('on', 'many') for k in kinds): res.append(job)
     return res
 
 def chosen_jobs(name, task, families=tuple(frontier.families), give_up=(0.05, 0.1)):
@@ -414,13 +423,14 @@ def main(
     out = out or record.results/f'retain_{plan}_{name}.json'
     earlier = json.loads(out.read_text()) if out.exists() else dict(runs=[], calls=[])
     runs,calls = earlier['runs'],earlier['calls']
-    def key(job): return json.dumps({k:job[k] for k in sorted(job) if k not in found_out})
-    known = set(map(key, runs))
+    known,seen = {},{r['task'] for r in runs if 'base' in r}
+    for r in runs: known.setdefault(same(r), set()).update(r.get('post', ''))
     only = [o.strip() for o in families.split(';') if o.strip()] or list(frontier.families)
     if wrong := [o for o in only if o not in frontier.families]:
         sys.exit(f'No family is called {wrong[0]!r}: {list(frontier.families)}')
-    todo = jobs(plan, list(files) or tasks.split(), list(map(int, seeds.split())), choices or name, only)
-    todo = [o for o in todo if key(o) not in known]
+    todo = jobs(plan, list(files) or tasks.split(), list(map(int, seeds.split())), choices or name, only,
+                seen)
+    todo = [o for o in todo if same(o) not in known or not known[same(o)].issuperset(o.get('post', ''))]
     if plan=='lengths': todo = [o for o in todo if not o['seed'] or o['lr']==best_rate(runs, o)]
     cached = Path(tempfile.mkdtemp())/'data.pt'
     torch.save(prepare(model, Path(data), files, **(dict(rows=22, most=4) if plan=='smoke' else {})), cached)
