@@ -1,10 +1,28 @@
-"What IST itself costs a step, without its probes: drawing and switching 32 layers with LoRA on q, k, v, up and down"
+"""What IST itself costs a step, without its probes: drawing and switching 32 layers with LoRA on q, k, v, up and down.
+And what the Trainer's walks over the modules cost, with LoRA on each linear layer, and what `fast` leaves of them."""
 import time
 from pathlib import Path
 import torch
 from ist_nb import IST,ISTConfig
+from ist_nb.callback import _FewerWalks
+from types import SimpleNamespace
 from benchmarks import record
 from benchmarks.small import spread,tiny_lora
+
+def walked(steps, reps):
+    "Milliseconds a step of `train` and `num_parameters`, which the Trainer calls; with the part of `fast` and without"
+    model,ms = tiny_lora(32, targets=['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj'],
+                         hidden=32).train(),dict(plain=[], fast=[])
+    base = model.get_base_model()
+    for _ in range(reps):
+        for name in ms:
+            part = _FewerWalks()
+            if name=='fast': part.join(SimpleNamespace(model=model))
+            start = time.perf_counter()
+            for _ in range(steps): model.train(); base.num_parameters(exclude_embeddings=True)
+            ms[name].append((time.perf_counter()-start)/steps*1e3)
+            if name=='fast': part.close()
+    return dict(modules=len(list(model.modules())), milliseconds={k:spread(v) for k,v in ms.items()})
 
 def main(
     steps:int=500, # Steps in a repetition
@@ -26,5 +44,5 @@ def main(
     head = record.about('milliseconds a step: draw, freeze, thaw', threads=1)
     n = sum(len(o.params) for o in ists['uniform'].layers)
     found = dict(layers=32, adapter_parameters=n, active=8, steps=steps, reps=reps,
-                 milliseconds={k:spread(v) for k,v in ms.items()})
-    print(record.save(out, head, **found), found['milliseconds'])
+                 milliseconds={k:spread(v) for k,v in ms.items()}, walks=walked(steps//10, reps))
+    print(record.save(out, head, **found), found['milliseconds'], found['walks'])

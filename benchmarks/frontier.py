@@ -137,12 +137,18 @@ def over_documents(choose, judge, ours, theirs, task, give_up, draws=1000, seed=
         if d: res.append(exp(mean(d)))
     return tuple(np.quantile(res, (0.025, 0.975)))
 
+def _of(plan, model): return read(o) if (results/f"{(o := f'retain_{plan}_{model}')}.json").exists() else {}
+
+def choosing(model, calls=None):
+    "The runs that chose for a model, those of its first `calls` calls if given; None until they are made"
+    runs = _of('choose', model).get('runs')
+    return [r for r in runs if r['call']<calls] if runs and calls else runs
+
 def found(model):
     """The runs that chose and those that judged a model; the latter are None until they are made. Those that chose are
     of another model where `judge` says so."""
-    def of(plan, name): return read(o) if (results/f"{(o := f'retain_{plan}_{name}')}.json").exists() else {}
-    judge = of('judge', model)
-    return of('choose', judge.get('choices', model)).get('runs'),judge.get('runs')
+    judge = _of('judge', model)
+    return choosing(judge.get('choices', model), judge.get('choice_calls')),judge.get('runs')
 
 # ------------------------------------------------------------------------------------------------------ for the pages
 tasks = dict(german='German manual pages', python='modules of Python', chat='chats (GSM8K)', cloze='multiple choice',

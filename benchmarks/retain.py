@@ -312,7 +312,8 @@ plans = dict(
         dict(name='rates falling', lr=2e-3, falling=0.9, post='s'), dict(name='LoRA', lr=5e-4, post='s', **early),
         dict(name='rsLoRA', lr=5e-4, rslora=True, post='s'), dict(name='weight decay', lr=2e-3, decay=0.1, post='s'),
         # on a domain the highest rate was best
-        dict(name='LoRA', lr=4e-3, post='slgh', **domain, **early), dict(name='LoRA', lr=4e-3, post='s', **other, **early),
+        dict(name='LoRA', lr=4e-3, post='slgh', **domain, **early),
+        dict(name='LoRA', lr=4e-3, post='s', **other, **early),
         *(dict(name=f'keep {o:g}', keep=o, lr=4e-3, post='s', **domain) for o in (1., 3., 10.)),
         dict(name='replay', lr=4e-3, replay=0.1, post='s', **domain),
         dict(name='LoRA', lr=8e-3, post='s', **domain, **early)],
@@ -325,11 +326,12 @@ plans = dict(
 found_out = 'points', 'doc_tokens', 'train_seconds', 'seconds', 'call'     # of a run, beside what the job says
 def same(job): return json.dumps({k:job[k] for k in sorted(job) if k not in (*found_out, 'base', 'post')})   # training
 
-def jobs(plan, tasks, seeds, name='', families=tuple(frontier.families), seen=()):
+def jobs(plan, tasks, seeds, name='', families=tuple(frontier.families), seen=(), calls=None):
     """What is run, all of one seed and then of the next; to judge, the longest first. The first of each task also looks
     at the model before, except for those in `seen`"""
     res,seen = [],set(seen)
-    found = {t:chosen_jobs(name, t, families) for t in tasks} if plan=='judge' else {t:wanted(plan, t) for t in tasks}
+    runs = frontier.choosing(name, calls) if plan=='judge' else None
+    found = {t:chosen_jobs(name, t, families, runs) if plan=='judge' else wanted(plan, t) for t in tasks}
     for seed in seeds:
         for i in range(max(map(len, found.values()))):
             for t in tasks:
@@ -348,9 +350,8 @@ def wanted(plan, task):
         if any(k in o.get('on', 'many') for k in kinds): res.append(job)
     return res
 
-def chosen_jobs(name, task, families=tuple(frontier.families), give_up=(0.05, 0.1)):
+def chosen_jobs(name, task, families, runs, give_up=(0.05, 0.1)):
     "What stands for one of the families, by the runs of `choose`, at a level; no more is done after training"
-    runs,_ = frontier.found(name)
     runs = [r for r in runs or () if r['task']==task]
     if not any('base' in r for r in runs): sys.exit(f'Nothing is chosen for {task} and {name}: first `--plan choose`.')
     post = {'LoRA, scaled':'s', 'LoRA, by depth':'l', 'LoRA, trained on':'h', 'LoRA, faded':'g', 'a gate a layer':'g',
@@ -429,7 +430,7 @@ def main(
     if wrong := [o for o in only if o not in frontier.families]:
         sys.exit(f'No family is called {wrong[0]!r}: {list(frontier.families)}')
     todo = jobs(plan, list(files) or tasks.split(), list(map(int, seeds.split())), choices or name, only,
-                seen)
+                seen, earlier.get('choice_calls'))
     todo = [o for o in todo if same(o) not in known or not known[same(o)].issuperset(o.get('post', ''))]
     if plan=='lengths': todo = [o for o in todo if not o['seed'] or o['lr']==best_rate(runs, o)]
     cached = Path(tempfile.mkdtemp())/'data.pt'
@@ -442,8 +443,10 @@ def main(
     head = record.about('Loss on a task and divergence from the model before, of adapters trained, scaled and faded in '
                         'many ways', gpu=n_gpus>0, DATA=str(data), MODEL=model)
     calls.append({k:head[k] for k in ('command', 'date', 'hardware', 'versions')})
-    head = {k:earlier.get(k, v) for k,v in head.items()} | dict(model=name, calls=calls) | (
-        dict(choices=choices) if choices else {})
+    head = {k:earlier.get(k, v) for k,v in head.items()} | dict(model=name, calls=calls)
+    if choices: # what is chosen later does not change what was judged
+        n = len(record.read(f'retain_choose_{choices}')['calls'])
+        head |= dict(choices=choices, choice_calls=earlier.get('choice_calls', n))
     while True:
         left = seconds-(time.time()-start)
         while flying<workers and (o := next((o for o in todo if longest[heavy(o)]<left), None)):

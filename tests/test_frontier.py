@@ -103,14 +103,32 @@ def test_what_stands_for_a_family_is_judged(monkeypatch):
             run(0, [('trained', 1., 1.5), ('scaled', 1.1, 0.9)], lr=2e-3, post='s'),
             run(0, [('trained', 1., 9.), ('scaled', 1.1, 9.)], lr=4e-3, post='s'),
             run(0, [('trained', 1., 9.), ('scaled', 1.1, 9.)], name='keep 1', keep=1., post='sg')]
-    monkeypatch.setattr(frontier, 'found', lambda name: (runs, None))
+    monkeypatch.setattr(frontier, 'choosing', lambda name, calls: runs)
     jobs = retain.jobs('judge', ['chat'], [1, 2], 'some model')
     first,other = (dict(task='chat', name='LoRA', steps=10, lr=o) for o in (2e-3, 1e-3))
     assert jobs[0]==first | dict(post='', seed=1, base=1) and jobs[3]==first | dict(post='', seed=2)
     assert jobs[1]==other | dict(post='s', stops=[0.5], seed=1) and jobs[2]['post']=='s' and jobs[2]['keep']==1.
     assert len(jobs)==6 and all('points' not in o for o in jobs)
+    assert 'base' not in retain.jobs('judge', ['chat'], [1], 'some model', seen=['chat'])[0]     # known already
+    for o in runs: o['post'] = 'g'      # gates: of all seeds they run first, because they take longest
+    runs[0]['points'].append(dict(name='faded', task=1.2, kl=0.1))
+    assert [(retain.heavy(o), o['seed']) for o in retain.jobs('judge', ['chat'], [1, 2], 'some model')]==[
+        (True, 1), (True, 2), (False, 1), (False, 1), (False, 2), (False, 2)]
     with pytest.raises(SystemExit, match='Nothing is chosen for german'):
         retain.jobs('judge', ['chat', 'german'], [1], 'some model')
+
+def test_what_a_task_is_tried_with():
+    "Higher rates on a domain; where data are few, runs of its own"
+    from benchmarks import retain
+    rates = {t:{(o['name'], o['lr'], o.get('post')) for o in retain.wanted('choose', t) if o['lr']>2e-3}
+             for t in ('german', 'python', 'chat', 'cloze', 'few')}
+    assert rates['german']==rates['python']>{('LoRA', 4e-3, 'slgh'), ('LoRA', 8e-3, 's'), ('keep 3', 4e-3, 's')}
+    assert rates['chat']==rates['cloze']=={('LoRA', 4e-3, 's')} and not rates['few']
+
+def test_a_run_is_known_by_how_it_was_trained():
+    from benchmarks.retain import same
+    a = dict(task='chat', name='LoRA', lr=1e-3, steps=10, seed=1, post='s')
+    assert same(a)==same(a | dict(post='', base=1, points=[], seconds=1.))!=same(a | dict(seed=2))
 
 def test_the_rate_of_each_length():
     "Seed 0 chooses it, on documents that judge nothing; nothing is chosen for what it has not run"
@@ -138,5 +156,13 @@ def test_settings_of_another_model(monkeypatch, tmp_path):
     read = lambda runs: [[p['task'] for p in r['points']] for r in runs or []]
     assert list(map(read, frontier.found('second')))==[read(choose), read(judge)]
     assert list(map(read, frontier.found('first')))==[read(choose), []]
+    # a later call that chooses changes nothing for a model that has been judged
+    for o in choose: o['call'] = 0
+    later = run(0, [('trained', 0.5, 1.)], lr=1., post='s', call=1)
+    record.save(tmp_path/'retain_choose_first.json', {}, runs=[*choose, later])
+    record.save(tmp_path/'retain_judge_second.json', {}, runs=judge, choices='first', choice_calls=1)
+    assert read(frontier.found('second')[0])==read(choose) and read(frontier.found('first')[0])==read([*choose, later])
+    assert retain.jobs('judge', ['chat'], [1], 'first', calls=1)!=retain.jobs('judge', ['chat'], [1], 'first')
+    record.save(tmp_path/'retain_choose_first.json', {}, runs=choose)
     assert [o['name'] for o in retain.jobs('judge', ['chat'], [1], 'first', ['Keep'])]==['keep 1']
     assert {o['name'] for o in retain.jobs('judge', ['chat'], [1], 'first')}=={'LoRA', 'keep 1'}
