@@ -391,6 +391,21 @@ def test_compiled_folded_as_peft_computes_it(name):
             assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-11) for a,b in zip(*seen, strict=True))
     finally: torch._dynamo.reset()
 
+@pytest.mark.parametrize('name', ['r', 'use_dora'])
+def test_a_compiled_frozen_layer_keeps_nothing(name):
+    "Nor its folded weight, which a compiler would keep if it looked inside; without a backward pass it may look"
+    torch._dynamo.reset()
+    try:
+        model = randomised(name, True).requires_grad_(False)
+        fold(model)
+        m,x = dict(lora_layers(model))['base_model.model.model.layers.0.self_attn.q_proj'],torch.randn(
+            2, 24, 16, generator=gen(1), dtype=torch.float64)
+        f,ys = torch.compile(lambda x: m(x), backend='aot_eager'),[m(x)]
+        for grad in (False, True):
+            assert kept_bytes(lambda: ys.append(f(x.requires_grad_(grad))), model)==0
+        assert all(torch.allclose(ys[0], y, rtol=1e-9, atol=1e-11) for y in ys)
+    finally: torch._dynamo.reset()
+
 def test_adapters_that_come_after_folding():
     "One of a kind that does not fold, several at a time, one for each row"
     model = randomised('r', True)
