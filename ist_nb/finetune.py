@@ -161,6 +161,14 @@ def _check_training(args, cfg, sft):
     from ist_nb.callback import _check_run
     for name,(words,ok) in _training_allowed.items():
         if not ok(v := getattr(sft, name)): raise ISTError(f"--{name} {v} is not allowed. Give {words}.")
+    try: _make_scheduler(sft)
+    except (TypeError, ValueError) as e:
+        raise ISTError(f"--lr_scheduler_type {sft.lr_scheduler_type.value} cannot be had with --learning_rate "
+                       f"{sft.learning_rate:g} and --lr_scheduler_kwargs {sft.lr_scheduler_kwargs or {}}: {e}. Give "
+                       "the scheduler's own settings in --lr_scheduler_kwargs, or take another.") from e
+    if (args.keep or args.general) and (sft.fsdp or sft.deepspeed):
+        raise ISTError("What a model forgets is measured, and held, in one process and with DDP, not with FSDP or "
+                       "DeepSpeed. Give --keep 0, and no --general.")
     if args.keep and sft.fp16:
         raise ISTError(f"--fp16 scales the loss, but not the penalty of --keep {args.keep:g}. Give --bf16 or --keep 0.")
     if args.method=='dense' and not args.asked:
@@ -168,6 +176,12 @@ def _check_training(args, cfg, sft):
         raise ISTError(f"--stack {args.stack:.80} has no effect in this dense run. Leave it out, or give --method ist.")
     try: _check_run(sft, cfg, lost=['parts'] if args.keep and sft.restore_callback_states_from_checkpoint else ())
     except ISTError as e: raise _unmet(args.asked, e) if args.asked else e
+
+def _make_scheduler(sft):
+    import torch
+    from transformers import get_scheduler
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=sft.learning_rate)
+    return get_scheduler(sft.lr_scheduler_type, optimizer, 1, 10, sft.lr_scheduler_kwargs)
 
 def _check_path(flag, path):
     "Refuse what cannot be the name of a file"

@@ -124,7 +124,7 @@ cases = [
     ('optimizer not installed', nothing, f'--data good.jsonl --optim schedule_free_adamw {small}',
      ['schedulefree', 'making the optimizer', '--optim']),
     ('scheduler refuses', nothing, '--data good.jsonl --lr_scheduler_kwargs {"nope":1} '+small,
-     ['nope', 'training failed']),
+     ['nope', 'take another']),
     ('PEFT refuses a pattern', nothing, '--data good.jsonl --peft_options {"target_modules":"("}',
      ['unterminated subpattern']),
     ('pattern takes for ever', nothing,
@@ -174,6 +174,14 @@ def test_bad_input(here, capsys, monkeypatch, prepare, line, parts):
     assert err.startswith('ist_finetune: ') and 'Traceback' not in err, err
     assert all(p in err for p in parts), err
     assert tree(here)==before, 'something was written'
+
+def test_an_error_of_a_library_names_what_failed(here, capsys, monkeypatch):
+    from trl import SFTTrainer
+    def broken(*args, **kwargs): raise TypeError('no such thing')
+    monkeypatch.setattr(SFTTrainer, 'training_step', broken)
+    before = tree(here)
+    assert main(['--data', 'good.jsonl', '--output_dir', 'out', *quick, *ist])==2
+    assert 'training failed: no such thing (TypeError). Add --debug' in capsys.readouterr().err and tree(here)==before
 
 def test_disk_fills_up(here, capsys, monkeypatch):
     from trl import SFTTrainer
@@ -715,7 +723,13 @@ def test_a_scaled_loss_is_refused_before_the_model_is_loaded(here, capsys, monke
     ('--activation_budget 0.5 --torch_compile true', ['torch_compile=True']),
     ('--enable_jit_checkpoint true', ['enable_jit_checkpoint=True']),
     ('--resume --restore_callback_states_from_checkpoint true', ['lacks your parts', 'Leave that flag off']),
-    ('--use_liger_kernel true --keep 0', ['--use_liger_kernel', 'install liger-kernel'])])
+    ('--use_liger_kernel true --keep 0', ['--use_liger_kernel', 'install liger-kernel']),
+    ('--lr_scheduler_type warmup_stable_decay', ['warmup_stable_decay', 'num_decay_steps', '--lr_scheduler_kwargs']),
+    ('--lr_scheduler_kwargs {"foo":1}', ["{'foo': 1}", 'unexpected keyword', 'take another']),
+    ('--lr_scheduler_type cosine_with_min_lr', ['One of min_lr', '--lr_scheduler_kwargs']),
+    ('--lr_scheduler_type polynomial --learning_rate 1e-8', ['--learning_rate 1e-08', 'lr_end']),
+    ('--fsdp full_shard', ['not with FSDP', 'Give --keep 0']),
+    ('--fsdp full_shard --keep 0 --general good.jsonl', ['not with FSDP', 'no --general'])])
 def test_what_must_fail_later_is_refused_before_the_model_is_loaded(here, capsys, monkeypatch, line, parts):
     find = importlib.util.find_spec
     monkeypatch.setattr('importlib.util.find_spec', lambda o, *a: None if o=='liger_kernel' else find(o, *a))

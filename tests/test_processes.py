@@ -143,8 +143,8 @@ def test_fisher_before_any_layer_was_seen_twice():
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='cases of our own reach other processes by fork')
 def test_loss_in_pieces_on_two_processes(monkeypatch, tmp_path):
-    """As with the loss of transformers on one process, which in float64 rounds to 32 bits in other places. FSDP2 gathers
-    the last layer for its own forward pass only, so there the logits are whole"""
+    """As with the loss of transformers on one process, which in float64 rounds to 32 bits in other places. FSDP2
+    gathers the last layer for its own forward pass only, so there the logits are whole"""
     from ist_nb.speed import _Lean
     plain,pieces = P.trainer_plain,_Lean.pieces
     def seen(self, logits, *args, **kwargs):
@@ -154,7 +154,8 @@ def test_loss_in_pieces_on_two_processes(monkeypatch, tmp_path):
     monkeypatch.setattr(P, 'trainer_plain', lambda name: plain(name) | dict(config={}))
     monkeypatch.setattr(P, 'judged', lambda res, judge=P.judged, **kw: judge(res, weights=1e-3, importance=1e-3))
     for k in ('DDP', 'FSDP2'):
-        monkeypatch.setitem(P.trainers, f'Trainer, {k}', P.trainers[f'Trainer, {k}'] | dict(config=dict(fast='loss')))
+        name = f'Trainer, {k}'
+        monkeypatch.setitem(P.trainers, name, P.trainers[name] | dict(config=dict(fast='loss')))
     for k,n in (('DDP', 2), ('FSDP2', 0)):
         for o in tmp_path.iterdir(): o.unlink()
         launched([('trainer', f'Trainer, {k}')], 2, 600, fork=True)
