@@ -97,3 +97,29 @@ def test_on_a_cpu(tmp_path):
             one = cases[0]['variants'][k]['tokens_a_second']
             assert v['of_linear']==pytest.approx(v['tokens_a_second']/(c['processes']*one))
     assert 'torchao' in cases[0]['failed']['recommended, fp8'] and 'FSDP2' in cases[2]['failed']['recommended, fp8']
+
+def test_what_the_gpu_waits_for():
+    "Of two steps: stretches without a kernel go to what the host did within, to the innermost; overlaps count once"
+    from benchmarks.waits import waiting
+    def event(cat, name, ts, end): return dict(cat=cat, name=name, ts=ts*1e3, dur=(end-ts)*1e3)
+    events = [event('kernel', 'a', 0, 10), event('kernel', 'b', 5, 12), event('gpu_memcpy', 'c', 20, 21),
+              event('kernel', 'd', 27, 30), event('cpu_op', 'mm', 0, 30), event('user_annotation', 'step', 0, 30),
+              event('user_annotation', 'host: forward', 11, 18), event('user_annotation', 'host: IST', 14, 15),
+              event('user_annotation', 'host: clipping', 22, 26)]
+    found = waiting(events, 2)
+    assert (found['kernels'], found['span'], found['busy'])==(2, 15, 8)
+    assert found['idle']=={'forward':2.5, 'IST':0.5, 'between':2, 'clipping':2}
+    assert found['host']=={'forward':3.5, 'clipping':2, 'IST':0.5}
+    assert waiting(events[4:], 2)['busy']==0
+
+@pytest.mark.slow
+def test_waits_on_a_cpu(tmp_path):
+    "Where there are no kernels, what the host takes is still found, and nothing stays named"
+    from transformers import Trainer
+    from benchmarks import waits
+    before = Trainer.compute_loss
+    waits.main(shape='tiny', rows='4x64', only='recommended', device='cpu', out=tmp_path/'waits.json')
+    v = json.loads((tmp_path/'waits.json').read_text())['cases'][0]['variants']['recommended']
+    assert Trainer.compute_loss is before and v['idle']=={} and len(v['ms'])==2
+    assert {'forward', 'backward', 'clipping', 'optimizer', 'zero_grad', 'IST'}<=set(v['host'])
+    assert v['host']['forward']+v['host']['backward']<1.5*max(v['ms'])
