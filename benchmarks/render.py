@@ -51,8 +51,8 @@ def peers_picture():
     have = cases()
     with style():
         heights = [len(c['variants'])+1.2 for c in have]
-        fig,axs = plt.subplots(len(have), 2, figsize=(3.55, 0.19*sum(heights)+0.5), sharex='col',
-                               width_ratios=(1.6, 1), height_ratios=heights)
+        fig,axs = plt.subplots(len(have), 2, figsize=(7, 0.2*sum(heights)+0.5), sharex='col', width_ratios=(1.6, 1),
+                               height_ratios=heights)
         for (left,right),c in zip(axs, have):
             rows,unit = by_time(c)[::-1],c['variants'][fastest(c)]['seconds']['median']
             for y,(k,v) in enumerate(rows):
@@ -60,17 +60,17 @@ def peers_picture():
                 if mine(k): bar['color'] = palette['blue']
                 left.barh(y, t['median']/unit, **bar)
                 left.plot((t['min']/unit, t['max']/unit), (y, y), color=palette['red'], lw=1.2)
-                left.text(t['max']/unit+0.04, y, f"{t['median']*1e3:.0f} ms", va='center',
+                left.text(t['max']/unit+0.03, y, f"{t['median']*1e3:.0f} ms", va='center',
                           bbox=dict(color='white', pad=0.5))
                 right.barh(y, most, **bar)
-                right.text(most+2, y, f'{most:.1f}', va='center')
+                right.text(most+0.8, y, f'{most:.1f}', va='center')
             left.axvline(1, color='black', lw=0.7, ls=':', zorder=0.5)
             left.set_title(f"{llamas[c['shape']]}, {c['batch']} rows of {c['length']:,} tokens", fontweight='bold')
-            left.set(xlim=(0, 2.75), yticks=range(len(rows)), yticklabels=[k for k,_ in rows])
-            right.set(xlim=(0, 60), yticks=[])
+            left.set(xlim=(0, 2.6), yticks=range(len(rows)), yticklabels=[k for k,_ in rows])
+            right.set(xlim=(0, 55), yticks=[])
             for ax in (left, right): ax.tick_params(left=False)
-        left.set_xlabel('time a step;\nfastest other library = 1')
-        right.set_xlabel('peak memory,\nGiB')
+        left.set_xlabel('time a step; fastest other library = 1')
+        right.set_xlabel('peak memory, GiB')
 
 def peers_table(shape):
     "Every contender at a shape"
