@@ -153,9 +153,9 @@ class _Folded:
     def _product(self, x, A, B, s, m):
         base = self.base_layer
         if torch.compiler.is_compiling():
+            held = base.weight.to(x.dtype),A,B,s,m
             # without a backward pass nothing is kept, and the compiler may look inside
-            f = _folded_linear if x.requires_grad else lambda x, *args: x @ folded_weight(*args).T
-            y = f(x, base.weight.to(x.dtype), A, B, s, m)
+            y = _folded_linear(x, *held) if x.requires_grad else x @ folded_weight(*held).T
         else: y = _Recomputed.apply(x, lambda: folded_weight(dequantize_module_weight(base).to(x.dtype), A, B, s, m))
         return y if base.bias is None else y+base.bias.to(x.dtype)
 
