@@ -70,7 +70,7 @@ def given_back(): # of what LoRA gains on German at its best rate, at the level 
     return 100*(level-best)/(before-best),
 def higher_rates():
     """On German, on what chose: LoRA at 8e-3 scaled to the level of the table, over that at 2e-3; and `Keep` over it at
-    the level that only higher rates reach"""
+    a lower level, which 2e-3 does not reach"""
     every = [r for r in frontier.choosing('SmolLM2-135M-Instruct') if r['task']=='german']
     low,start = [r for r in every if r['lr']<=2e-3],frontier.before(every, 'german')
     def at(runs, family, loss):
