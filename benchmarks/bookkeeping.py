@@ -1,28 +1,21 @@
 """What IST itself costs a step, without its probes: drawing and switching 32 layers with LoRA on q, k, v, up and down.
-And what the Trainer's walks over the modules cost, with LoRA on each linear layer, and what `fast` leaves of them."""
+And what two of the Trainer's walks over the modules cost, with LoRA on each linear layer."""
 import time
 from pathlib import Path
 import torch
 from ist_nb import IST,ISTConfig
-from ist_nb.callback import _FewerWalks
-from types import SimpleNamespace
 from benchmarks import record
 from benchmarks.small import spread,tiny_lora
 
 def walked(steps, reps):
-    "Milliseconds a step of `train` and `num_parameters`, which the Trainer calls; with the part of `fast` and without"
+    "Milliseconds of `train` and `num_parameters`, which the Trainer calls at each step"
     model,ms = tiny_lora(32, targets=['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj'],
-                         hidden=32).train(),dict(plain=[], fast=[])
-    base = model.get_base_model()
+                         hidden=32).train(),[]
     for _ in range(reps):
-        for name in ms:
-            part = _FewerWalks()
-            if name=='fast': part.join(SimpleNamespace(model=model))
-            start = time.perf_counter()
-            for _ in range(steps): model.train(); base.num_parameters(exclude_embeddings=True)
-            ms[name].append((time.perf_counter()-start)/steps*1e3)
-            if name=='fast': part.close()
-    return dict(modules=len(list(model.modules())), milliseconds={k:spread(v) for k,v in ms.items()})
+        start = time.perf_counter()
+        for _ in range(steps): model.train(); model.get_base_model().num_parameters(exclude_embeddings=True)
+        ms.append((time.perf_counter()-start)/steps*1e3)
+    return dict(modules=len(list(model.modules())), milliseconds=spread(ms))
 
 def main(
     steps:int=500, # Steps in a repetition

@@ -52,9 +52,7 @@ class ISTCallback(TrainerCallback, ExportableState):
         for o in self.parts: self.ist.add(o)
         flat = self.ist.engine.name.startswith('DeepSpeed')   # its optimizer holds flat tensors
         if not flat: _check_optimizer(optimizer, self.ist.layers)
-        if self.config.fast:
-            _run_ahead(args, train_dataloader)
-            self.ist.add(_FewerWalks())
+        if self.config.fast: _run_ahead(args, train_dataloader)
         if state.global_step: self._restore(state, optimizer)
         if _is_finished(state): _say_finished(state)
         self._begin_show(state)
@@ -151,38 +149,6 @@ def _run_ahead(args, dataloader):
     "What `logging_nan_inf_filter=False` and `accelerator_config=dict(non_blocking=True)` do"
     args.logging_nan_inf_filter = False
     if hasattr(dataloader, '_non_blocking'): dataloader._non_blocking = True   # accelerate reads it at every batch
-
-
-# %% ../nbs/06_callback.ipynb #2c421b10
-def _walk(model):
-    "Every module, as `model.modules()`, which also makes names"
-    left,seen = [model],{None}
-    while left:
-        if (o := left.pop()) in seen: continue
-        seen.add(o)
-        yield o
-        left.extend(reversed(o._modules.values()))
-
-def _train_mode(model, mode=True): # stands in for `model.train`
-    return model if mode and all(o.training for o in _walk(model)) else type(model).train(model, mode)
-
-def _count(model, known, *args, **kwargs): # stands in for `num_parameters`
-    if args or kwargs!=dict(exclude_embeddings=True): return type(model).num_parameters(model, *args, **kwargs)
-    if not known: known.append(type(model).num_parameters(model, **kwargs))
-    return known[0]
-
-class _FewerWalks:
-    "Spares a Trainer two of the walks over all modules that it makes at each step"
-    def join(self, ist):
-        model,base = ist.model,ist.model.get_base_model() if hasattr(ist.model, 'get_base_model') else ist.model
-        found = [(model, 'train', functools.partial(_train_mode, model))]
-        if hasattr(base, 'num_parameters'): found.append((base, 'num_parameters', functools.partial(_count, base, [])))
-        self.held = [(o, k) for o,k,_ in found if k not in vars(o)]
-        for o,k,f in found: vars(o).setdefault(k, f)
-    def close(self):
-        for o,k in self.held: vars(o).pop(k, None)
-        self.held = []
-
 
 # %% ../nbs/06_callback.ipynb #598cf1aa
 @patch

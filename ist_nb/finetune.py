@@ -152,6 +152,7 @@ _training_allowed = dict(
     max_steps=('a whole number of at least 1, or -1 for whole epochs', lambda v: v>=1 or v==-1),
     model_init_kwargs=('a dictionary, such as \'{"dtype": "bfloat16"}\'', lambda v: isinstance(v or {}, dict)),
     resume_from_checkpoint=('--resume instead: it finds the last intact checkpoint', lambda v: v is None),
+    lr_scheduler_kwargs=('a dictionary, such as \'{"num_cycles": 2}\'', lambda v: isinstance(v, (dict, type(None)))),
     use_liger_kernel=('false, or install liger-kernel', lambda v: not v or importlib.util.find_spec('liger_kernel')),
     dataloader_num_workers=('a whole number from 0 to four for each processor', lambda v: 0<=v<=_few),
     dataset_num_proc=('a whole number from 1 to four for each processor', lambda v: v is None or 1<=v<=_few))
@@ -162,13 +163,14 @@ def _check_training(args, cfg, sft):
     for name,(words,ok) in _training_allowed.items():
         if not ok(v := getattr(sft, name)): raise ISTError(f"--{name} {v} is not allowed. Give {words}.")
     try: _make_scheduler(sft)
-    except (TypeError, ValueError) as e:
+    except Exception as e:
         raise ISTError(f"--lr_scheduler_type {sft.lr_scheduler_type.value} cannot be had with --learning_rate "
-                       f"{sft.learning_rate:g} and --lr_scheduler_kwargs {sft.lr_scheduler_kwargs or {}}: {e}. Give "
+                       f"{sft.learning_rate:g} and --lr_scheduler_kwargs {sft.lr_scheduler_kwargs or {}}: "
+                       f"{' '.join(str(e).split()).removesuffix('.')}. Give "
                        "the scheduler's own settings in --lr_scheduler_kwargs, or take another.") from e
     if (args.keep or args.general) and (sft.fsdp or sft.deepspeed):
         raise ISTError("What a model forgets is measured, and held, in one process and with DDP, not with FSDP or "
-                       "DeepSpeed. Give --keep 0, and no --general.")
+                       f"DeepSpeed. Give {'--keep 0'*bool(args.keep) or 'no --general'}.")
     if args.keep and sft.fp16:
         raise ISTError(f"--fp16 scales the loss, but not the penalty of --keep {args.keep:g}. Give --bf16 or --keep 0.")
     if args.method=='dense' and not args.asked:
@@ -180,8 +182,9 @@ def _check_training(args, cfg, sft):
 def _make_scheduler(sft):
     import torch
     from transformers import get_scheduler
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=sft.learning_rate)
-    return get_scheduler(sft.lr_scheduler_type, optimizer, 1, 10, sft.lr_scheduler_kwargs)
+    groups = [dict(params=[torch.nn.Parameter(torch.zeros(1))]) for _ in range(2)]    # as many as in the Trainer
+    return get_scheduler(sft.lr_scheduler_type, torch.optim.SGD(groups, sft.learning_rate), 1, 10,
+                         sft.lr_scheduler_kwargs)
 
 def _check_path(flag, path):
     "Refuse what cannot be the name of a file"

@@ -729,7 +729,10 @@ def test_a_scaled_loss_is_refused_before_the_model_is_loaded(here, capsys, monke
     ('--lr_scheduler_type cosine_with_min_lr', ['One of min_lr', '--lr_scheduler_kwargs']),
     ('--lr_scheduler_type polynomial --learning_rate 1e-8', ['--learning_rate 1e-08', 'lr_end']),
     ('--fsdp full_shard', ['not with FSDP', 'Give --keep 0']),
-    ('--fsdp full_shard --keep 0 --general good.jsonl', ['not with FSDP', 'no --general'])])
+    ('--fsdp full_shard --keep 0 --general good.jsonl', ['not with FSDP', 'Give no --general']),
+    ('--lr_scheduler_kwargs 5', ['--lr_scheduler_kwargs', 'Give a dictionary']),
+    ('--lr_scheduler_type cosine_with_min_lr --learning_rate 0 --lr_scheduler_kwargs {"min_lr":1e-6}',
+     ['--learning_rate 0 ', 'division by zero'])])
 def test_what_must_fail_later_is_refused_before_the_model_is_loaded(here, capsys, monkeypatch, line, parts):
     find = importlib.util.find_spec
     monkeypatch.setattr('importlib.util.find_spec', lambda o, *a: None if o=='liger_kernel' else find(o, *a))
@@ -738,6 +741,15 @@ def test_what_must_fail_later_is_refused_before_the_model_is_loaded(here, capsys
     said = capsys.readouterr().err
     assert all(o in said for o in parts), said
     assert not (here/'out').exists()
+
+@pytest.mark.parametrize('given', [
+    ['reduce_lr_on_plateau', '{"min_lr":[1e-6,1e-6]}'], ['greedy', '{"min_lr":[0,0]}'],
+    ['warmup_stable_decay', '{"num_decay_steps":3}'], ['cosine_with_min_lr', '{"min_lr":0}']])
+def test_a_schedule_that_can_be_is_not_refused(given):
+    "With a setting for each group of parameters, of which the Trainer makes two"
+    name,settings = given
+    _,_,sft = parse(['--lr_scheduler_type', name, '--lr_scheduler_kwargs', settings, '--eval_strategy', 'steps'])
+    assert sft.lr_scheduler_kwargs==json.loads(settings)
 
 def test_an_optimizer_that_is_not_there_is_refused_before_anything_is_measured(here, capsys, monkeypatch):
     for o in ('_held_out', '_kept_text'): monkeypatch.setattr(finetune, o, None)

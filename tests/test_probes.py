@@ -375,3 +375,26 @@ def test_fisher_on_two_processes():
     import socket,torch.multiprocessing as mp
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
     mp.spawn(in_a_process, (port,), nprocs=2)
+
+class Kept(torch.nn.Module):
+    "Keeps its weight for evaluation until `train()`, as LeViT keeps its attention biases and loralib a merged product"
+    def __init__(self):
+        super().__init__()
+        self.w,self.kept = torch.nn.Parameter(torch.ones(1)),None
+    def train(self, mode=True):
+        self.kept = None if mode else self.w.detach().clone()
+        return super().train(mode)
+    def forward(self, x): return x*(self.w if self.kept is None else self.kept)
+
+def test_a_module_that_acts_in_train_is_told_after_a_probe():
+    "And one that was in evaluation mode stays there"
+    from ist_nb.probe import quietly
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), Kept(), torch.nn.Dropout()).train()
+    model[2].eval()
+    with quietly(model): assert model[1].kept is not None
+    assert model[1].kept is None and [m.training for m in model.modules()]==[True, True, True, False]
+    model(torch.ones(1, 2)).sum().backward()
+    assert model[1].w.grad is not None
+    model.eval()
+    with quietly(model): pass
+    assert model[1].kept is not None and not any(m.training for m in model.modules())
