@@ -168,9 +168,7 @@ def _check_training(args, cfg, sft):
                        f"{sft.learning_rate:g} and --lr_scheduler_kwargs {sft.lr_scheduler_kwargs or {}}: "
                        f"{' '.join(str(e).split()).removesuffix('.')}. Give "
                        "the scheduler's own settings in --lr_scheduler_kwargs, or take another.") from e
-    if (args.keep or args.general) and (sft.fsdp or sft.deepspeed):
-        raise ISTError("What a model forgets is measured, and held, in one process and with DDP, not with FSDP or "
-                       f"DeepSpeed. Give {'--keep 0'*bool(args.keep) or 'no --general'}.")
+    if (args.keep or args.general) and (sft.fsdp or sft.deepspeed): raise _no_text(args, ISTError(_whole_only))
     if args.keep and sft.fp16:
         raise ISTError(f"--fp16 scales the loss, but not the penalty of --keep {args.keep:g}. Give --bf16 or --keep 0.")
     if args.method=='dense' and not args.asked:
@@ -367,19 +365,21 @@ def _kept_text(trainer, args, general):
     n,length = 48 if args.keep else 8,min(256, trainer.args.max_length or 256)
     try:
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-            raise ISTError("it works in one process and with DDP, not with FSDP or DeepSpeed.")
+            raise ISTError(_whole_only)
         _check_base(trainer.model)
         if general: text = text_rows(_texts(general, trainer.processing_class), trainer.processing_class, n, length)
         else: text = own_text(trainer.model, trainer.processing_class, n, length, trainer.args.seed)
     except (ISTError, RuntimeError, ValueError, NotImplementedError) as e:
-        if args.keep: raise _unmet(dict(keep=args.keep), e) from e
-        if args.general: raise ISTError(f"--general: {e}") from e
+        if args.keep or args.general: raise _no_text(args, e) from e
         return _say(f'What the model forgets is not measured: {e}')
     if not args.keep: return text
     _callback(trainer, 'ISTCallback').parts.append(Keep({k:v[1::2] for k,v in text.items()}, args.keep))
     rows = f"{len(text['labels'])//2} rows {'of '+args.general if args.general else 'that it wrote itself'}"
     _say(f'Held by a penalty of weight {args.keep:g} on how far it moves from the model before, on {rows}')
     return {k:v[::2] for k,v in text.items()}
+
+_whole_only = 'it works in one process and with DDP, not with FSDP or DeepSpeed.'
+def _no_text(args, e): return _unmet(dict(keep=args.keep), e) if args.keep else ISTError(f'--general: {e}')
 
 def _texts(data, tokenizer): # strings
     if data.kind=='messages': return [tokenizer.apply_chat_template(o['messages'], tokenize=False) for o in data.train]

@@ -252,8 +252,8 @@ def quietly(
         if use_cache: cfg.use_cache = False
         with torch.random.fork_rng(devices), torch.set_grad_enabled(grad): yield
     finally:
-        model.train(modes[0][1])     # some modules do more there than set a flag: LeViT's drops what evaluation kept
-        for m,training in modes: m.training = training
+        for m,training in modes: # outside in; `train` may do more than set a flag: LeViT's drops what evaluation kept
+            if m.training!=training: m.train(training); m.training = training
         if use_cache: cfg.use_cache = use_cache
         random.setstate(state[0]); np.random.set_state(state[1])
 

@@ -728,8 +728,8 @@ def test_a_scaled_loss_is_refused_before_the_model_is_loaded(here, capsys, monke
     ('--lr_scheduler_kwargs {"foo":1}', ["{'foo': 1}", 'unexpected keyword', 'take another']),
     ('--lr_scheduler_type cosine_with_min_lr', ['One of min_lr', '--lr_scheduler_kwargs']),
     ('--lr_scheduler_type polynomial --learning_rate 1e-8', ['--learning_rate 1e-08', 'lr_end']),
-    ('--fsdp full_shard', ['not with FSDP', 'Give --keep 0']),
-    ('--fsdp full_shard --keep 0 --general good.jsonl', ['not with FSDP', 'Give no --general']),
+    ('--fsdp full_shard', ['--keep 1: ', 'not with FSDP', 'give --keep 0']),
+    ('--fsdp full_shard --keep 0 --general good.jsonl', ['--general: ', 'not with FSDP']),
     ('--lr_scheduler_kwargs 5', ['--lr_scheduler_kwargs', 'Give a dictionary']),
     ('--lr_scheduler_type cosine_with_min_lr --learning_rate 0 --lr_scheduler_kwargs {"min_lr":1e-6}',
      ['--learning_rate 0 ', 'division by zero'])])

@@ -387,7 +387,7 @@ class Kept(torch.nn.Module):
     def forward(self, x): return x*(self.w if self.kept is None else self.kept)
 
 def test_a_module_that_acts_in_train_is_told_after_a_probe():
-    "And one that was in evaluation mode stays there"
+    "Also if it alone trains; and one that was in evaluation mode stays there"
     from ist_nb.probe import quietly
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), Kept(), torch.nn.Dropout()).train()
     model[2].eval()
@@ -398,3 +398,6 @@ def test_a_module_that_acts_in_train_is_told_after_a_probe():
     model.eval()
     with quietly(model): pass
     assert model[1].kept is not None and not any(m.training for m in model.modules())
+    model[1].train()     # a part that trains in a model that does not
+    with quietly(model): pass
+    assert model[1].kept is None and [m.training for m in model.modules()]==[False, False, True, False]
