@@ -47,6 +47,7 @@ _finished = ('The run in {path} is finished: held-out loss {loss_before:.4f} -> 
 
 # %% ../nbs/23_finetune.ipynb #46dd7a81
 def _arg(default, *aliases, **kwargs): return field(default=default, metadata=dict(aliases=list(aliases)) | kwargs)
+_methods = 'dense','ist','recommended','paper','rst'
 
 @dataclass
 class _Arguments:
@@ -56,7 +57,7 @@ class _Arguments:
     test_data:str|None = None # Data for the held-out loss; by default the test split of the data, or a share of it
     test_fraction:float = 0.1 # The share that is held out if there is no test data
     max_rows:int|None = None # Use at most so many rows of the data
-    method:str|None = _arg(None, choices='dense ist recommended paper rst'.split()) # dense: every layer; rst: random
+    method:str|None = _arg(None, choices=_methods) # dense (every layer), ist, recommended, paper or rst (random layers)
     peft:str = 'lora' # The kind of adapter: lora, dora, bottleneck, oft, ia3, or any other method of PEFT
     peft_options:str|None = None # Settings of that method as JSON, such as '{"oft_block_size": 16}'
     lora_r:int = 32 # Rank of the adapter, for lora and dora
@@ -142,8 +143,7 @@ def _ist_config(args, given, seed):
     return getattr(ISTConfig, args.method, ISTConfig)(**({'seed':seed} | every | given))   # .recommended, .paper, .rst
 
 # %% ../nbs/23_finetune.ipynb #5629997f
-_count = 'a whole number of at least 1',lambda v: v>=1
-_few = 4*(os.cpu_count() or 1)
+_count,_few = ('a whole number of at least 1', lambda v: v>=1),4*(os.cpu_count() or 1)
 _training_allowed = dict(
     learning_rate=('a number of at least 0', lambda v: v>=0 and math.isfinite(v)),
     num_train_epochs=('a number above 0', lambda v: v>0 and math.isfinite(v)),

@@ -3,7 +3,7 @@ import dataclasses,errno,importlib.util,json,os,re,shutil,subprocess,sys,pytest
 from pathlib import Path
 from types import SimpleNamespace
 from ist_nb import finetune,model,run_folder,runs
-from ist_nb.finetune import main,parse
+from ist_nb.finetune import _methods,main,parse
 
 pytestmark = pytest.mark.usefixtures('short_pico', 'text_once')
 
@@ -210,6 +210,8 @@ def test_help_is_fast(here):
     assert spent()-start < 2
     assert r.returncode==0
     assert all(f'--{o} ' in r.stdout for o in ('model', 'data', 'n_active', 'explore', 'output_dir', 'help_all'))
+    line = next(o for o in r.stdout.splitlines() if o.startswith('  --method '))
+    assert all(o in line for o in _methods), line
 
 def test_help_all(capsys):
     assert main(['--help_all'])==0
