@@ -146,9 +146,11 @@ def choosing(model, calls=None):
 
 def found(model):
     """The runs that chose and those that judged a model; the latter are None until they are made. Those that chose are
-    of another model where `judge` says so."""
+    of another model where `judge` says so. Calls that judge are left out while more are to come (`complete`)."""
     judge = _of('judge', model)
-    return choosing(judge.get('choices', model), judge.get('choice_calls')),judge.get('runs')
+    runs,n = judge.get('runs'),judge.get('complete')
+    return (choosing(judge.get('choices', model), judge.get('choice_calls')),
+            [r for r in runs if r['call']<n] if n else runs)
 
 # ------------------------------------------------------------------------------------------------------ for the pages
 tasks = dict(german='German manual pages', python='modules of Python', chat='chats (GSM8K)', cloze='multiple choice',

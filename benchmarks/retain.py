@@ -162,21 +162,22 @@ def accuracy(model, items, device):
         right += s.index(max(s))==y
     return right/len(items)
 
-closely = 'before', 'trained', 'scaled', 'faded', 'trained on'    # also by other text, and document by document
+closely = 'before', 'trained', 'scaled', 'faded', 'trained on'    # also by other text, the first two by questions
 @torch.no_grad()
-def measure(model, found, task, kept, judge, device, full=False, **about):
-    "One point: loss on the task, divergence on the model's own text, and more where `full`"
+def measure(model, found, task, kept, judge, device, brief=False, **about):
+    "One point: loss on the task, divergence on the model's own text, and more unless `brief`"
     model.eval()
     rows = found['tasks'][task][judge]
     loss,each = mean_loss(model, rows, device, each=True)
     kl = row_divergences(model, kept, device)
     other = 'python' if task!='python' else 'german'
     res = about | dict(task=loss, kl=mean(kl), kl_empty=mean(kl[::2]), kl_chat=mean(kl[1::2]))
-    if about['name'] in closely and full is not None:
+    if about['name'] in closely and not brief:
         res |= {k:mean_loss(model, o, device) for k,o in found['books'].items()}
         if other in found['tasks']: res['other'] = mean_loss(model, found['tasks'][other]['choose'], device)
         if judge=='test': res |= dict(documents=per_document(rows, each)[0], kl_rows=[round(o, 5) for o in kl])
-    if full: res |= {f'acc {k}':accuracy(model, o, device) for k,o in found['questions'].items()}
+        if about['name'] in closely[:2]:
+            res |= {f'acc {k}':accuracy(model, o, device) for k,o in found['questions'].items()}
     return res
 # --------------------------------------------------------------------------------------------------------- one run
 def run(job, base, found, own, judge, device):
@@ -192,12 +193,13 @@ def run(job, base, found, own, judge, device):
         if p.requires_grad: p.data = p.data.float()
     layers,amp = find_layers(model),torch.autocast(device.split(':')[0], torch.bfloat16)
     points,d = [],found['tasks'][task]
-    def note(name, full=False, **kw):
-        with amp: points.append(measure(model, found, task, own[judge], judge, device, full, name=name, **kw))
+    def note(name, **kw):
+        rows = found,task,own[judge],judge
+        with amp: points.append(measure(model, *rows, device, brief='brief' in job, name=name, **kw))
     if job.get('base'):
-        with model.disable_adapter(): note('before', full=True)
+        with model.disable_adapter(): note('before')
     took = descend(job, model, layers, d, own, job['steps'], amp, device, note)
-    note('trained', full=None if job.get('brief') else True)
+    note('trained')
     after(job, model, d, own, note, amp, device)
     if job.get('base') and judge=='test': job['doc_tokens'] = per_document(d['test'], torch.zeros(len(d['test'])))[1]
     return job | dict(points=points, train_seconds=took, seconds=time.time()-start)
@@ -253,7 +255,7 @@ def after(job, model, d, own, note, amp, device):
     def at(gates, name, **kw): _set_gates(gated, gates); note(name, **kw); _set_gates(gated, full)
     chosen = d['pick'].batches(device, 8 if d['pick'].mask.float().mean()>0.5 else 64)
     if 's' in post:
-        for v in (0.9, 0.8, 0.7, 0.55, 0.4): at(full*v, 'scaled', full=v in (0.8, 0.55), v=v)
+        for v in (0.9, 0.8, 0.7, 0.55, 0.4): at(full*v, 'scaled', v=v)
     if 'l' in post:
         for v in (0.7, 0.4, 0.): at(v+(1-v)*x, 'line, top kept', v=v); at(1-(1-v)*x, 'line, bottom kept', v=v)
         for a in (1., 0.7, 0.4):
@@ -263,7 +265,7 @@ def after(job, model, d, own, note, amp, device):
         for price in job.get('prices', (8., 4., 2., 1.)):
             with amp: gates = fade(model, chosen, own['pick'], price, steps=job.get('fade_steps', 48))
             gates = torch.tensor(list(gates.values()))
-            note('faded', full=price in (1., 4.), price=price, gates=[round(o, 3) for o in gates.tolist()])
+            note('faded', price=price, gates=[round(o, 3) for o in gates.tolist()])
             _set_gates(gated, full)
             g = torch.Generator().manual_seed(job['seed'])
             each = torch.stack([gates[depth==i].mean() for i in depth.unique()])     # a gate for each layer
@@ -284,7 +286,7 @@ def after(job, model, d, own, note, amp, device):
                         (found/n*len(part)/len(ix)).backward()
                     if price: (price*F.cross_entropy(*labelled(model, chosen[s%len(chosen)]))).backward()
                 opt.step(); opt.zero_grad()
-                if s+1 in (16, 64): note('trained on', full=price==1. and s==63, price=price, at=s+1)
+                if s+1 in (16, 64): note('trained on', price=price, at=s+1)
 # --------------------------------------------------------------------------------------------------------- the plans
 standard = dict(german=250, python=250, cloze=250, chat=140, few=100)
 # of data, or of another domain; without `on`, a job is for all tasks but the one with few data
@@ -430,7 +432,7 @@ def main(
     if wrong := [o for o in only if o not in frontier.families]:
         sys.exit(f'No family is called {wrong[0]!r}: {list(frontier.families)}')
     todo = jobs(plan, list(files) or tasks.split(), list(map(int, seeds.split())), choices or name, only,
-                seen, earlier.get('choice_calls'))
+                seen, earlier.get('choice_calls') if choices else None)
     todo = [o for o in todo if same(o) not in known or not known[same(o)].issuperset(o.get('post', ''))]
     if plan=='lengths': todo = [o for o in todo if not o['seed'] or o['lr']==best_rate(runs, o)]
     cached = Path(tempfile.mkdtemp())/'data.pt'

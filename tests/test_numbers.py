@@ -69,18 +69,22 @@ def given_back(): # of what LoRA gains on German at its best rate, at the level 
     best = mean(r['loss'] for r in learnt('german') if (r['name'], r['steps'])==('LoRA', 250))
     return 100*(level-best)/(before-best),
 def higher_rates():
-    """On German, on what chose: LoRA at 8e-3 scaled to the level of the table, over that at 2e-3; and `Keep` over it at
-    a lower level, which 2e-3 does not reach"""
+    """On German, on what chose. At the level of the table, in percent: by how much less LoRA at 4e-3 diverges than at
+    2e-3, and by how much more at 8e-3; what `Keep` leaves there of either. Then what `Keep` and `fade` leave of LoRA at
+    4e-3 at a lower level, which 2e-3 does not reach"""
     every = [r for r in frontier.choosing('SmolLM2-135M-Instruct') if r['task']=='german']
-    low,start = [r for r in every if r['lr']<=2e-3],frontier.before(every, 'german')
-    def at(runs, family, loss):
-        k = frontier.chosen(runs, family, 'german', 0.05)
-        return k,frontier.divergences(frontier.curves(every, family)['german'][k], loss, start)[0]
+    low = [r for r in every if r['lr']<=2e-3]
     old,new = (frontier.levels(o, 'german', 0.05) for o in (low, every))
-    (rival, a),(_, b) = (at(o, 'LoRA, scaled', old) for o in (every, low))
-    (held, c),(_, d) = (at(every, o, new) for o in ('Keep', 'LoRA, scaled'))
-    assert 'lr 0.008' in rival and 'lr 0.004' in held and new<frontier.levels(low, 'german', 0)
-    return 100*(a/b-1),c/d
+    def at(loss, family='LoRA, scaled', rates=(4e-3,)):
+        mine = [r for r in every if r['lr'] in rates]
+        by = frontier.curves(mine, family)['german'].values()
+        return min(o[0] for v in by if (o := frontier.divergences(v, loss, frontier.before(every, 'german'))))
+    slow = at(old, rates={r['lr'] for r in low})
+    assert frontier.chosen(every, 'LoRA, scaled', 'german', 0.05)=='name LoRA, lr 0.004, steps 250'
+    assert 'lr 0.004' in frontier.chosen(every, 'Keep', 'german', 0.05) and new<frontier.levels(low, 'german', 0)
+    keep = at(old, 'Keep', (2e-3,))
+    return (100*(1-at(old)/slow), 100*(at(old, rates=(8e-3,))/slow-1), keep/at(old), keep/slow,
+            at(new, 'Keep')/at(new), at(new, 'LoRA, faded')/at(new))
 def over_unsloth(how, what):
     from benchmarks import render
     return [render.of_unsloth(how, k, what) for k in ('recommended', 'LoRA, fast')]
@@ -168,7 +172,7 @@ def kept(family):
 def held_longer():
     "Seconds of a run with `Keep` over those of one without, where a call has three and more of both, least and most"
     by,calls = {},lambda r: (r['task'], r['steps'], r.get('call'))
-    for r in read('retain_judge_SmolLM2-135M-Instruct')['runs']:
+    for r in frontier.found('SmolLM2-135M-Instruct')[1]:
         if not (r.get('ist') or r.get('replay')):
             by.setdefault(calls(r), ([], []))[bool(r.get('keep'))].append(r['train_seconds'])
     found = [median(held)/median(plain) for plain,held in by.values() if min(len(plain), len(held))>2]
@@ -244,8 +248,12 @@ claims = [
      lambda: (24, 96, 96//16, 16)),
     ('reference/paper', 'the 95% interval is {:.0%} to {:.0%}', lambda: interval(75, 100)),
     ('reference/faq', 'go through {:.0%} of the blocks', lambda: (lowest(),)),
-    ('results/quality', 'at 8e-3 diverges {:.0f}% more than at 2e-3', higher_rates),
-    ('results/quality', ', trained at 4e-3, leaves {1:.2f} of its divergence', higher_rates),
+    ('results/quality', 'LoRA trained at 4e-3 diverges {:.0f}% less than at 2e-3, and at 8e-3 {:.0f}% more',
+     higher_rates),
+    ('results/quality', ', trained at 2e-3, leaves {2:.2f} of the divergence in place of {3:.2f}', higher_rates),
+    ('results/quality', '`Keep`, trained at 4e-3, leaves {4:.2f} and `fade` {5:.2f}', higher_rates),
+    ('results/quality', '({:.0f}% on the seed that chose, if LoRA may', lambda: (100-100*higher_rates()[4],)),
+    ('index', 'on one task and one seed {:.0f}%', lambda: (100-100*higher_rates()[4],)),
     ('results/speed', 'takes {1:.2f} times as long at the large shape and {0:.2f} times at the small one', in_trl),
     ('results/speed', 'these are {:,} modules, and the two walks take {:.1f} ms of one CPU core', walks),
     ('results/quality', '{:.0f} to {:.0f}% less divergence than the best LoRA', lambda: kept('Keep')[::2]),
@@ -267,9 +275,10 @@ claims = [
     ('results/quality', '(on [64 rows] {:.0f}%)', lambda: (100*(1-few()[0]),)),
     ('results/quality', 'leaves {:.0f}% less divergence, and further training leaves {:.0f}% more',
      lambda: (100*(1-few()[1]), 100*(few()[2]-1))),
-    ('results/quality', 'On German it is {:.0f}%, with the default weight of 1. On chats and on multiple choice it is '
-     '{:.0f}%, with a weight of 10 that one seed chose; on that seed the default came to {:.0f} and {:.0f}%',
-     lambda: (*kept('Keep')[:2], at_1('chat', 140), at_1('cloze', 250))),
+    ('results/quality', 'On German it is {:.0f}%, with the default weight of 1', lambda: kept('Keep')[:1]),
+    ('results/quality', 'On chats and on multiple choice it is {:.0f}%, with a weight of 10 that one seed chose; on '
+     'that seed the default came to {:.0f} and {:.0f}%',
+     lambda: (kept('Keep')[1], at_1('chat', 140), at_1('cloze', 250))),
     ('results/quality', 'leaves {:.2f} of the divergence of scaled LoRA on German and {:.2f} on chats',
      lambda: second()[:2]),
     ('results/quality', 'it left {:.2f} and {:.2f}', lambda: [1-o/100 for o in kept('Keep')[:2]]),
@@ -402,9 +411,10 @@ number = re.compile(r'(?<![\w.,^])[+-]?\d[\d,]*(?:\.\d+)?(?: ?%|x\b| '
 @pytest.mark.parametrize('page', checked)
 def test_no_number_without_a_source(page):
     "A number with a unit, a per cent sign or decimals is a claim: it is in the lists above"
-    rest = re.sub(r'`[^`]*`', '', text(page))
+    def plain(s): return re.sub(r'`[^`]*`', '', s)
+    rest = plain(text(page))
     for p,said,found in claims:
-        if p==page: rest = rest.replace(said.format(*found()), '')
+        if p==page: rest = rest.replace(plain(said.format(*found())), '')
     for o in given: rest = rest.replace(o.strip(), '')
     found = [rest[max(0, m.start()-50):m.end()+20].replace('\n', ' ') for m in number.finditer(rest)]
     assert not found, f'{page}: tie these to their files in tests/test_numbers.py\n'+'\n'.join(found)
