@@ -15,6 +15,7 @@ from benchmarks import peers
 
 # variants of `peers`: settings, and what the Trainer and `fast=True` apply
 fast,dense = 'fold compile loss ahead',ISTConfig.rst(n_active=1.)
+unpacked = 4.127/8+2     # bytes of a weight that is read in 4 bits, with 0.127 for its scales, and written in 16
 planned = {'PEFT':(dense, ''), 'LoRA, fast':(dense, fast), 'recommended':(ISTConfig.recommended(), fast)}
 
 @dataclass
@@ -130,8 +131,8 @@ def beside(case, rates):
     "Variant -> seconds and peak memory in a case of `peers`, the weights, the optimizer's moments and all included"
     s,T,res = shape_of(peers.config_of(case['shape']), peers.lora()),case['batch']*case['length'],{}
     first = case.get('first', 0)     # older cases have none: they timed a schedule from the very first step
-    packed = s.P*s.n if case['bits']==4 else 0             # weights of 4 bits, with 0.127 for their scales
-    fixed = 2*(s.frozen-packed)+4.127/8*packed
+    packed = s.P*s.n if case['bits']==4 else 0
+    fixed = 2*(s.frozen-packed)+(unpacked-2)*packed
     budget = float(case['budget'].removesuffix('GiB'))*2**30 if case.get('budget') else inf
     for k,(o,names) in planned.items():
         costs = [step_cost(s, d, T, case['length'], rates, names.split(), budget, mask=0,
@@ -139,9 +140,9 @@ def beside(case, rates):
         # adapters in 32 bits, and in 16 if that copy is not computed again; AdamW's moments, after the first step
         own = [4+2*('compile' not in names)+8*(t>0) for t in range(len(costs))]
         peaks = [fixed+b+n*s.trained for n,(_,b) in zip(own, costs)]
-        unpacked = 2*(4.127/8+2)*packed/(0.75*rates[1])     # read and written in both passes
+        unpacking = 2*unpacked*packed/(0.75*rates[1])     # in both passes
         timed = costs[first:first+case['steps']]
-        res[k+', budget'*(budget<inf)] = statistics.mean(c for c,_ in timed)+unpacked,max(peaks)
+        res[k+', budget'*(budget<inf)] = statistics.mean(c for c,_ in timed)+unpacking,max(peaks)
     return res
 
 def probes(s, config, how):

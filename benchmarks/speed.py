@@ -174,7 +174,8 @@ variants = {   # name: settings of IST (None: all layers), optimisations, checkp
 def estimated(found): return estimate.estimated(found, lora, config_of, variants)
 
 def machine_rates(n):
-    "FLOP/s of a large product, bytes/s read and written by a large copy"
+    """FLOP/s of a large product, and bytes/s read and written by a large copy and by unpacking of 4 bits, which is None
+    without bitsandbytes"""
     a,b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     wait = torch.cuda.synchronize if gpu else lambda: None
     def clock(f, reps=20):
@@ -186,7 +187,11 @@ def machine_rates(n):
         wait()
         return (time.perf_counter()-start)/reps
     c = torch.empty_like(a)
-    return 2*n**3/clock(lambda: a@b),2*a.nbytes/clock(lambda: c.copy_(a))
+    rates = 2*n**3/clock(lambda: a@b),2*a.nbytes/clock(lambda: c.copy_(a))
+    try: import bitsandbytes.functional as bnb
+    except ImportError: return *rates,None
+    packed = bnb.quantize_4bit(a, blocksize=64, quant_type='nf4', compress_statistics=True)
+    return *rates,estimate.unpacked*a.numel()/clock(lambda: bnb.dequantize_4bit(*packed))
 
 def kept(switches, batch, length):
     "Bytes that one block keeps for its backward pass, trained and frozen, plain and optimised"

@@ -1,5 +1,6 @@
 """Where does the GPU wait in a training step? A few steps of a run are traced, with or without IST. Each stretch in
-which no kernel runs is put down to what the host was doing meanwhile, such as the forward pass or clipping."""
+which no kernel runs is put down to what the host was doing meanwhile, such as the forward pass or clipping. The rates
+of the card's products, copies and unpacking stand beside them."""
 import functools,json,tempfile,time
 from bisect import bisect_right
 from collections import Counter
@@ -103,7 +104,10 @@ def main(
     out:Path='waits',    # Where the numbers go
 ):
     import gc,torch
-    found = []
+    from benchmarks.speed import machine_rates
+    names = 'matrix_flops','copy_bytes','unpack_bytes'
+    found,rates = [],dict(zip(names, machine_rates(8192 if device=='cuda' else 512)))
+    print(rates, flush=True)
     for o in rows.split(','):
         batch,length = map(int, o.split('x'))
         spec = dict(shape=shape, batch=batch, length=length, checkpointing=False, device=device, engine=alone)
@@ -117,4 +121,4 @@ def main(
             print(f"{shape} {o} {name}: {min(v['ms']):.1f} ms a step; traced {v['span']:.1f}, of which kernels run "
                   f"{v['busy']:.1f}; {time.time()-start:.0f} s", flush=True)
             head = record.about('where the GPU waits in a step', 'accelerate', gpu=device=='cuda')
-            record.save(out, head, cases=found)
+            record.save(out, head | rates, cases=found)
