@@ -75,19 +75,23 @@ def levels(runs, task, give_up):
     return best+give_up*(before(runs, task)[0]-best)
 
 def divergences(by_seed, loss, start):
-    "By seed, where the loss is reached"
+    "By seed, where the loss is reached; `start` is where the curves begin, if they do"
     return divergences_of({s:pairs(o) for s,o in by_seed.items()}, loss, start)
 
 def divergences_of(by_seed, loss, start):
     "The same of pairs of task loss and divergence"
-    res = {s:at(hull(o+[start]), loss) for s,o in by_seed.items()}
+    res = {s:at(hull(o+([start] if start else [])), loss) for s,o in by_seed.items()}
     return {s:v for s,v in res.items() if v is not None}
+
+def start_of(runs, family, task):
+    "A scale of 0 is the model before. An adapter that is only trained or stopped has no scale"
+    return None if family=='LoRA' else before(runs, task)
 
 def chosen(runs, family, task, give_up):
     "The setting whose curve diverges least at a level, reached in every seed; None if there is none"
     loss,best = levels(runs, task, give_up),{}
     for k,by_seed in curves(runs, family)[task].items():
-        found = divergences(by_seed, loss, before(runs, task))
+        found = divergences(by_seed, loss, start_of(runs, family, task))
         if len(found)==len(by_seed): best[k] = mean(found.values())
     return min(best, key=best.get) if best else None
 
@@ -96,7 +100,16 @@ def judged(choose, judge, family, task, give_up):
     k = chosen(choose, family, task, give_up)
     if not k: return None,{}
     by_seed = curves(judge, family)[task].get(k, {})
-    return k,divergences(by_seed, levels(judge, task, give_up), before(judge, task))
+    return k,divergences(by_seed, levels(judge, task, give_up), start_of(judge, family, task))
+
+def fixed(choose, judge, family, task, give_up=0.05):
+    """Divergence by seed of a single point of the chosen setting: that of least divergence which reaches the level in
+    the run that chooses. Its scale, price and number of steps are chosen there too"""
+    k,loss = chosen(choose, family, task, give_up),levels(choose, task, give_up)
+    def key(p): return tuple(str(p.get(o)) for o in ('name', 'v', 'price', 'at'))
+    (points,) = curves(choose, family)[task][k].values()
+    best = key(min((p for p in points if p['task']<=loss), key=lambda p: p['kl']))
+    return {s:next(p['kl'] for p in o if key(p)==best) for s,o in curves(judge, family)[task].get(k, {}).items()}
 
 def ratio(ours, theirs):
     "Of one divergence over another: geometric mean over common seeds, its 95% interval, p of a paired t-test of logs"
@@ -156,7 +169,7 @@ def found(model):
 tasks = dict(german='German manual pages', python='modules of Python', chat='chats (GSM8K)', cloze='multiple choice',
              few='64 rows of German')
 said = {
-    'LoRA': 'LoRA: shorter, lower rank or rate', 'LoRA, scaled': 'LoRA, scaled by one number',
+    'LoRA': 'LoRA as trained, or stopped', 'LoRA, scaled': 'LoRA, scaled by one number',
     'LoRA, by depth': 'LoRA, scaled by depth (as LiNeS)', 'LoRA, faded': 'LoRA, `fade`: a gate a module',
     'gates shuffled': 'the same gates, shuffled', 'a gate a layer': 'a gate a layer',
     'LoRA, trained on': 'LoRA, 16 or 64 more steps with the penalty', 'replay': 'LoRA with replay',
@@ -182,7 +195,7 @@ def table_of(model, give_up=0.05, beside='LoRA, scaled', have=tuple(tasks)):
         res = f'{mean(v.values()):.3f}'
         if not o: return res
         if o[1] is None: return f'{res} ({o[0]:.2f})'
-        ps = dict(zip((t for t in have if compare.get((f, t))), sure[f]))
+        ps = dict(zip((t for t in have if (v := compare.get((f, t))) and v[3] is not None), sure[f]))
         return f"{res} ({o[0]:.2f}, {o[1]:.2f} to {o[2]:.2f}{', *' if ps[t]<0.05 else ''})"
     rows = [(said[f], *(cell(f, t) for t in have)) for f in said if any(values[f, t] for t in have)]
     limits = '; '.join(f'{tasks[t]} {levels(runs, t, give_up):.3f}' for t in have)
@@ -193,6 +206,36 @@ def table_of(model, give_up=0.05, beside='LoRA, scaled', have=tuple(tasks)):
     return table(['way', *(tasks[t]+':' for t in have)], rows)+'\n\n'+made_by(head, (
         f'{head["model"]}; divergence from the model before, nats a token, at the task loss at which {give_up:.0%} of '
         f'what LoRA gained is given back ({limits}), and in brackets its ratio to that of {said[beside]}; {by}{more}'))
+
+def level_with(points, loss, keys, start):
+    "What a curve reads of `keys` where it reaches a task loss, on straight lines between its points"
+    of = {(p['task'], p['kl']):p for p in points} | {(start['task'], 0.):start}
+    line = hull(of)
+    for (a,u),(b,v) in zip(line, line[1:]):
+        if a<=loss<=b: return [of[a, u][k]+(of[b, v][k]-of[a, u][k])*(loss-a)/(b-a) for k in keys]
+
+others = {'psychology':'psychology', 'introduction-business':'business', 'us-history':'history', 'other':'other domain'}
+def rises(model, ways=('LoRA, scaled', 'LoRA, faded', 'Keep'), have=tuple(tasks), give_up=0.05):
+    "By task and way: by how much the loss on text that no method saw is above that before, seed by seed"
+    choose,runs = found(model)
+    res = {}
+    for t in have:
+        loss,start = levels(runs, t, give_up),next(p for r in runs if r['task']==t for p in r['points']
+                                                   if p['name']=='before')
+        for f in ways:
+            by = curves(runs, f)[t].get(chosen(choose, f, t, give_up), {})
+            at_level = {s:level_with(o, loss, others, start) for s,o in by.items()}
+            res[t, f] = {s:[v-start[k] for k,v in zip(others, o)] for s,o in at_level.items() if o}
+    return res
+
+def elsewhere_at(model, **kwargs):
+    "Markdown: the same as a table"
+    from benchmarks.render import table
+    rows = [(tasks[t], said[f], *(f'{mean(v):+.3f}' for v in zip(*by.values()))) for (t,f),by in
+            rises(model, **kwargs).items()]
+    return table(['task', 'way', *(f'{o}:' for o in others.values())], rows)+'\n\n(The loss less that of the model '\
+        'before, nats a token, where each way reaches the task loss of the table above; means over seeds, between the '\
+        'points of a run on straight lines. *Other domain*: modules of Python if the task is German, else German.)'
 
 def elsewhere(model, have=tuple(tasks), ways=('LoRA, faded', 'Keep')):
     "Markdown: what no method was given, before and as trained: losses on books, and shares of questions answered"

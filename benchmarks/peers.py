@@ -34,7 +34,8 @@ variants = {
     'Unsloth, packed, xformers':('unsloth', dict(packing='bfd', needs='unsloth xformers')),
     'LoRA, fast':('ours', dict(config=dict(fast=True))),
     'LoRA, fast, in TRL':('trl', dict(packing='wrapped', config=dict(fast=True))),     # as `ist_finetune` trains
-    'LoRA, fast, in TRL, offloaded':('trl', dict(packing='wrapped', config=dict(fast=True), activation_offloading=True)),
+    'LoRA, fast, in TRL, offloaded':('trl', dict(packing='wrapped', config=dict(fast=True),
+                                                 activation_offloading=True)),
     'LoRA, fast, Liger loss':('ours', dict(config=dict(fast=True), liger=True, needs='liger_kernel')),
     'LoRA, fast, budget':('ours', dict(config=dict(fast=True))),    # of `--budget`, as large as a peer's peak, say
     'recommended':('ours', dict(config=dict(recommended=True))),

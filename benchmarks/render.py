@@ -1,5 +1,5 @@
 "From the JSON of the benchmarks to the tables, sentences and pictures of the results pages"
-import statistics
+import re,statistics
 from functools import cache
 from IPython.display import Markdown
 from scipy.stats import t as student
@@ -12,19 +12,22 @@ def table(head, rows):
     rule = '|'+'|'.join('---:' if h.endswith(':') else '---' for h in head)+'|'
     return '\n'.join([line(h.rstrip(':') for h in head), rule, *map(line, rows)])
 
+renamed = dict(gpu_check='gpu', models_matrix='models', peft_matrix='peft_methods', levers_quality=None)  # None: gone
 def made_by(res, *said):
     "On what, with what, and by which command a result was made"
     v = res['versions']
     on = ', '.join([res['hardware'], *(f'{o} {v[o]}' for o in ('torch', 'transformers', 'peft') if o in v)])
-    return f"({'. '.join([*said, on])}. Made by `{res['command']}`.)"
+    old = re.match(r'python benchmarks/(\w+)\.py', res['command'])     # made before a benchmark had its present name
+    name = old and renamed.get(old[1], old[1])
+    now = f', today `python -m benchmarks {name}`' if name else ', a script that is gone' if old else ''
+    return f"({'. '.join([*said, on])}. Made by `{res['command']}`{now}.)"
 
-def mean_difference(a, b, interval=True):
-    "Of losses by seed, over common seeds: the mean of a-b with half of its 95% interval, or its standard error"
+def mean_difference(a, b, digits=3):
+    "Of losses by seed, over common seeds: the mean of a-b with half of its 95% interval"
     d = [a[s]-b[s] for s in a if s in b]
     error = statistics.stdev(d)/len(d)**0.5 if len(d)>1 else 0
-    if not interval: return f'{statistics.mean(d):+.4f} ± {error:.4f}'
     if len(d)<3: return f"{statistics.mean(d):+.3f} ({len(d)} seed{'s'*(len(d)>1)})"
-    return f'{statistics.mean(d):+.3f} ± {student.ppf(0.975, len(d)-1)*error:.3f}'
+    return f'{statistics.mean(d):+.{digits}f} ± {student.ppf(0.975, len(d)-1)*error:.{digits}f}'
 
 # -- beside other libraries
 ours,llamas = ('LoRA, fast', 'recommended'),{'1b':'Llama-3.2-1B', '8b':'Llama-3-8B'}
@@ -169,10 +172,11 @@ def to_loss_table():
                      *(f'{v[k][0]:.1f} ({r:.2f})' for k,r in zip(ours, ratios)),
                      f"{v['recommended'][1]:.0f} for {v[rival][1]:.0f}"))
     head = ['task', "step of", 'fastest other library, s:', *(f'{o}, s:' for o in ours), 'steps, against LoRA:']
-    return Markdown(table(head, rows)+'\n\n'+made_by(read('retain_lengths_SmolLM2-135M-Instruct'), (
+    res = read('retain_lengths_SmolLM2-135M-Instruct')
+    return Markdown(table(head, rows)+'\n\n'+made_by(res|res['calls'][1], (
         'Steps of SmolLM2-135M-Instruct to the loss that `recommended` reaches on every seed at its best length, each '
         'length at its own rate; times the seconds of a step at the shape; in brackets over the fastest other library; '
-        'means of four seeds')))
+        'means of four seeds; the first of the two calls that judge')))
 
 def learning_picture(shape='8b', length=256):
     "Held-out loss against seconds: the steps of the pretrained model, each as long as at a shape"
@@ -252,11 +256,11 @@ def speed_targets():
                    ('LoRA, fast', '*LoRA, fast*', 'short'))),
             ("**`depth`, 7B shape**: seconds a step, over those of LoRA with the same optimisations", 0.60,
              ratio(big, best, same)),
-            ("its peak memory of activations with a budget, over LoRA's", 0.30,
+            ("its peak memory of activations with a budget, over that of LoRA without optimisations", 0.30,
              ratio(big, best+', budget', 'LoRA', 'peak')),
             ('the same, over that of LoRA with the same optimisations', 0.40,
              ratio(big, best+', budget', same, 'peak')),
-            ('its seconds a step with checkpointing, over those of LoRA with it', 0.55,
+            ('its seconds a step with checkpointing, over those of LoRA with it, without optimisations', 0.55,
              ratio(big, best+', checkpointing', 'LoRA, checkpointing')),
             ('share of its time that scoring layers takes', 0.03, big['variants'][best]['share']['median']),
             ("**pico on a CPU**: seconds a step, over LoRA's", 0.60, ratio(small, 'ours, fold', 'LoRA'))]
@@ -351,7 +355,7 @@ def speed_profile():
 def speed_losses(name, res=None):
     res = res or read('speed_quality')
     return {r['seed']:r['loss'] for r in res['runs'] if r['method']==name and r['lr']==res['best_lr'][name]}
-def speed_difference(a, b): return mean_difference(speed_losses(a), speed_losses(b), interval=False)
+def speed_difference(a, b): return mean_difference(speed_losses(a), speed_losses(b), digits=4)
 
 def speed_quality():
     "Held-out loss after the same steps"
@@ -362,8 +366,8 @@ def speed_quality():
         rows.append((m, f'{lr:g}', f"{mean('depth'):.2f}", f"{mean('active'):.1f}", f"{mean('loss'):.4f}",
                      '' if m=='RST' else speed_difference(m, 'RST'), '' if m=='LoRA' else speed_difference(m, 'LoRA')))
     said = (f"{res['steps']} steps of {res['batch']} rows of {res['length']} tokens, {len(speed_losses('RST'))} seeds, "
-            'mean difference ± its standard error. 8-bit products are emulated: rounded as on the GPU, computed on '
-            'the CPU')
+            'mean difference ± half of its 95% interval. 8-bit products are emulated: rounded as on the GPU, computed '
+            'on the CPU')
     head = ['method', 'learning rate', 'depth', 'layers a step', 'held-out loss, nats', 'minus RST', 'minus LoRA']
     return Markdown(table(head, rows)+'\n\n'+made_by(res, said))
 
@@ -481,7 +485,8 @@ def reliability_mutants():
     alive = '; '.join(f"`{r['module']}`: {r['about']}" for r in rows if r['outcome']!='killed')
     text = table(['module', 'faults:', 'seen by a test:'], [*((f'`{m}`', *count(o)) for m,o in by.items()),
         ('**all**', *count(rows))])
-    return Markdown(text+'\n\n'+(f'Survived: {alive}. ' if alive else '')+f"(Made by `{read('mutants')['command']}`.)")
+    return Markdown(text+'\n\n'+(f'Survived: {alive}. ' if alive else '')+'(Made by `python -m benchmarks mutants`, '
+                    'and after a change again for the modules that it touched.)')
 
 def reliability_long_run():
     l = read('long_run')
