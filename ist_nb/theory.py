@@ -133,7 +133,7 @@ def guarantee(
     config:ISTConfig, # With a sampler of this package; with 'importance' and `m`, a scorer of this package too
     N:int|dict, # Layers; for a dictionary `n_active`, those of each stack
     m:int|None=None, # After how many importance updates; None: for ever
-) -> dict: # `n`; `pi_min`; `rst`, that of random sparse tuning; `constant`, Corollary 1's bound in units of RST's
+) -> dict: # `n`; `pi_min`; `rst`, that of random sparse tuning; `constant`, Corollary 1's bound over RST's at equal `L`
     "What is guaranteed of `config` in the worst case, for the layer that is worst off"
     several,sampler = isinstance(config.n_active, dict),config.sampler
     if several!=isinstance(N, dict) or several and N.keys()!=config.n_active.keys():
