@@ -15,7 +15,7 @@ tests = dict(
     config='ist', layers='core ist probes peft', suppression='probes speed', scorers='probes ist', samplers='speed ist',
     ist='steps core ist probes', probe='core steps probes', state='resume steps',
     callback='core logging ist', speed='speed', activations='memory',
-    memory='memory', moments='memory', questions='evaluate', evaluate='evaluate', finetune='finetune')
+    keep='keep', memory='memory', moments='memory', questions='evaluate', evaluate='evaluate', finetune='finetune')
 def checks(module):
     return [notebook_of(module).stem, *(f'tests/test_{o}.py' for o in tests[module].split())]
 def exists(check):

@@ -13,7 +13,8 @@ from tempfile import TemporaryDirectory
 from .cli import _parse_known, _plain_parser, _quiet, during, plain_errors
 from .config import ISTError
 from .evaluate import _base_of, _checked_folder, _dtypes, _put_on, _versions
-from .finetune import _check_path, _check_rows, _forgotten, _held_out, _sft_trainer, _texts
+from .finetune import _as_rows, _check_path, _check_rows, _forgotten, _held_out, _rows_report, _sft_trainer
+from .finetune import _texts
 from .model import _check_here, assets, load_model
 
 # %% ../nbs/26_fading.ipynb #38e0d7cb
@@ -120,9 +121,10 @@ def _fade(args, data, model, tokenizer, judge, choose):
     with TemporaryDirectory() as tmp:
         sft = SFTConfig(tmp, max_length=args.max_length, per_device_train_batch_size=args.batch_size, seed=args.seed,
                         per_device_eval_batch_size=args.batch_size, gradient_checkpointing=False, report_to='none',
-                        dataloader_pin_memory=False, bf16=False, use_cpu=not torch.cuda.is_available())
+                        dataloader_pin_memory=False, bf16=False, use_cpu=not torch.cuda.is_available(), **_as_rows)
         trainer = _sft_trainer(model, tokenizer, args.model, sft, data)
     _check_rows(trainer, None)
+    if said := _rows_report(data, trainer): print(f'Rows: {said}.')
     n,n_judge = len(trainer.train_dataset),len(trainer.eval_dataset)
     if min(n, n_judge)<_fewest:
         raise ISTError(f"The data makes {n} rows that choose and {n_judge} rows that judge, which is too few to tell "
@@ -140,8 +142,9 @@ as it was trained   {trained[loss]:11.4f} {trained[divergence]:11.4f}
 faded               {faded[loss]:11.4f} {faded[divergence]:11.4f}
 Both columns are in nats a token, on rows that chose nothing: {rows[1]} of the task, {text_rows} of text.'''
 _load_it = '''Load it with plain PEFT, as any adapter:
-  model = AutoModelForCausalLM.from_pretrained({base!r})
-  model = PeftModel.from_pretrained(model, {folder!r})      # and .merge_and_unload() makes it part of the model'''
+  {more}model = AutoModelForCausalLM.from_pretrained({base!r})
+  model = PeftModel.from_pretrained(model, {folder!r}){merge}'''
+_ours,_merge = 'import ist_nb.adapters     # adds this method to PEFT\n  ','      # and .merge_and_unload() merges it'
 
 def _gates_told(gates):
     "How much of the adapter is kept, in words"
@@ -191,7 +194,10 @@ def main(
     if res['trained']['loss']>=res['without']['loss']:
         print('On these rows the model is no better with the adapter than without it. Are they rows of its task?')
     folder,base = str(args.output_dir),str(assets/'pico') if args.model=='pico' else args.model
-    print(f"{_gates_told(res['gates'])}\nSaved in {folder}. {_load_it.format(base=base, folder=folder)}")
+    config = next(iter(model.peft_config.values()))
+    ours = config.peft_type=='BOTTLENECK'
+    how = dict(more=_ours*ours, merge=_merge*(not ours and not getattr(config, 'lora_bias', False)))
+    print(f"{_gates_told(res['gates'])}\nSaved in {folder}. {_load_it.format(base=base, folder=folder, **how)}")
     return 0
 
 _next = 'Next: ist_keep {adapter} --data FILE turns it back; FILE has rows of its task that it was not trained on.'

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from fastcore.docments import docments
 from .cli import _Stopped, _check_names, _from_config, _make_parser, _quiet, during, plain_errors
-from .config import ISTConfig, ISTError, _only_cost, _read_value, scorers
+from .config import ISTConfig, ISTError, _only_cost, _read_value, samplers, scorers
 from .evaluate import _versions
 from .model import _adapter_config, _check_fast, _check_patterns, _check_template, assets, load_model
 
@@ -76,6 +76,7 @@ _recipe = dict(learning_rate=2e-4, per_device_train_batch_size=16, per_device_ev
                warmup_steps=0.03, gradient_checkpointing=False, report_to='none', logging_steps=10, save_total_limit=2,
                dataloader_pin_memory=False, disable_tqdm=False)
 _recipe_pico = dict(learning_rate=3e-3, max_length=256)
+_as_rows = dict(packing=None, packing_strategy=None)     # unless the user says, texts are joined and cut into rows
 _recipe_demo = dict(max_steps=60, per_device_train_batch_size=8, max_length=128)
 
 def _defaults(args, rest=()):
@@ -83,13 +84,15 @@ def _defaults(args, rest=()):
     import torch
     from ist_nb.run_folder import _new_folder
     given = {o.split('=')[0].lstrip('-').replace('-', '_') for o in rest if o.startswith('--')}
-    named = args.method or ('ist' if given & ({f.name for f in fields(ISTConfig)}-{'seed', *_only_cost}) else None)
+    why = sorted(given & ({f.name for f in fields(ISTConfig)}-{'seed', *_only_cost}))
+    named,args.because = args.method or ('ist' if why else None),'' if args.method or not why else why[0]
     args.method,args.keep = named or 'dense',args.keep if args.keep is not None else 0. if named else 1.
     pico,one = args.model=='pico',torch.accelerator.is_available() or os.environ.get('WORLD_SIZE', '1')=='1'
     res = _recipe | (_recipe_pico if pico else {}) | (_recipe_demo if pico and args.data=='physics' else {})
+    if 'num_train_epochs' in given: res.pop('max_steps', None)
     if not one: res['use_cpu'] = True      # or the Trainer does not see the other processes
     bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    return res | dict(method=args.method, keep=args.keep, bf16=bf16, output_dir=str(_new_folder(args)))
+    return res | dict(method=args.method, keep=args.keep, bf16=bf16, output_dir=str(_new_folder(args)), **_as_rows)
 
 def _parser():
     "All three groups; the fields of `ISTConfig` are None until given, and `seed` is one of the training arguments"
@@ -123,6 +126,7 @@ def parse(
             raise ISTError("--overwrite replaces what is in the folder, and --resume continues it. Give one of them.")
         if not 0<=args.keep<math.inf: raise ISTError(f'--keep {args.keep} is not allowed. Give a number of at least 0.')
         _check_path('--output_dir', sft.output_dir)
+        args.because = first.because
         cfg = _ist_config(args, {k:_number(v) for k,v in asdict(given).items() if v is not None}, sft.seed)
         _join_processes(sft)
         _check_training(args, cfg, sft)
@@ -139,8 +143,16 @@ def _ist_config(args, given, seed):
     if every and (wrong := given.keys()-set(_only_cost)):
         raise ISTError(f"--{min(wrong)} is a setting of IST, but --method dense trains every layer at every step. Of "
                        f"these settings give only --{' and --'.join(_only_cost)}, or choose --method ist.")
+    cfg = getattr(ISTConfig, args.method, ISTConfig)(**({'seed':seed} | every | given))   # .recommended, .paper, .rst
+    idle = sorted(given.keys()&set(_of_scores))
+    if idle and not getattr(samplers[cfg.sampler], 'needs_importance', True):
+        raise ISTError(f"--{idle[0]} has no effect with sampler={cfg.sampler!r}, which asks for no importance. Leave "
+                       "it out, or choose another --method or --sampler.")
     args.asked = {k:v for k,v in (given | vars(args)).items() if every and v and k in (*_only_cost, 'keep')}
-    return getattr(ISTConfig, args.method, ISTConfig)(**({'seed':seed} | every | given))   # .recommended, .paper, .rst
+    return cfg
+
+_of_scores = ('scorer','score_interval','score_lr','score_batch_size','n_candidates','n_suppressed',
+              'suppression_factor','explore')
 
 # %% ../nbs/23_finetune.ipynb #5629997f
 _count,_few = ('a whole number of at least 1', lambda v: v>=1),4*(os.cpu_count() or 1)
@@ -169,6 +181,8 @@ def _check_training(args, cfg, sft):
                        f"{' '.join(str(e).split()).removesuffix('.')}. Give "
                        "the scheduler's own settings in --lr_scheduler_kwargs, or take another.") from e
     if (args.keep or args.general) and (sft.fsdp or sft.deepspeed): raise _no_text(args, ISTError(_whole_only))
+    if sft.activation_offloading and sft.device.type=='cpu':
+        raise ISTError("--activation_offloading moves activations from a GPU, and this run has none. Leave it out.")
     if args.keep and sft.fp16:
         raise ISTError(f"--fp16 scales the loss, but not the penalty of --keep {args.keep:g}. Give --bf16 or --keep 0.")
     if args.method=='dense' and not args.asked:
@@ -275,9 +289,12 @@ def make_trainer(
     if bar := _callback(trainer, 'ProgressCallback'): bar.on_log = partial(_show_loss, bar)
     _check_rows(trainer, cfg)
     if said := _rows_report(data, trainer): _say(f'Rows: {said}.')
+    if (most := getattr(model.config, 'max_position_embeddings', None) or math.inf)<(sft.max_length or 0):
+        _say(f'Warning: the model was made for at most {most:,} tokens, and --max_length is {sft.max_length:,}.')
     trained,every = trainer.model.get_nb_trainable_parameters()
     kind = dict(lora='LoRA', dora='DoRA').get(args.peft, args.peft)
     _say(f'Model: {args.model}, {every-trained:,} frozen parameters and {trained:,} in {kind} adapters')
+    if args.because: _say(f"Method: {args.method}, because of --{args.because}{'' if args.keep else ', and no --keep'}")
     return trainer
 
 def _unmet(asked, e):
@@ -291,7 +308,8 @@ def _sft_trainer(model, tokenizer, name, sft, data, **kwargs):
     "TRL's trainer, which makes tokens of the rows of `data`; `name` is how the user calls the model"
     from trl import SFTTrainer
     if data.kind=='messages': _check_template(tokenizer, sft, name, data.train)
-    if data.kind=='text': sft.packing,sft.packing_strategy = True,'wrapped'   # long texts become several rows
+    if sft.packing is None: sft.packing = data.kind=='text'      # long texts become several rows
+    if sft.packing_strategy is None: sft.packing_strategy = 'wrapped' if data.kind=='text' else 'bfd'
     with during('putting the trainer together'):
         return SFTTrainer(model, sft, train_dataset=data.train, eval_dataset=data.test, processing_class=tokenizer,
                           **kwargs)
@@ -313,13 +331,17 @@ def _check_rows(trainer, cfg):
 
 def _show_loss(bar, args, state, control, logs=None, **kwargs):
     "The loss on the Trainer's progress bar, instead of printed dictionaries"
-    if bar.training_bar is not None and 'loss' in logs: bar.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+    if bar.training_bar is None: return
+    if 'loss' in logs: bar.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+    if 'eval_loss' in logs: bar.training_bar.write(f"Step {state.global_step}: held-out loss {logs['eval_loss']:.4f}")
 
 # %% ../nbs/23_finetune.ipynb #db33a512
 def _rows_report(data, trainer):
     "What was cut off or left out when rows became tokens; empty if nothing was"
     said,most = [],trainer.args.max_length
-    if trainer.args.packing or most is None: return ''      # joined and cut into rows, nothing is lost
+    if trainer.args.packing: # nothing is lost
+        return f'{len(data.train):,} training rows are joined and cut into {len(trainer.train_dataset):,} of {most}'
+    if most is None: return ''
     pairs = ('training', data.train, trainer.train_dataset),('held-out', data.test, trainer.eval_dataset)
     for name,before,after in pairs:
         full = sum(len(o)>=most for o in after['input_ids'])
@@ -368,7 +390,9 @@ def _kept_text(trainer, args, general):
             raise ISTError(_whole_only)
         _check_base(trainer.model)
         if general: text = text_rows(_texts(general, trainer.processing_class), trainer.processing_class, n, length)
-        else: text = own_text(trainer.model, trainer.processing_class, n, length, trainer.args.seed)
+        if general and args.keep and len(text['labels'])<2:
+            raise ISTError(f"{args.general} makes one row. Give more text: some rows hold the model, others judge.")
+        if not general: text = own_text(trainer.model, trainer.processing_class, n, length, trainer.args.seed)
     except (ISTError, RuntimeError, ValueError, NotImplementedError) as e:
         if args.keep or args.general: raise _no_text(args, e) from e
         return _say(f'What the model forgets is not measured: {e}')
@@ -420,11 +444,13 @@ def report(
     folder,cb = Path(trainer.args.output_dir),_callback(trainer, 'ISTCallback') if args.method!='dense' else None
     state = cb.ist.state_dict() if cb else dict(importance=None, times_active=None, n_dropped=0)
     training = json.loads(trainer.args.to_json_string())
-    res = losses | dict(seconds=_callback(trainer, 'RunGuard').seconds, steps=trainer.state.global_step,
+    guard,log = _callback(trainer, 'RunGuard'),trainer.state.log_history
+    res = losses | dict(seconds=guard.seconds, steps=trainer.state.global_step, steps_skipped=guard.n_skipped,
                         peak_memory_bytes=_peak_memory(), importance=state['importance'],
                         times_active=state['times_active'], probes_dropped=state['n_dropped'],
                         score_seconds=cb.ist.score_seconds if cb else 0.,
-                        training_loss=_losses(trainer.state.log_history), data=data.report, versions=_versions(),
+                        training_loss=_losses(log), held_out_loss=_losses(log, 'eval_loss'), data=data.report,
+                        versions=_versions(),
                         config=dict(finetune=asdict(args), ist=_ist_settings(args, cfg), training=training))
     if not trainer.is_world_process_zero(): return res
     (folder/'README.md').write_text(model_card(res, folder.absolute().name), encoding='utf-8')
@@ -438,6 +464,9 @@ def report(
     with _attempt('report.html'): page = write_report(folder)
     names = sorted(p.name+'/'*p.is_dir() for p in folder.iterdir() if p.name!='.ist_lock')
     told = (o := res['forgotten']) and f"Forgotten: {_distance(o)}{'' if args.keep else '; --keep 1 holds it'}\n" or ''
+    if guard.n_skipped: told += f'Skipped: {guard.n_skipped:,} steps, whose gradients were not finite\n'
+    if trainer.args.load_best_model_at_end and (best := trainer.state.best_model_checkpoint):
+        told += f'Loaded: the best checkpoint, {Path(best).name}\n'
     print(_summary.format(**res, told=told, folder=folder, names=', '.join(names)))
     if page: print(f'Open {page} in a browser to see the run: losses, layers, what was forgotten, settings.')
     return res

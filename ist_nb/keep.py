@@ -189,7 +189,7 @@ class Keep:
         ist = self.ist()
         if ist and not sys.exc_info()[0] and 0<ist.t<=self.every and all(v<1e-6 for _,v in self.seen): warnings.warn(
             f"Keep: the run ended at step {ist.t}, and the penalty of a new adapter first acts in the step after "
-            f"{self.every}, so the model was not held. Train more steps, or give a smaller `every`.")
+            f"{self.every}, so the model was not held. Train more steps (in Python, or give a smaller `every`).")
 
     def report(self): # for the logs of a Trainer
         new,self.told = self.seen[self.told:],len(self.seen)

@@ -70,7 +70,12 @@ def _adapter_config(args):
     elif args.lora_target_modules: idle.append('lora_target_modules')
     if idle: raise ISTError(f"--{idle[0]} has no effect on --peft {args.peft}. Leave it out; the settings of that "
                             f"method go into --peft_options, with the names of PEFT's {cls.__name__}.")
-    given |= _peft_options(args, known)
+    options = _peft_options(args, known)
+    flags = {'r', 'use_dora', 'lora_alpha', 'lora_dropout', *['target_modules']*bool(args.lora_target_modules)}
+    if lora and (twice := sorted(options.keys()&flags)):
+        flag = '--peft dora' if twice[0]=='use_dora' else '--lora_'+twice[0].removeprefix('lora_')
+        raise ISTError(f"--peft_options: {twice[0]} has a flag of its own here. Give {flag}.")
+    given |= options
     if isinstance(r := given.get('r'), int) and r>_most_r:
         raise ISTError(f"--peft_options: r={r} is larger than any layer is wide. Give a number from 1 to {_most_r}.")
     try: config = cls(task_type='CAUSAL_LM', **given)

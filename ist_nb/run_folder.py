@@ -70,7 +70,7 @@ def _find_checkpoint(folder, args):
 # %% ../nbs/21_run_folder.ipynb #b5ea29e7
 _free = ('output_dir overwrite resume auto_resume logging_ report_to run_name project trackio disable_tqdm save_ '
          'log_level push_to_hub hub_ local_rank ddp_timeout include_ debug dataloader_num_workers dataloader_prefetch '
-         'dataloader_persistent dataloader_pin skip_memory dataset_num_proc per_device_eval_batch_size do_ '
+         'dataloader_persistent dataloader_pin skip_memory per_device_eval_batch_size do_ '
          'restore_callback enable_jit').split()     # beginnings of names: they do not change what a run ends with
 
 def _ist_settings(args, cfg):
@@ -250,14 +250,15 @@ def model_card(
     forgot = '| divergence from the model before, nats per token | {divergence:.3f} |\n' if res['forgotten'] else ''
     return _card.format(**res | dict(
         head=head.to_yaml(), forgotten=forgot.format(**res['forgotten'] or {}), name=name, model=model,
-        how=_methods[args['method']], adapter=_kind(peft), version=res['versions']['ist_nb'], load=_how_to_load(model),
+        how=_methods[args['method']], adapter=_kind(peft), version=res['versions']['ist_nb'],
+        load=_how_to_load(model, peft),
         settings='\n'.join(f'| `{k}` | {v} |' for k,v in shown.items()), trained=_trained(res)))
 
 def _kind(peft): return dict(lora='LoRA', dora='DoRA').get(peft, peft)
 
-def _how_to_load(model):
-    pico = model=='pico'
-    return _load.format(load_pico='\nfrom ist_nb.finetune import assets' if pico else '',
+def _how_to_load(model, peft):
+    pico,more = model=='pico','\nimport ist_nb.adapters     # which adds this method to PEFT'*(peft=='bottleneck')
+    return _load.format(load_pico=more+'\nfrom ist_nb.finetune import assets'*pico,
                         base="str(assets/'pico')" if pico else repr(model))
 
 def _trained(res):
@@ -281,7 +282,7 @@ def _read_run(folder):
     return began,dict(steps=now['global_step'], max_steps=now['max_steps'], training_loss=_losses(now['log_history']),
                       times_active=state and state['times_active']),state
 
-def _losses(log): return [[o['step'], o['loss']] for o in log if 'loss' in o]       # of a Trainer
+def _losses(log, name='loss'): return [[o['step'], o[name]] for o in log if name in o]       # of a Trainer
 
 _stopped = 'The run was stopped. Its newest checkpoint is of step {steps} of {max_steps}.'
 _ended = ('The held-out loss went from {loss_before:.4f} to {loss_after:.4f} in {steps} steps and {seconds:.0f} s, '
@@ -355,7 +356,8 @@ def _sections(began, res, state):
         _table(package=package, version=package.values()), _table(setting=used, value=used.values())))
     if not done: return
     merge = P('To merge it into the model:'),_code("model.merge_and_unload().save_pretrained('merged')")
-    yield _section('Use the adapter', _code(_how_to_load(o['model'])), *merge if o['peft']!='bottleneck' else ())
+    how = _code(_how_to_load(o['model'], o['peft']))
+    yield _section('Use the adapter', how, *merge if o['peft']!='bottleneck' else ())
 
 # %% ../nbs/21_run_folder.ipynb #0fa83443
 _alone = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"     # a browser then loads and runs nothing

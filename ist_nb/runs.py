@@ -220,7 +220,8 @@ def on_pre_optimizer_step(self:RunGuard, args, state, control, model=None, **kwa
     self.n_skipped,self.in_a_row = self.n_skipped+1,self.in_a_row+1
     if self.n_skipped==1:
         warnings.warn(f"The gradients of step {state.global_step+1} are not finite, so this step is skipped, "
-                      "and so are later ones like it (see n_skipped). Look at that batch, or lower the learning rate.")
+                      "and so are later ones like it (counted in `n_skipped`). Look at that batch, or lower the "
+                      "learning rate.")
     if self.in_a_row>=self.patience:
         raise ISTError(f"{self.in_a_row} steps in a row had gradients that are not finite, so the run was stopped "
                        f"after step {state.global_step}. The adapter is unharmed. Lower the learning rate, or look at "

@@ -109,6 +109,13 @@ cases = [
      ['n_suppressed=5', 'at most 4']),
     ('suppression_factor', nothing, '--suppression_factor 1', ['suppression_factor=1', '[0, 1)']),
     ('n_candidates', nothing, '--n_candidates 1', ['n_candidates=1', 'at least 2']),
+    ('scores that nothing asks for', nothing, '--method rst --score_interval 5', ['--score_interval', 'uniform']),
+    ('scores without importance', nothing, '--sampler top --scorer gate', ['--scorer', 'top']),
+    ('nothing to offload from', nothing, '--activation_offloading true --use_cpu', ['--activation_offloading', 'GPU']),
+    ('rank in two places', nothing, '--data good.jsonl --peft_options {"r":4}', ['r has a flag', '--lora_r']),
+    ('DoRA in two places', nothing, '--data good.jsonl --peft_options {"use_dora":true}', ['--peft dora']),
+    ('text of a single row', file('g.txt', 'One line.'), '--data good.jsonl --general g.txt '+small,
+     ['g.txt', 'at least 2']),
     ('score_interval', nothing, '--score_interval 0', ['score_interval=0', 'at least 1']),
     ('score_lr', nothing, '--score_lr -1', ['score_lr=-1', 'above 0']),
     ('score_batch_size', nothing, '--score_batch_size 0', ['score_batch_size=0', 'at least 1']),
@@ -220,7 +227,8 @@ def test_help_all(capsys):
 
 def run(line, folder):
     start = unlike_lora if '--peft' in line else quick
-    assert main([*start, *([] if 'dense' in line else ist), *line.split(), '--output_dir', str(folder)])==0
+    scored = not any(o in line for o in ('dense', 'rst'))
+    assert main([*start, *(ist if scored else []), *line.split(), '--output_dir', str(folder)])==0
     return json.loads((folder/'results.json').read_text())
 
 @pytest.mark.parametrize('line', ['--peft dora', '--peft ia3', '--peft bottleneck --peft_options {"form":"parallel"}',
@@ -292,7 +300,7 @@ def half(done, tmp_path, monkeypatch):
 others = dict(lora_alpha='8', lora_r='4', lora_dropout='0.5', peft='dora', lora_target_modules='q_proj',
               learning_rate='0.5', per_device_train_batch_size='4', optim='sgd', max_length='64',
               weight_decay='0.1', gradient_accumulation_steps='2', seed='7', max_steps='8', n_active='2',
-              score_interval='3', sampler='uniform', method='rst', max_rows='20', lr_scheduler_type='linear')
+              score_interval='3', sampler='depth', method='paper', max_rows='20', lr_scheduler_type='linear')
 @pytest.mark.parametrize('name', others)
 def test_resume_with_another_setting(done, half, capsys, name):
     before = tree(half)
@@ -436,6 +444,46 @@ def test_rows_that_do_not_fit_are_said(here, capsys):
         lost = sum('word '*3 in r['prompt'] for r in before)
         assert lost==len(before)-len(after)>0
         assert f'{lost} of {len(before)} {name} rows are left out' in _rows_report(data, trainer)
+
+def test_epochs_are_not_ignored_in_the_demonstration():
+    assert [finetune.parse(o.split())[2].max_steps for o in ('', '--num_train_epochs 2', '--max_steps 7')]==[60, -1, 7]
+
+def test_how_texts_become_rows_is_the_users_choice(here):
+    "Each process packs its own shard, so their number is part of the run"
+    (here/'text.txt').write_text('\n\n'.join(f'A paragraph on the number {i}. '*(1+i%9) for i in range(60)))
+    def packed(line):
+        args,cfg,sft = parse(f'--data text.txt --use_cpu --keep 0 --max_length 64 {line}'.split())
+        trainer = finetune.make_trainer(args, cfg, sft, finetune._read_data(args, sft))
+        return sft.packing,sft.packing_strategy,len(trainer.train_dataset)
+    (on,how,n),(off,_,m),(*same,k) = map(packed, ('', '--packing false', '--packing true --packing_strategy bfd'))
+    assert (on, how, off)==(True, 'wrapped', False) and same==[True, 'bfd'] and m==54!=n and k!=m
+    from ist_nb.run_folder import _outcome_settings
+    args,cfg,sft = parse('--data text.txt --use_cpu --dataset_num_proc 2'.split())
+    assert _outcome_settings(args, cfg, sft)['dataset_num_proc']==2
+
+def test_a_run_says_what_was_chosen_and_measured_on_the_way(here, capsys):
+    "The method that a setting of IST chose, the held-out loss at each evaluation, the checkpoint that was loaded"
+    line = '--max_steps 4 --max_length 32 --explore 0.2 --eval_strategy steps --eval_steps 2 --save_steps 2'
+    assert main(f'--data good.jsonl {small} {line} --load_best_model_at_end true --output_dir out'.split())==0
+    said,res = capsys.readouterr().out,json.loads((here/'out/results.json').read_text())
+    assert 'Method: ist, because of --explore, and no --keep' in said
+    assert [o for o,_ in res['held_out_loss']]==[2, 4] and res['steps_skipped']==0
+    assert f"held-out loss {res['held_out_loss'][0][1]:.4f}" in said
+    best = min(res['held_out_loss'], key=lambda o: o[1])[0]
+    assert f'Loaded: the best checkpoint, checkpoint-{best}' in said
+
+def test_rows_longer_than_the_model_was_made_for_are_said(here, capsys):
+    assert main(f'{small} --keep 0 --max_length 600 --max_steps 1 --output_dir out'.split())==0
+    assert 'made for at most 512 tokens, and --max_length is 600' in capsys.readouterr().out
+
+def test_the_card_of_an_adapter_of_ours_loads_it(here):
+    "In a Python that has not seen this package"
+    line = '--data good.jsonl --max_steps 2 --max_length 32 --keep 0 --peft bottleneck --output_dir out'
+    assert main(line.split())==0
+    code = (here/'out/README.md').read_text().split('```python')[1].split('```')[0]
+    code = code.replace('FOLDER', str(here/'out'))
+    r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert r.returncode==0, r.stderr[-2000:]
 
 def test_model_card(done):
     from huggingface_hub import ModelCard

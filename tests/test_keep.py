@@ -1,4 +1,5 @@
 "What a model forgets: the measure, the part that holds it, and the gates that turn an adapter back"
+from types import SimpleNamespace
 import contextlib,pytest,re,shutil,torch,warnings
 from peft import (AdaptionPromptConfig,IA3Config,LoHaConfig,LoraConfig,PeftModel,PromptTuningConfig,VeraConfig,
                   get_peft_model)
@@ -44,12 +45,15 @@ def test_divergence_is_the_formula_and_0_without_effect():
     assert want>0.01 and divergence(model, text)==pytest.approx(want, rel=1e-5)
     assert divergence(get_peft_model(llama(), LoraConfig(**lora)), text)==0
 
-def test_padding_is_not_read():
+@pytest.mark.parametrize('side', ['left', 'right'])
+def test_padding_is_not_read(side):
     model,text = tuned(),some_text()
-    mask = torch.ones_like(text['input_ids'])
-    longer = {k:torch.cat([v, torch.full((6, 5), fill)], 1)
-              for (k,v),fill in zip((text | dict(attention_mask=mask)).items(), (7, -100, 0))}
-    assert divergence(model, longer)==pytest.approx(divergence(model, text), rel=1e-5)
+    more = text | dict(attention_mask=torch.ones_like(text['input_ids']))
+    def padded(v, fill): # a model reads what stands before
+        parts = [v, torch.full((6, 5), fill)]
+        return torch.cat(parts if side=='right' else parts[::-1], 1)
+    longer = {k:padded(v, fill) for (k,v),fill in zip(more.items(), (7, -100, 0))}
+    assert divergence(model, longer)==pytest.approx(divergence(model, text), rel=1e-4)
 
 def test_own_text_is_the_base_models_and_moves_no_random_number():
     base,tokenizer = load_model('pico')
@@ -119,8 +123,9 @@ def test_keep_holds():
     none,little,much = map(run, (0, 0.3, 3.))
     assert much<little<none
 
-def test_the_gradient_of_a_gate_is_that_of_the_loss():
-    model,text = tuned(noise=0.05),some_text()
+@pytest.mark.parametrize('config', [None, IA3Config(task_type='CAUSAL_LM')])    # 0 is neutral in one, 1 in the other
+def test_the_gradient_of_a_gate_is_that_of_the_loss(config):
+    model,text = tuned(config, noise=0.5 if config else 0.05),some_text()
     gated = _gated(model)
     gates = torch.linspace(0.2, 0.9, len(gated))
     _set_gates(gated, gates)
@@ -163,6 +168,10 @@ def test_a_faded_adapter_is_an_ordinary_one(tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(again(**text).logits, model(**text).logits)
         torch.testing.assert_close(again.merge_and_unload()(**text).logits, model(**text).logits, rtol=1e-4, atol=1e-4)
+
+def test_a_higher_price_fades_less():
+    low,high = (sum(fade(tuned(), [some_text(seed=8)], some_text(), price=o, steps=8).values()) for o in (0.1, 3.))
+    assert low<high
 
 def test_fade_sees_its_own_gates_under_autocast():
     "Autocast keeps the weights that it has converted: each step would see the gates of the first"
@@ -357,6 +366,23 @@ def test_ddp_averages_what_keep_adds(tmp_path):
         for a,b,c,d,g,h in zip(ours, ours1, own, own1, got, got1):
             assert torch.equal(g, h)
             torch.testing.assert_close(g, (a+b+c+d)/2, rtol=1e-4, atol=1e-6)
+
+def test_each_process_reads_rows_of_its_own(monkeypatch):
+    "And others at the next step"
+    from ist_nb import keep
+    seen,rows_of = [],keep._rows_of
+    def watched(text, ix, device):
+        seen.append(tuple(sorted(ix.tolist())))
+        return rows_of(text, ix, device)
+    monkeypatch.setattr(keep, '_rows_of', watched)
+    ist = IST(tuned(), ISTConfig.rst(n_active=2))
+    ist.add(part := Keep(some_text(64), every=1, rows=4))
+    for t in range(2):
+        for rank in range(2):
+            ist.t,ist.ranks = t,SimpleNamespace(size=2, rank=rank)
+            part.frozen(range(2))
+            part.end(True)
+    assert len(seen)==4==len(set(seen))
 
 @pytest.mark.parametrize('steps', [1, 4, 5])
 def test_a_run_that_is_too_short_to_be_held_is_told(steps):
