@@ -348,7 +348,15 @@ def _rows_report(data, trainer):
         if n := len(before)-len(after):
             said.append(f'{n:,} of {len(before):,} {name} rows are left out: the prompt alone fills max_length={most}')
         if full: said.append(f'{full:,} {name} rows fill max_length={most}, and anything beyond it was cut off')
+        if full and (n := sum(_prompt_size(trainer.processing_class, o)>=most for o in before)):
+            said[-1] += f'; in {n:,} of them nothing of the last answer is left'
     return '; '.join(said)
+
+def _prompt_size(tokenizer, row):
+    "Tokens of a chat before its last answer; 0 for rows that are no chat"
+    if len(row.get('messages', ()))<2: return 0
+    before = tokenizer.apply_chat_template(row['messages'][:-1], tokenize=False, add_generation_prompt=True)
+    return len(tokenizer(before, add_special_tokens=False, verbose=False)['input_ids'])
 
 # %% ../nbs/23_finetune.ipynb #ffa9c63d
 def train(

@@ -445,6 +445,20 @@ def test_rows_that_do_not_fit_are_said(here, capsys):
         assert lost==len(before)-len(after)>0
         assert f'{lost} of {len(before)} {name} rows are left out' in _rows_report(data, trainer)
 
+def test_chats_without_an_answer_are_said(here, capsys):
+    "Where the question alone fills a row, only the question is learned"
+    def chat(i): return [dict(role='user', content='word '*(90 if i%2 else 9)+str(i)),
+                         dict(role='assistant', content='ok '*40)]
+    jsonl(here/'chats.jsonl', [dict(messages=chat(i)) for i in range(40)])
+    args,cfg,sft = parse('--data chats.jsonl --test_fraction 0.5 --use_cpu --keep 0 --max_length 48'.split())
+    data = finetune._read_data(args, sft)
+    finetune.make_trainer(args, cfg, sft, data)
+    said = capsys.readouterr().out
+    for name,rows in (('training', data.train), ('held-out', data.test)):
+        gone = sum('word '*90 in o['messages'][0]['content'] for o in rows)
+        cut = f'{len(rows)} {name} rows fill max_length=48, and anything beyond it was cut off'
+        assert f'{cut}; in {gone} of them nothing of the last answer is left' in said
+
 def test_epochs_are_not_ignored_in_the_demonstration():
     assert [finetune.parse(o.split())[2].max_steps for o in ('', '--num_train_epochs 2', '--max_steps 7')]==[60, -1, 7]
 
