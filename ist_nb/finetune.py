@@ -289,8 +289,9 @@ def make_trainer(
     if bar := _callback(trainer, 'ProgressCallback'): bar.on_log = partial(_show_loss, bar)
     _check_rows(trainer, cfg)
     if said := _rows_report(data, trainer): _say(f'Rows: {said}.')
-    if (most := getattr(model.config, 'max_position_embeddings', None) or math.inf)<(sft.max_length or 0):
-        _say(f'Warning: the model was made for at most {most:,} tokens, and --max_length is {sft.max_length:,}.')
+    longest = max(map(len, trainer.train_dataset['input_ids']))
+    if (most := getattr(model.config, 'max_position_embeddings', None)) and longest>most:
+        _say(f'Warning: the model was made for at most {most:,} tokens, and a row has {longest:,}. Give --max_length.')
     trained,every = trainer.model.get_nb_trainable_parameters()
     kind = dict(lora='LoRA', dora='DoRA').get(args.peft, args.peft)
     _say(f'Model: {args.model}, {every-trained:,} frozen parameters and {trained:,} in {kind} adapters')

@@ -488,7 +488,9 @@ def test_a_run_says_what_was_chosen_and_measured_on_the_way(here, capsys):
 
 def test_rows_longer_than_the_model_was_made_for_are_said(here, capsys):
     assert main(f'{small} --keep 0 --max_length 600 --max_steps 1 --output_dir out'.split())==0
-    assert 'made for at most 512 tokens, and --max_length is 600' in capsys.readouterr().out
+    assert 'made for at most 512 tokens, and a row has 600' in capsys.readouterr().out
+    assert main(f'--data good.jsonl {small} --keep 0 --max_length 600 --max_steps 1 --output_dir fits'.split())==0
+    assert 'Warning' not in capsys.readouterr().out
 
 def test_the_card_of_an_adapter_of_ours_loads_it(here):
     "In a Python that has not seen this package"
