@@ -27,7 +27,7 @@ def run(tmp_path_factory, monkeypatch, may_shorten):
             (here/name).write_text('\n'.join(json.dumps(dict(text=f'{i} is a number. '*9)) for i in range(40)))
         start = quick if '--peft' not in line else ' '.join(quick).replace('--lora_r 2 ', '').split()
         argv = [*start, *line.split(), '--data', evil, '--output_dir', 'the <i>run']
-        if 'dense' in line: argv = without(argv)
+        if any(o in line for o in ('dense', 'rst', 'recommended')): argv = without(argv)
         assert main(argv)==0
         return made.setdefault(line, here/'the <i>run')
     return get
