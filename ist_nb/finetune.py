@@ -341,7 +341,7 @@ def _rows_report(data, trainer):
     "What was cut off or left out when rows became tokens; empty if nothing was"
     said,most = [],trainer.args.max_length
     if trainer.args.packing: # nothing is lost
-        return f'{len(data.train):,} training rows are joined and cut into {len(trainer.train_dataset):,} of {most}'
+        return f'{len(data.train):,} for training, joined and cut into {len(trainer.train_dataset):,} of {most} tokens'
     if most is None: return ''
     pairs = ('training', data.train, trainer.train_dataset),('held-out', data.test, trainer.eval_dataset)
     for name,before,after in pairs:
