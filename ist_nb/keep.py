@@ -201,8 +201,8 @@ def _gated(model):
     pairs = {name:_linear_params(m) for name,m in tuner_layers(model).items()}
     bad = [name for name,o in pairs.items() if not o]
     if bad: raise ISTError(f"{bad[0]} has no parameter in which its response is known to be linear, so a gate cannot "
-                           "be multiplied into it. Use LoRA without DoRA, or hold the model with `Keep` while it "
-                           "trains.")
+                           "be multiplied into it. Use LoRA without DoRA and without modules_to_save, or hold the "
+                           "model with `Keep` while it trains.")
     return {name:[(p, zero, p.detach().clone()) for p,zero in o] for name,o in pairs.items()}
 
 @torch.no_grad()

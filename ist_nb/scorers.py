@@ -170,7 +170,7 @@ def _gate_scorer(importance, probe, config, generator):
 _linear_in = dict(   # the parameter in which a method's response is linear, and its value where there is no response
     lora_E=0., lora_B=0., ia3_l=1., bottleneck_up=0., vera_lambda_b=0., hada_w1_a=0., lokr_w1=0., lokr_w1_a=0.,
     hira_B=0., gralora_B=0., miss_block=0., randlora_gamma=0., delora_lambda=0., fourierft_spectrum=0.,
-    waveft_spectrum=0., c3a_kernel=0., shira_weight=0., beft_bias=0.)
+    waveft_spectrum=0., c3a_kernel=0., shira_weight=0., beft_bias=0., lora_embedding_B=0.)
 
 def _linear_params(module): # Pairs of such a parameter of `module` and its neutral value; empty if we know none
     if not isinstance(module, BaseTunerLayer): return []

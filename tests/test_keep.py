@@ -169,6 +169,19 @@ def test_a_faded_adapter_is_an_ordinary_one(tmp_path):
         torch.testing.assert_close(again(**text).logits, model(**text).logits)
         torch.testing.assert_close(again.merge_and_unload()(**text).logits, model(**text).logits, rtol=1e-4, atol=1e-4)
 
+def test_lora_on_an_embedding_is_faded():
+    "By half a gate it adds half of what it adds"
+    model,ids = tuned(LoraConfig(r=4, target_modules=['embed_tokens'], task_type='CAUSAL_LM')),torch.arange(64)
+    embed = model.get_input_embeddings()
+    with torch.no_grad():
+        full,without = embed(ids),embed.base_layer(ids)
+        gated = _gated(model)
+        _set_gates(gated, torch.tensor([0.5]))
+        torch.testing.assert_close(embed(ids), (full+without)/2)
+        _set_gates(gated, torch.ones(1))
+    (gate,) = fade(model, [some_text(seed=8)], some_text(), price=0.5, steps=6).values()
+    assert gate<1
+
 def test_a_higher_price_fades_less():
     low,high = (sum(fade(tuned(), [some_text(seed=8)], some_text(), price=o, steps=8).values()) for o in (0.1, 3.))
     assert low<high
