@@ -334,7 +334,7 @@ def _show_loss(bar, args, state, control, logs=None, **kwargs):
     "The loss on the Trainer's progress bar, instead of printed dictionaries"
     if bar.training_bar is None: return
     if 'loss' in logs: bar.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
-    if 'eval_loss' in logs: bar.training_bar.write(f"Step {state.global_step}: held-out loss {logs['eval_loss']:.4f}")
+    if 'eval_loss' in logs: bar.training_bar.write(f"Step {state.global_step}: eval_loss {logs['eval_loss']:.4f}")
 
 # %% ../nbs/23_finetune.ipynb #db33a512
 def _rows_report(data, trainer):
@@ -458,7 +458,7 @@ def report(
                         peak_memory_bytes=_peak_memory(), importance=state['importance'],
                         times_active=state['times_active'], probes_dropped=state['n_dropped'],
                         score_seconds=cb.ist.score_seconds if cb else 0.,
-                        training_loss=_losses(log), held_out_loss=_losses(log, 'eval_loss'), data=data.report,
+                        training_loss=_losses(log), eval_loss=_losses(log, 'eval_loss'), data=data.report,
                         versions=_versions(),
                         config=dict(finetune=asdict(args), ist=_ist_settings(args, cfg), training=training))
     if not trainer.is_world_process_zero(): return res

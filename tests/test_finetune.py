@@ -481,9 +481,9 @@ def test_a_run_says_what_was_chosen_and_measured_on_the_way(here, capsys):
     assert main(f'--data good.jsonl {small} {line} --load_best_model_at_end true --output_dir out'.split())==0
     said,res = capsys.readouterr().out,json.loads((here/'out/results.json').read_text())
     assert 'Method: ist, because of --explore, and no --keep' in said
-    assert [o for o,_ in res['held_out_loss']]==[2, 4] and res['steps_skipped']==0
-    assert f"held-out loss {res['held_out_loss'][0][1]:.4f}" in said
-    best = min(res['held_out_loss'], key=lambda o: o[1])[0]
+    assert [o for o,_ in res['eval_loss']]==[2, 4] and res['steps_skipped']==0
+    assert f"Step 2: eval_loss {res['eval_loss'][0][1]:.4f}" in said
+    best = min(res['eval_loss'], key=lambda o: o[1])[0]
     assert f'Loaded: the best checkpoint, checkpoint-{best}' in said
 
 def test_rows_longer_than_the_model_was_made_for_are_said(here, capsys):

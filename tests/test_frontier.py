@@ -75,6 +75,20 @@ def test_documents_drawn_again():
     low,high = interval(other)
     assert low<0.45 and 0.55<high
 
+def test_a_point_that_is_chosen_beforehand():
+    "Its scale too; and an adapter that has no scale does not begin at the model before"
+    choose = [run(0, [('before', 3., 0), ('trained', 1., 2.)], post='s', base=1)]
+    def scaled(*kl): return [dict(name='scaled', task=t, kl=k, v=v) for t,k,v in zip((1.05, 1.3), kl, (0.8, 0.4))]
+    choose[0]['points'] += scaled(1., 0.1)
+    judge = [run(s, [('before', 3., 0), ('trained', 1., 2.)], post='s') for s in (1, 2)]
+    for r in judge: r['points'] += scaled(0.5+r['seed'], 0.1)
+    assert frontier.fixed(choose, judge, 'LoRA, scaled', 'chat')=={1:1.5, 2:2.5}     # 0.4 misses the level of 1.1
+    assert frontier.judged(choose, judge, 'LoRA', 'chat', 0.05)[1]=={1:2., 2:2.}
+    # at the level in between, on a straight line; what is off the hull does not count
+    points = [dict(task=1., kl=1., book=5.), dict(task=1.5, kl=0.9, book=99.), dict(task=2., kl=0.2, book=3.)]
+    start = dict(task=3., book=2.)
+    assert [frontier.level_with(points, o, ['book'], start) for o in (1.5, 2.5, 0.5)]==[[4.], [2.5], None]
+
 def test_committed_runs_can_be_read():
     table = frontier.table_of('SmolLM2-135M-Instruct', have=('german', 'chat'))
     judged = set(frontier.said)-{'Keep, faded'}     # which never stood for anything where it was chosen
