@@ -144,7 +144,8 @@ def over_documents(choose, judge, ours, theirs, task, give_up, draws=1000, seed=
         best,before = defaultdict(list),loss(start)
         for s,o in plain: best[s] += [x for x,_ in again(o)]
         best = mean(map(min, best.values()))
-        at_level = [divergences_of({s:again(o) for s,o in k.items()}, best+give_up*(before-best), None if f=='LoRA' else (before, 0.))
+        level = best+give_up*(before-best)
+        at_level = [divergences_of({s:again(o) for s,o in k.items()}, level, None if f=='LoRA' else (before, 0.))
                     for k,f in ((a, ours), (b, theirs))]
         d = [log(at_level[0][s]/at_level[1][s]) for s in at_level[0] if s in at_level[1]]
         if d: res.append(exp(mean(d)))
