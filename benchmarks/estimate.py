@@ -128,21 +128,24 @@ def estimated(found, lora, config_of, variants, steps=24):
     return res
 
 def beside(case, rates):
-    "Variant -> seconds and peak memory in a case of `peers`, the weights, the optimizer's moments and all included"
+    """Variant -> seconds and peak memory in a case of `peers`, the weights, the optimizer's moments and all included;
+    `rates` are those that `waits` measures, of products, copies and unpacking of 4 bits"""
     s,T,res = shape_of(peers.config_of(case['shape']), peers.lora()),case['batch']*case['length'],{}
     first = case.get('first', 0)     # older cases have none: they timed a schedule from the very first step
     packed = s.P*s.n if case['bits']==4 else 0
     fixed = 2*(s.frozen-packed)+(unpacked-2)*packed
     budget = float(case['budget'].removesuffix('GiB'))*2**30 if case.get('budget') else inf
     for k,(o,names) in planned.items():
+        layers = drawn(s, o, case['steps']+1)
         costs = [step_cost(s, d, T, case['length'], rates, names.split(), budget, mask=0,
-                           checkpointing=case['checkpointing']) for d in drawn(s, o, case['steps']+1)]
+                           checkpointing=case['checkpointing']) for d in layers]
         # adapters in 32 bits, and in 16 if that copy is not computed again; AdamW's moments, after the first step
         own = [4+2*('compile' not in names)+8*(t>0) for t in range(len(costs))]
         peaks = [fixed+b+n*s.trained for n,(_,b) in zip(own, costs)]
-        unpacking = 2*unpacked*packed/(0.75*rates[1])     # in both passes
-        timed = costs[first:first+case['steps']]
-        res[k+', budget'*(budget<inf)] = statistics.mean(c for c,_ in timed)+unpacking,max(peaks)
+        # weights in 4 bits are unpacked in the forward pass, and in the backward pass as deep as it goes
+        passes = [(2*s.n-min(d))/s.n*unpacked*packed/rates[2] if packed else 0 for d in layers]
+        timed = [c+p for (c,_),p in zip(costs, passes)][first:first+case['steps']]
+        res[k+', budget'*(budget<inf)] = statistics.mean(timed),max(peaks)
     return res
 
 def probes(s, config, how):

@@ -206,8 +206,7 @@ def learning_picture(shape='8b', length=256):
 def foreseen(**kind):
     "Of each step beside other libraries that can be estimated: case, variant, measured and estimated by what"
     from benchmarks.estimate import beside as counted
-    of = shape('7b')
-    rates = of['matrix_flops'],of['copy_bytes']*4.8/3.35   # of an H100; the ratio is that of the data sheets
+    rates = [read('waits')[k] for k in ('matrix_flops', 'copy_bytes', 'unpack_bytes')]
     return [(c, k, {o:(c['variants'][k][o]['median'], x) for o,x in zip(('seconds', 'peak'), v)})
             for c in cases(**kind) for k,v in counted(c, rates).items() if k in c['variants']]
 

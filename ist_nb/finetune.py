@@ -144,13 +144,14 @@ def _ist_config(args, given, seed):
         raise ISTError(f"--{min(wrong)} is a setting of IST, but --method dense trains every layer at every step. Of "
                        f"these settings give only --{' and --'.join(_only_cost)}, or choose --method ist.")
     cfg = getattr(ISTConfig, args.method, ISTConfig)(**({'seed':seed} | every | given))   # .recommended, .paper, .rst
-    idle = sorted(given.keys()&set(_of_scores))
-    if idle and not getattr(samplers[cfg.sampler], 'needs_importance', True):
-        raise ISTError(f"--{idle[0]} has no effect with sampler={cfg.sampler!r}, which asks for no importance. Leave "
-                       "it out, or choose another --method or --sampler.")
+    for unread,why in ((() if _scored(cfg) else _of_scores, f'sampler={cfg.sampler!r}, which asks for no importance'),
+                       (getattr(scorers[cfg.scorer], 'ignores', ()), f'scorer={cfg.scorer!r}, which does not read it')):
+        if idle := sorted(given.keys()&set(unread)):
+            raise ISTError(f"--{idle[0]} has no effect with {why}. Leave it out, or choose another.")
     args.asked = {k:v for k,v in (given | vars(args)).items() if every and v and k in (*_only_cost, 'keep')}
     return cfg
 
+def _scored(cfg): return getattr(samplers[cfg.sampler], 'needs_importance', True)
 _of_scores = ('scorer','score_interval','score_lr','score_batch_size','n_candidates','n_suppressed',
               'suppression_factor','explore')
 
@@ -319,7 +320,7 @@ def _sft_trainer(model, tokenizer, name, sft, data, **kwargs):
 def _check_rows(trainer, cfg):
     "Refuse data without rows, or with too few rows for the probe"
     sft,n = trainer.args,len(trainer.train_dataset)
-    probes = cfg and cfg.sampler!='uniform' and getattr(scorers[cfg.scorer], 'observes', None)!='backward'
+    probes = cfg and _scored(cfg) and getattr(scorers[cfg.scorer], 'observes', None)!='backward'
     if probes and n<cfg.score_batch_size:
         raise ISTError(f"The data makes {n} training rows of at most {sft.max_length} tokens, fewer than a probe "
                        f"batch of score_batch_size={cfg.score_batch_size}. Give more data, or --score_batch_size "

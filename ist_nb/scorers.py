@@ -160,8 +160,9 @@ def _halfway(probe): # The gradient of gates halfway between 1 and the factor, a
     fine = isfinite(loss) and gradient.isfinite().all().item()
     return gradient,dict(losses=[loss], gradient=gradient.tolist(), dropped=not fine)
 
+_of_candidates = 'n_candidates','n_suppressed','score_lr'
 @scorers.register('gate', "Gradient with respect to a gate on each layer's response: all layers from one backward pass",
-                  gradients=True)
+                  gradients=True, ignores=_of_candidates)
 def _gate_scorer(importance, probe, config, generator):
     gradient,record = _halfway(probe)
     return importance if record['dropped'] else ema_update(importance, -gradient), record
@@ -285,7 +286,7 @@ def evidence(self:GradientTracker) -> tuple[Tensor,Tensor]: # Float64 [N], 0 if 
     return z,seen
 
 @scorers.register('fisher', "Mean and variance of gradient times weight in the training's steps: no probe, nearly free",
-                  observes='backward')
+                  observes='backward', ignores=(*_of_candidates, 'suppression_factor', 'score_batch_size'))
 def _fisher_scorer(importance, tracker, config, generator):
     took = tracker.collect()
     record = dict(score=tracker.mean.tolist(), var=tracker.var.tolist(), seen=tracker.count.tolist(), dropped=not took)
@@ -293,7 +294,7 @@ def _fisher_scorer(importance, tracker, config, generator):
 
 # %% ../nbs/03_scorers.ipynb #c284f7a5
 @scorers.register('gate+fisher', 'The gate on a probe plus fisher: ranks layers best; give it held-out rows',
-                  gradients=True, observes='both')
+                  gradients=True, observes='both', ignores=_of_candidates)
 def _gate_fisher_scorer(importance, probe, config, generator):
     probe.tracker.collect()
     gradient,record = _halfway(probe)

@@ -2,7 +2,8 @@
 import dataclasses,errno,importlib.util,json,os,re,shutil,subprocess,sys,pytest
 from pathlib import Path
 from types import SimpleNamespace
-from ist_nb import finetune,model,run_folder,runs
+from ist_nb import ISTConfig,finetune,model,run_folder,runs
+from ist_nb.config import refusal
 from ist_nb.finetune import _methods,main,parse
 
 pytestmark = pytest.mark.usefixtures('short_pico', 'text_once')
@@ -111,6 +112,9 @@ cases = [
     ('n_candidates', nothing, '--n_candidates 1', ['n_candidates=1', 'at least 2']),
     ('scores that nothing asks for', nothing, '--method rst --score_interval 5', ['--score_interval', 'uniform']),
     ('scores without importance', nothing, '--sampler top --scorer gate', ['--scorer', 'top']),
+    ('candidates of no scorer', nothing, '--scorer gate --n_candidates 5', ['--n_candidates', "'gate'"]),
+    ('a step of no scorer', nothing, '--scorer gate+fisher --score_lr 5', ['--score_lr', "'gate+fisher'"]),
+    ('a probe of no scorer', nothing, '--scorer fisher --score_batch_size 8', ['--score_batch_size', "'fisher'"]),
     ('nothing to offload from', nothing, '--activation_offloading true --use_cpu', ['--activation_offloading', 'GPU']),
     ('rank in two places', nothing, '--data good.jsonl --peft_options {"r":4}', ['r has a flag', '--lora_r']),
     ('DoRA in two places', nothing, '--data good.jsonl --peft_options {"use_dora":true}', ['--peft dora']),
@@ -181,6 +185,14 @@ def test_bad_input(here, capsys, monkeypatch, prepare, line, parts):
     assert err.startswith('ist_finetune: ') and 'Traceback' not in err, err
     assert all(p in err for p in parts), err
     assert tree(here)==before, 'something was written'
+
+def test_few_rows_and_no_probe():
+    "Only a run that probes needs a probe batch of training rows"
+    few = SimpleNamespace(args=SimpleNamespace(max_length=32), train_dataset=[0]*3, eval_dataset=[0])
+    for cfg in (None, ISTConfig.rst(), ISTConfig.recommended(), ISTConfig(scorer='fisher')):
+        finetune._check_rows(few, cfg)
+    for cfg in (ISTConfig(), ISTConfig(sampler='depth', scorer='gate')):
+        assert '3 training rows' in refusal(lambda: finetune._check_rows(few, cfg))
 
 def test_an_error_of_a_library_names_what_failed(here, capsys, monkeypatch):
     from trl import SFTTrainer
