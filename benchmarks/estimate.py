@@ -128,14 +128,15 @@ def estimated(found, lora, config_of, variants, steps=24):
     return res
 
 def beside(case, rates):
-    """Variant -> seconds and peak memory in a case of `peers`, the weights, the optimizer's moments and all included;
-    `rates` are those that `waits` measures, of products, copies and unpacking of 4 bits"""
+    """Variant -> seconds and peak memory in a case of `peers`, the weights, the optimizer's moments and all included,
+    and the seconds of the products with the model's weights alone; `rates` are those that `waits` measures, of
+    products, copies and unpacking of 4 bits"""
     s,T,res = shape_of(peers.config_of(case['shape']), peers.lora()),case['batch']*case['length'],{}
     first = case.get('first', 0)     # older cases have none: they timed a schedule from the very first step
     packed = s.P*s.n if case['bits']==4 else 0
     fixed = 2*(s.frozen-packed)+(unpacked-2)*packed
     budget = float(case['budget'].removesuffix('GiB'))*2**30 if case.get('budget') else inf
-    for k,(o,names) in planned.items():
+    for name,(o,names) in planned.items():
         layers = drawn(s, o, case['steps']+1)
         costs = [step_cost(s, d, T, case['length'], rates, names.split(), budget, mask=0,
                            checkpointing=case['checkpointing']) for d in layers]
@@ -143,9 +144,11 @@ def beside(case, rates):
         own = [4+2*('compile' not in names)+8*(t>0) for t in range(len(costs))]
         peaks = [fixed+b+n*s.trained for n,(_,b) in zip(own, costs)]
         # weights in 4 bits are unpacked in the forward pass, and in the backward pass as deep as it goes
-        passes = [(2*s.n-min(d))/s.n*unpacked*packed/rates[2] if packed else 0 for d in layers]
-        timed = [c+p for (c,_),p in zip(costs, passes)][first:first+case['steps']]
-        res[k+', budget'*(budget<inf)] = statistics.mean(timed),max(peaks)
+        deep = [s.n-min(d) for d in layers]
+        unpacking = [(s.n+k)/s.n*unpacked*packed/rates[2] if packed else 0 for k in deep]
+        least = [2*T*(s.P*(s.n+k*(1+case['checkpointing']))+2*s.h*s.vocab)/rates[0] for k in deep]
+        mean = lambda o: statistics.mean(o[first:first+case['steps']])
+        res[name+', budget'*(budget<inf)] = mean([c for c,_ in costs])+mean(unpacking),max(peaks),mean(least)
     return res
 
 def probes(s, config, how):

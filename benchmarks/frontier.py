@@ -160,11 +160,9 @@ def choosing(model, calls=None):
 
 def found(model):
     """The runs that chose and those that judged a model; the latter are None until they are made. Those that chose are
-    of another model where `judge` says so. Calls that judge are left out while more are to come (`complete`)."""
+    of another model where `judge` says so"""
     judge = _of('judge', model)
-    runs,n = judge.get('runs'),judge.get('complete')
-    return (choosing(judge.get('choices', model), judge.get('choice_calls')),
-            [r for r in runs if r['call']<n] if n else runs)
+    return choosing(judge.get('choices', model), judge.get('choice_calls')),judge.get('runs')
 
 # ------------------------------------------------------------------------------------------------------ for the pages
 tasks = dict(german='German manual pages', python='modules of Python', chat='chats (GSM8K)', cloze='multiple choice',
@@ -271,6 +269,7 @@ def picture(model, shown=drawn, have=tuple(tasks), width=8.):
                 settings = {chosen(choose, f, t, o) for o in (0.02, 0.05, 0.1, 0.2)}-{None}
                 points = [p for k in settings for o in curves(runs, f)[t].get(k, {}).values() for p in pairs(o)]
                 if points: ax.plot(*zip(*hull(points)), 'o-', ms=3, lw=1.2, color=color, label=said[f].replace('`', ''))
+            ax.locator_params('x', nbins=4)
             ax.set(xlim=(best-0.02*(start-best), best+0.3*(start-best)), yscale='log', title=tasks[t],
                    xlabel='task loss')
         np.atleast_1d(axes)[0].set_ylabel('divergence, nats a token')

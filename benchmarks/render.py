@@ -114,13 +114,13 @@ def unlike_table():
 
 def on_gpus(name, engine='DDP', n=2, rows='short'):
     "A contender on several GPUs, with short rows or long"
-    cases = read('scaling' if rows=='short' else 'scaling_long')['cases']
+    cases = read('scaling' if rows=='short' else 'scaling_two' if n==2 else 'scaling_long')['cases']
     return next(c for c in cases if (c['engine'], c['processes'])==(engine, n))['variants'][name]
 def scaling_table():
     "One GPU and several"
-    res,long = read('scaling'),read('scaling_long')
-    order = lambda c: (c['length'], c['processes']>1, c['engine'], c['processes'])
-    have = sorted((c for f in (res, long) for c in f['cases'] if c['variants'] and (c['length']==256)==(f is res)),
+    res,long,two = read('scaling'),read('scaling_long'),read('scaling_two')
+    order = lambda c: (c['length'], c in two['cases'], c['processes']>1, c['engine'], c['processes'])
+    have = sorted((c for f in (res, long, two) for c in f['cases'] if c['variants'] and (c['length']==256)==(f is res)),
                   key=order)
     name = lambda c, k: f"**{k}**{', first step included'*(k=='recommended' and c['length']==256)}"
     rows = [(f"{c['batch']} × {c['length']:,}", c['engine'], c['processes'], name(c, k), between(v['seconds'], 1e3, 1),
@@ -131,9 +131,10 @@ def scaling_table():
             'peak of a GPU, GiB:']
     return Markdown(table(head, rows)+'\n\n'+made_by(res, (
         f"{llamas[c['shape']]}'s shape, bf16, random weights, as many rows on each GPU; medians of {max(rounds)} "
-        f"rounds of {c['steps']} steps, long rows {have[-1]['steps']}, in brackets the least and the most; kernels of "
+        f"rounds of {c['steps']} steps, 15 on four GPUs with long rows, in brackets the least and the most; kernels of "
         'one step halfway, without the exchange between GPUs. *Cut*: compiled blocks are cut where a bucket of DDP '
-        'ends'))+f" Long rows: `{long['command']}`.")
+        'ends. The last four lines are of a call of their own, which linear refers to'))
+        +f" Long rows: `{long['command']}` and `{two['command']}`.")
 def kernels(v): return v['step']['gpu']-v['step']['exchange']   # milliseconds
 
 def blocks_table():
@@ -207,25 +208,27 @@ def foreseen(**kind):
     "Of each step beside other libraries that can be estimated: case, variant, measured and estimated by what"
     from benchmarks.estimate import beside as counted
     rates = [read('waits')[k] for k in ('matrix_flops', 'copy_bytes', 'unpack_bytes')]
-    return [(c, k, {o:(c['variants'][k][o]['median'], x) for o,x in zip(('seconds', 'peak'), v)})
+    return [(c, k, {o:(c['variants'][k][o]['median'], x) for o,x in zip(('seconds', 'peak'), v)} | dict(floor=v[2]))
             for c in cases(**kind) for k,v in counted(c, rates).items() if k in c['variants']]
 
 def by_host(case, name):
     "Whether the host sets the pace of one of our variants"
-    return name in ours and case['length']==256 and case['bits']==16 and (case['shape'], name)!=('8b', 'LoRA, fast')
+    return name in ours and (case['shape'], case['length'])==('1b', 256)
 
 def foreseen_table():
     "Seconds and memory, measured and estimated"
     def row(how, c, k, found):
         (s,s_),(b,b_) = found['seconds'],found['peak']
-        return (f"{llamas[c['shape']]}, {c['batch']} × {c['length']:,}{how}", k, f'{s*1e3:.0f}', f'{s_*1e3:.0f}',
+        return (f"{llamas[c['shape']]}, {c['batch']} × {c['length']:,}{how}", k, f'{s*1e3:.0f}',
+                f"{found['floor']*1e3:.0f}", f'{s_*1e3:.0f}',
                 f"{s_/s:.2f}{' (host)'*by_host(c, k)}", f'{b/2**30:.1f}', f'{b_/2**30:.1f}', f'{b_/b:.3f}')
-    head = ['shape, rows × tokens', 'variant', 'ms a step:', 'estimate:', 'ratio:', 'peak, GiB:', 'estimate:', 'ratio:']
+    head = ['shape, rows × tokens', 'variant', 'ms a step:', 'products:', 'estimate:', 'ratio:', 'peak, GiB:',
+            'estimate:', 'ratio:']
     kinds = {'':{}} | {f', {k}':o for k,o in unlike.items()}
     rows = [row(how, *o) for how,kind in kinds.items() for o in foreseen(**kind)]
-    return Markdown(table(head, rows) + "\n\n(Estimated with the measured rates of an H100; "
-                    'copies are 4.8/3.35 times as fast, as in the data sheets of H200 and H100. *Host*: the host sets '
-                    'the pace.)')
+    return Markdown(table(head, rows)+'\n\n'+made_by(read('waits'), (
+        '*Products*: those with the weights of the model at the rate of a large one, below which no step can come. The '
+        'rates of products, copies and unpacking are measured. *Host*: the host sets the pace')))
 
 # -- seconds and bytes
 best,same = 'ours, fold+compile+ahead','LoRA, compile+ahead'

@@ -176,10 +176,6 @@ def test_settings_of_another_model(monkeypatch, tmp_path):
     record.save(tmp_path/'retain_choose_first.json', {}, runs=[*choose, later])
     record.save(tmp_path/'retain_judge_second.json', {}, runs=judge, choices='first', choice_calls=1)
     assert read(frontier.found('second')[0])==read(choose) and read(frontier.found('first')[0])==read([*choose, later])
-    # of a file whose last call is to go on, the earlier calls count
-    record.save(tmp_path/'retain_judge_third.json', {}, runs=[run(1, [('trained', o, 1.)], call=o) for o in (0, 1)],
-                choices='first', complete=1)
-    assert read(frontier.found('third')[1])==[[0]]
     assert retain.jobs('judge', ['chat'], [1], 'first', calls=1)!=retain.jobs('judge', ['chat'], [1], 'first')
     record.save(tmp_path/'retain_choose_first.json', {}, runs=choose)
     assert [o['name'] for o in retain.jobs('judge', ['chat'], [1], 'first', ['Keep'])]==['keep 1']
