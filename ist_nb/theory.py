@@ -164,7 +164,7 @@ def momentum_bound(
     momentum:float, # $\mu$, in [0, 1)
     pi_min:float, # Smallest probability of a layer, in (0, 1]
 ) -> float: # Bound on $\bar G$
-    "Theorem 6, for a momentum that freezes with its layer, with the best $\\zeta$ (ours; nbs/theory/convergence.ipynb)"
+    "Theorem 4, for a momentum that freezes with its layer, with the best $\\zeta$ (ours; nbs/theory/convergence.ipynb)"
     left,a = 2-L*gamma,2*delta/(gamma*T)+L*gamma*noise
     omega = (L*gamma*momentum/(1-momentum))**2/pi_min
     if not (gamma>0 and left>2*math.sqrt(omega)):
@@ -184,7 +184,7 @@ def adaptive_bound(
     d_min:float, # Smallest entry of $D$, above 0
     d_max:float, # Largest entry of $D$
 ) -> float: # Bound on $\bar G$
-    "Corollary 4, for steps scaled by what is known before them (ours; proved in nbs/theory/convergence.ipynb)"
+    "Corollary 5, for steps scaled by what is known before them (ours; proved in nbs/theory/convergence.ipynb)"
     most = 2*d_min/(L*d_max**2)
     if not 0<gamma<most:
         raise ValueError(f'gamma={gamma} is outside of (0, 2 d_min/(L d_max^2)) = (0, {most}), where it holds')
@@ -200,7 +200,7 @@ def adagrad_bound(
     size:int, # Trained numbers $|\theta|$
     eps:float, # $\epsilon$, under the root
 ) -> float: # Bound on $\bar G$
-    "Theorem 7 for AdaGrad, each number on its own clock (after Défossez et al. 2020; nbs/theory/convergence.ipynb)"
+    "Theorem 6 for AdaGrad, each number on its own clock (after Défossez et al. 2020; nbs/theory/convergence.ipynb)"
     return 2*math.sqrt(eps+T*R*R)/T*(delta/gamma + (2*R+L*gamma/2)*size*math.log1p(T*R*R/eps))
 
 def rmsprop_bound(
@@ -214,7 +214,7 @@ def rmsprop_bound(
     decay:float, # $\chi$, Adam's second beta, in (0, 1)
     share:float=1., # Of the numbers, those that a step trains on average
 ) -> float: # Bound on $\bar G$
-    "Theorem 7 for Adam without momentum, each number on its own clock (after Défossez et al. 2020)"
+    "Theorem 6 for Adam without momentum, each number on its own clock (after Défossez et al. 2020)"
     sums = size*(math.log1p(R*R/((1-decay)*eps)) - share*T*math.log(decay))
     return 2*math.sqrt(eps+R*R)/T*(delta/gamma + (2*R/math.sqrt(1-decay) + L*gamma/(2*(1-decay)))*sums)
 
@@ -225,7 +225,7 @@ def layer_gain(
     L:float, # $L_n$
     gamma:float, # Learning rate
 ) -> Tensor: # $a$, float [N]
-    "What training each layer is guaranteed to bring in one step, over $\\gamma$ (Proposition 5; ours)"
+    "What training each layer is guaranteed to bring in one step, over $\\gamma$ (Proposition 7; ours)"
     return (1-L*gamma/2)*grad2 - L*gamma/2*variance
 
 def selection_gain(
@@ -255,7 +255,7 @@ def blind_ceiling(
     n:int, # Layers trained at a step, in 1 .. N
     N:int, # Layers
 ) -> float: # $N/(n\tau)$, a factor in [1, 2)
-    "The most that a rule without gradients of untrained layers is guaranteed over random layers (Proposition 11; ours)"
+    "The most that a rule without gradients of untrained layers is guaranteed over random layers (Proposition 9; ours)"
     return N/(n*sum(max(0, 1-j*n/N) for j in range(N)))
 
 # %% ../nbs/theory/convergence.ipynb #450f178a
@@ -266,7 +266,7 @@ def regret_bound(
     most:float=1., # $a_{\max}$, bound on the gain of a layer in a step
     whole:bool=False, # Are the gains of all layers known after a step, not only of those that it trained?
 ) -> float: # In units of the gain
-    "How far the sampler of Proposition 12 may fall behind the best fixed probabilities (after Uchiya et al. 2010)"
+    "How far the sampler of Proposition 10 may fall behind the best fixed probabilities (after Uchiya et al. 2010)"
     return most*math.sqrt(2*n*(n if whole else N)*T*math.log(N/n))
 
 # %% ../nbs/theory/convergence.ipynb #c26ec141
@@ -274,7 +274,7 @@ def freezing_seconds(
     share:float, # $\nu$, layers trained on average, as a share of all, in (0, 1]
     back:float=1., # $b$, cost of a whole backward pass over that of a forward pass
 ) -> float: # Below 1 where freezing is sooner
-    "Seconds of freezing from below over those of a dense run with the same rates a layer (Proposition 9; ours)"
+    "Seconds of freezing from below over those of a dense run with the same rates a layer (Proposition 11; ours)"
     return break_even(share, back)*(1+share)/(2*share)
 
 # %% ../nbs/theory/convergence.ipynb #d6a0cf53
@@ -283,7 +283,7 @@ def best_gates(
     hessian:Tensor, # $H$, in the gates, positive definite, float [N, N]
     span:Tensor|None=None, # $U$ [N, k], what gates may be moved along; None: freely
 ) -> tuple[Tensor,Tensor]: # Gates [N]; by how much they lower the quadratic, scalar
-    "The best gates for a quadratic: free, one number for all (a column of ones), a line (Proposition 10; ours)"
+    "The best gates for a quadratic: free, one number for all (a column of ones), a line (Proposition 12; ours)"
     U = torch.eye(len(slope), dtype=slope.dtype) if span is None else span
     move = -torch.linalg.solve(U.T@hessian@U, U.T@slope)
     return 1+U@move, -(slope@U@move)/2

@@ -32,7 +32,7 @@ def problems(draw):
 
 @given(problems(), st.integers(1, 50), st.floats(0.2, 5))
 def test_sgd_is_the_bound_with_what_was_gained(problem, T, d):
-    "With the decrease of the loss in place of Δ, Theorem 1 and Corollary 4 with D = d are equalities"
+    "With the decrease of the loss in place of Δ, Theorem 1 and Corollary 5 with D = d are equalities"
     L,x,V,pi,start = problem
     measured,noise,fell = exactly(L, x/L, T, V, pi, start)
     assert math.isclose(measured, theorem1_bound(fell, L, x/L, T, noise), rel_tol=1e-7, abs_tol=1e-9)
@@ -206,7 +206,7 @@ def test_guarantee_of_several_stacks():
             guarantee(ISTConfig(n_active=dict(enc=2, dec=2)), N)
     with pytest.raises(ISTError, match='does not fit n_active'): guarantee(ISTConfig(), dict(enc=8))
 
-# --- Theorem 6
+# --- Theorem 4
 @given(pos, pos, st.floats(0.001, 0.3), st.integers(1, 1000), st.floats(0, 10), st.floats(0, 0.95), share)
 def test_theorem6_is_the_best_of_its_family(delta, L, x, T, noise, mu, pi_min):
     "The bound of the page for many ζ: the function is not above any, and equal to the best"
@@ -250,7 +250,7 @@ def test_momentum_that_freezes(N, mu, steps):
         if active: m = mu*m+(1-mu)*grad; x -= 0.1*m; coast -= 0.1*grad
         assert math.isclose(x-0.1*mu/(1-mu)*m, coast, abs_tol=1e-9)
 
-# --- Theorem 7
+# --- Theorem 6
 @given(pos, pos, pos, st.integers(1, 10**6), st.floats(0.1, 10), st.integers(1, 10**6), st.floats(1e-8, 1),
        st.floats(0.5, 0.999), share)
 def test_theorem7_is_what_is_proved(delta, L, gamma, T, R, size, eps, decay, nu):
@@ -287,7 +287,7 @@ def test_theorem7_line7_attained():
     for _ in range(10_000): v += 1e-4; total += 1e-4/(0.1+v)
     assert 0.999<total/math.log1p(v/0.1)<=1
 
-# --- Propositions 5, 8 and 9
+# --- Propositions 7, 8 and 11
 @given(draws(), st.data())
 def test_proposition5(wn, data):
     """No selection has a larger guaranteed decrease than the layers of largest gain, and the difference to chance is
@@ -342,7 +342,7 @@ def test_where_they_do_not_hold():
     with pytest.raises(ValueError, match='Lemma 3 covers'): update_bound(ISTConfig(scorer='gate'))
     with pytest.raises(ISTError, match='Nothing is known'): guarantee(SimpleNamespace(sampler='mine', n_active=0.25), 8)
 
-# --- Proposition 11
+# --- Proposition 9
 def test_blind_ceiling():
     "A table of exact values, and the mean time to find a layer that is equally likely at each place of the search"
     exact = {(1, 1):1, (1, 2):4/3, (1, 4):1.6, (2, 4):4/3, (3, 4):16/15, (4, 4):1, (2, 5):25/18, (3, 7):49/36,
@@ -384,7 +384,7 @@ def test_a_chain_hides_its_next_layer(N, T, seed, data):
         seen = [torch.autograd.functional.vjp(lambda x: chain(o, x*theta.detach()), gates) for o in (one, other)]
         assert torch.equal(seen[0][0], seen[1][0]) and torch.equal(seen[0][1], seen[1][1])
 
-# --- Proposition 12
+# --- Proposition 10
 def test_regret_bound():
     "A table of exact values, and the end of the proof at its best rate"
     e = math.log(2)
@@ -412,7 +412,7 @@ def test_the_sampler_of_proposition12(N, T, seed, data):
         assert abs(pi.sum()-n)<1e-9 and kl(other, w)>=kl(other, pi)+kl(pi, w)-1e-9
     assert regret.topk(n).values.sum()<=regret_bound(n, N, T, whole=True)+1e-9
 
-# --- Proposition 10
+# --- Proposition 12
 def hessians(N, seed):
     g = torch.Generator().manual_seed(seed)
     M = torch.randn(2, N, N, dtype=torch.float64, generator=g)
