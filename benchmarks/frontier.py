@@ -182,8 +182,10 @@ def table_of(model, give_up=0.05, beside='LoRA, scaled', have=tuple(tasks)):
     runs,head = judge or choose,read(f"retain_{'judge' if judge else 'choose'}_{model}")
     have = [t for t in have if any(p['name']=='before' for r in runs if r['task']==t for p in r['points'])]
     calls = [r['call'] for r in runs if r['task'] in have and 'call' in r]
-    if calls: head |= head['calls'][min(calls)]     # the first that ran one of these tasks
-    more = f', the first of {n} calls' if (n := len(set(calls)))>1 else ''
+    if calls: # the command of the first that ran one of these tasks, and the cards of all
+        cards = sorted({head['calls'][o]['hardware'].split(' x ')[-1] for o in calls})
+        head |= head['calls'][min(calls)] | dict(hardware=' and '.join(cards))
+    more = f'; the first of {n} calls' if (n := len(set(calls)))>1 else ''
     values = {(f, t):judged(choose, runs, f, t, give_up)[1] for f in said for t in have}
     ran = {(f, t):len(curves(runs, f)[t].get(judged(choose, runs, f, t, give_up)[0], {})) for f,t in values}
     compare = {k:ratio(v, values[beside, k[1]]) for k,v in values.items() if k[0]!=beside}
@@ -200,7 +202,8 @@ def table_of(model, give_up=0.05, beside='LoRA, scaled', have=tuple(tasks)):
     limits = '; '.join(f'{tasks[t]} {levels(runs, t, give_up):.3f}' for t in have)
     n = sorted(set(ran.values())-{0})
     by = (f"{' to '.join(map(str, sorted({n[0], n[-1]})))} seeds on documents that chose nothing; interval "
-          'of 95%, * where p < 0.05 (paired t-test of logs, Holm over tasks)' if judge else
+          'of 95%, * where p < 0.05 (paired t-test of logs, Holm over tasks); *not reached*: in some seed, in the '
+          'setting that was chosen' if judge else
           'one seed, on the documents that chose the settings: nothing is judged yet')
     return table(['way', *(tasks[t]+':' for t in have)], rows)+'\n\n'+made_by(head, (
         f'{head["model"]}; divergence from the model before, nats a token, at the task loss at which {give_up:.0%} of '
@@ -234,7 +237,7 @@ def elsewhere_at(model, **kwargs):
             rises(model, **kwargs).items()]
     return table(['task', 'way', *(f'{o}:' for o in others.values())], rows)+'\n\n(The loss less that of the model '\
         'before, nats a token, where each way reaches the task loss of the table above; means over seeds, between the '\
-        'points of a run on straight lines. *Other domain*: modules of Python if the task is German, else German.)'
+        'points of a run on straight lines. *Other domain*: German if the task is Python, else modules of Python.)'
 
 def elsewhere(model, have=tuple(tasks), ways=('LoRA, faded', 'Keep')):
     "Markdown: what no method was given, before and as trained: losses on books, and shares of questions answered"

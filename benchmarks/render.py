@@ -131,9 +131,9 @@ def scaling_table():
             'peak of a GPU, GiB:']
     return Markdown(table(head, rows)+'\n\n'+made_by(res, (
         f"{llamas[c['shape']]}'s shape, bf16, random weights, as many rows on each GPU; medians of {max(rounds)} "
-        f"rounds of {c['steps']} steps, 15 on four GPUs with long rows, in brackets the least and the most; kernels of "
-        'one step halfway, without the exchange between GPUs. *Cut*: compiled blocks are cut where a bucket of DDP '
-        'ends. The last four lines are of a call of their own, which linear refers to'))
+        f"rounds of {c['steps']} steps, 15 in the first call with long rows, in brackets the least and the most; "
+        'kernels of one step halfway, without the exchange between GPUs. *Cut*: compiled blocks are cut where a bucket '
+        'of DDP ends. The last four lines are of a later call on two GPUs, and linear refers to it'))
         +f" Long rows: `{long['command']}` and `{two['command']}`.")
 def kernels(v): return v['step']['gpu']-v['step']['exchange']   # milliseconds
 
@@ -227,8 +227,9 @@ def foreseen_table():
     kinds = {'':{}} | {f', {k}':o for k,o in unlike.items()}
     rows = [row(how, *o) for how,kind in kinds.items() for o in foreseen(**kind)]
     return Markdown(table(head, rows)+'\n\n'+made_by(read('waits'), (
-        '*Products*: those with the weights of the model at the rate of a large one, below which no step can come. The '
-        'rates of products, copies and unpacking are measured. *Host*: the host sets the pace')))
+        '*Products*: those with the weights of the model at the rate of a large one, below which no step in 16 bits '
+        'can come. Steps are those of the tables above and below. *Host*: we think that the host sets the pace. The '
+        'rates of products, copies and unpacking')))
 
 # -- seconds and bytes
 best,same = 'ours, fold+compile+ahead','LoRA, compile+ahead'
