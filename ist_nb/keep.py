@@ -9,9 +9,10 @@ __all__ = ['own_text', 'text_rows', 'divergence', 'Keep', 'fade']
 import re,sys,torch,warnings,weakref
 from accelerate.utils import send_to_device
 from contextlib import contextmanager
-from functools import partial
 from torch import nn
 from torch.nn import functional as F
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from transformers import GenerationConfig
 from .config import ISTError
 from .layers import tuner_layers
 from .probe import _device_of,generator_for,model_loss,quietly
@@ -31,13 +32,12 @@ def _openings(tokenizer):
 
 # %% ../nbs/16_keep.ipynb #22579289
 @contextmanager
-def _endless(model):
-    "Sampling goes on past the end of a text"
-    config = model.generation_config
-    ends = config.eos_token_id
-    config.eos_token_id = None
+def _plainly(model):
+    "Sampling heeds nothing that comes with the model: no penalty, no beams, and it goes on past the end of a text"
+    base = model.get_base_model() if hasattr(model, 'get_base_model') else model
+    own,base.generation_config = base.generation_config,GenerationConfig()
     try: yield
-    finally: config.eos_token_id = ends
+    finally: base.generation_config = own
 
 # %% ../nbs/16_keep.ipynb #636d1845
 @torch.no_grad()
@@ -52,26 +52,27 @@ def own_text(
     starts,parts = _openings(tokenizer),[]
     if length<=max(map(len, starts)): raise ISTError(f"length={length} leaves no room after the opening of a row, "
                                                      f"which has {max(map(len, starts))} tokens. Give more.")
-    with quietly(model), _adapters_off(model), _endless(model):
+    with quietly(model), _adapters_off(model), _plainly(model):
         torch.manual_seed(seed)
         for i,start in enumerate(starts):
             n = len(range(i, rows, len(starts)))
             if not n: continue
             ids = torch.tensor(start, device=next(model.parameters()).device).repeat(n, 1)
             parts.append(model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1., top_k=0, top_p=1.,
-                max_new_tokens=length-len(start), pad_token_id=0, use_cache=True))
+                input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=GenerationConfig(
+                    do_sample=True, top_k=0, max_new_tokens=length-len(start), pad_token_id=0)))
     labels = [torch.cat([torch.full_like(o[:, :len(s)], -100), o[:, len(s):]], 1) for o,s in zip(parts, starts)]
     return dict(input_ids=torch.cat(parts), labels=torch.cat(labels))
 
 # %% ../nbs/16_keep.ipynb #74b59c74
 def text_rows(
-    texts:list, # Strings
+    texts:list, # Strings, or one string
     tokenizer, # Of the model
     rows:int=32, # At most so many rows, spread evenly over the texts
     length:int=256, # Most tokens in a row
 ) -> dict: # `input_ids`, `labels` and `attention_mask`, long [rows, length]; padding has the label -100
     "Rows of a text of your own; raises `ISTError`"
+    if isinstance(texts, str): texts = [texts]
     some = texts[::max(1, len(texts)//(4*rows))]
     ids = tokenizer(some, truncation=False, verbose=False)['input_ids'] if some else []
     cut = [o[i:i+length] for o in ids for i in range(0, len(o), length)]
@@ -99,6 +100,16 @@ def _why_no_base(config):
     if getattr(config, 'bias', 'none')!='none': return f"bias={config.bias!r} trains biases of the model itself"
     if re.match('pissa|olora|corda|loftq|lora_ga', init):
         return f"init_lora_weights={init!r} changes the weights of the model itself"
+    for k in ('kasa_config', 'layer_replication'):
+        if getattr(config, k, None) is not None: return f"{k} changes the model itself"
+
+def _check_adapters(model):
+    "Refuse an adapter that is active and not trained: it belongs to the model before, and is switched off with others"
+    on = {a for m in tuner_layers(model).values() for a in getattr(m, 'active_adapters', ())}
+    held = {a for a in on if not any(p.requires_grad and f'.{a}.' in f'.{n}.' for n,p in model.named_parameters())}
+    if held and held!=on:
+        raise ISTError(f"The adapter {min(held)!r} is active and not trained. Keep would hold the model to what it was "
+                       "without it. Merge it into the model first, and add the new adapter to that.")
 
 def _check_text(text):
     "Refuse a batch whose divergence would not be a number"
@@ -135,11 +146,21 @@ def divergence(
     return (total[0]/total[1]).item()
 
 # %% ../nbs/16_keep.ipynb #ab2f5085
-def _check_kept(added, p):
+def _watch(p):
     "The step's own gradient must be added to ours, which a late `zero_grad` would have taken away without a word"
-    if p.grad is not added:
-        raise ISTError("The gradient that Keep added was erased before the step's backward pass. Call "
-                       "optimizer.zero_grad() after the optimizer's step, not before the backward pass.")
+    def check(_):
+        handle.remove()        # a second backward pass adds to what the first one left
+        if p.grad is not added or p.grad._version!=version:
+            raise ISTError("The gradient that Keep added was erased before the step's backward pass. Call "
+                           "optimizer.zero_grad() after the optimizer's step, not before the backward pass.")
+    added,version,handle = p.grad,p.grad._version,p.register_hook(check)
+    return handle
+
+def _scaler():
+    "Whether a loss scaler has called"
+    frame = sys._getframe()
+    while frame := frame.f_back:
+        if frame.f_code is torch.amp.GradScaler.step.__code__: return frame.f_locals['self'].is_enabled()
 
 class Keep:
     "A part of `IST` that holds the model to a text: it adds a divergence to what the steps minimise"
@@ -154,12 +175,16 @@ class Keep:
             if not v>=low: raise ISTError(f"Keep: {name}={v} is not allowed. Give a number of at least {low}.")
         _check_text(text)
         self.text,self.weight,self.every,self.rows = text,weight,every,rows
-        self.seen,self.told,self.watched = [],0,None    # pairs: step, divergence before it; how many are reported
+        self.seen,self.told,self.watched = [],0,[]    # pairs: step, divergence before it; how many are reported
+        self.hook = None
 
     def join(self, ist):
         if ist.engine.name not in ('one process', 'DDP'):
             raise ISTError(f"Keep works in one process and with DDP, not with {ist.engine.name}. Leave it out.")
         _check_base(ist.model)
+        _check_adapters(ist.model)
+        me = weakref.ref(self)
+        self.hook = register_optimizer_step_pre_hook(lambda optimizer, *_: me() and me()._see(optimizer))
         self.ist,(n,length) = weakref.ref(ist),self.text['labels'].shape
         if ist.activations: ist.activations.beside = (
             f" Keep needs memory too: it runs {min(n, self.rows, _at_once)} rows of {length} tokens at a time. Give it "
@@ -178,18 +203,28 @@ class Keep:
                 (found*self.weight*self.every/n).backward()
                 total += found.item()/n
         self.seen.append((ist.t, total))
-        p = next(p for i in active for p in ist.layers[i].params if p.grad is not None)
-        self.watched = p.register_post_accumulate_grad_hook(partial(_check_kept, p.grad))
+        self.watched = [_watch(p) for i in active for p in ist.layers[i].params if p.grad is not None]
+
+    def _see(self, optimizer):
+        ist = self.ist()
+        if not ist or not _scaler(): return
+        held = {id(p) for g in optimizer.param_groups for p in g['params']}
+        if any(id(p) in held for o in ist.layers for p in o.params):
+            raise ISTError("A GradScaler divides all gradients by its scale, that of Keep too, which was not multiplied "
+                           "by it and would count for nothing. Train in bfloat16, which needs no scaler.")
 
     def end(self, counted):
-        if self.watched: self.watched.remove()
-        self.watched = None
+        for o in self.watched: o.remove()
+        self.watched = []
 
     def close(self):
         ist = self.ist()
+        if self.hook: self.hook.remove()
         if ist and not sys.exc_info()[0] and 0<ist.t<=self.every and all(v<1e-6 for _,v in self.seen): warnings.warn(
             f"Keep: the run ended at step {ist.t}, and the penalty of a new adapter first acts in the step after "
             f"{self.every}, so the model was not held. Train more steps (in Python, or give a smaller `every`).")
+
+    def __repr__(self): return f'Keep(weight={self.weight}, every={self.every}, rows={self.rows})'
 
     def report(self): # for the logs of a Trainer
         new,self.told = self.seen[self.told:],len(self.seen)

@@ -1,8 +1,10 @@
 "What a model forgets: the measure, the part that holds it, and the gates that turn an adapter back"
 from types import SimpleNamespace
 import contextlib,pytest,re,shutil,torch,warnings
+from peft.tuners.lora.config import KasaConfig
 from peft import (AdaptionPromptConfig,IA3Config,LoHaConfig,LoraConfig,PeftModel,PromptTuningConfig,VeraConfig,
                   get_peft_model)
+from torch import nn
 from transformers import LlamaConfig,LlamaForCausalLM
 from ist_nb import IST,ISTConfig,ISTError
 from ist_nb.keep import Keep,_gated,_gate_gradient,_set_gates,divergence,fade,own_text,text_rows
@@ -225,9 +227,11 @@ def test_what_cannot_be_compared_or_faded_is_refused():
 @pytest.mark.parametrize('config,says', [
     (LoraConfig(**lora, bias='all'), "bias='all' trains biases"),
     (LoraConfig(**lora, init_lora_weights='pissa'), "init_lora_weights='pissa' changes"),
+    (LoraConfig(**lora, kasa_config=KasaConfig()), 'kasa_config changes'),
+    (LoraConfig(**lora, layer_replication=[(0, 3), (1, 4)]), 'layer_replication changes'),
     (PromptTuningConfig(num_virtual_tokens=3, task_type='CAUSAL_LM'), 'prompt'),
     (AdaptionPromptConfig(adapter_len=4, adapter_layers=2, task_type='CAUSAL_LM'), 'prompt')],
-    ids=['bias', 'pissa', 'prompt', 'adaption'])
+    ids=['bias', 'pissa', 'kasa', 'replication', 'prompt', 'adaption'])
 def test_an_adapter_that_cannot_be_switched_off_is_refused_when_loaded_too(config, says, tmp_path):
     "Loaded for inference nothing of it is trainable, and its divergence would come out as 0 or as nonsense"
     tuned(config).save_pretrained(tmp_path)
@@ -273,7 +277,60 @@ def test_zero_grad_before_backward_is_refused():
                 ist.model.zero_grad()
     with pytest.raises(ISTError, match='Call optimizer.zero_grad'):
         with ist.step(): ist.model.zero_grad(); ist.model(**some_text()).loss.backward()
-    assert not ist.in_step and ist.parts[-1].watched is None
+    assert not ist.in_step and not ist.parts[-1].watched
+
+def erase_in_place(model): model.zero_grad(set_to_none=False)
+def erase_some(model):
+    for n,p in model.named_parameters():
+        if n.endswith('o_proj.lora_B.default.weight'): p.grad = None
+
+@pytest.mark.parametrize('erase', [erase_in_place, erase_some])
+def test_a_gradient_that_is_erased_in_part_or_in_place_is_refused(erase):
+    "As by `zero_grad(set_to_none=False)`, or by one optimizer of two. After the step either is fine"
+    ist = IST(tuned(), ISTConfig.rst(n_active=1.))
+    ist.add(Keep(some_text(), every=1))
+    for _ in range(2):
+        with ist.step(): ist.model(**some_text()).loss.backward(); erase(ist.model)
+    with pytest.raises(ISTError, match='was erased before'):
+        with ist.step(): erase(ist.model); ist.model(**some_text()).loss.backward()
+
+def test_a_loss_scaler_is_refused():
+    "It would divide our gradient, which it has not multiplied; one that is switched off does nothing"
+    def run(enabled):
+        with IST(tuned(), ISTConfig.rst(n_active=1.)) as ist:
+            ist.add(Keep(some_text(), every=1))
+            optimizer = torch.optim.SGD([p for o in ist.layers for p in o.params], lr=0.01)
+            scaler = torch.amp.GradScaler('cpu', enabled=enabled)
+            other = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.01)
+            other.param_groups[0]['params'][0].grad = torch.ones(1)
+            with ist.step():
+                scaler.scale(ist.model(**some_text()).loss).backward()
+                scaler.step(other)                     # of another model
+                scaler.step(optimizer)
+    run(False)
+    with pytest.raises(ISTError, match='A GradScaler divides all gradients'): run(True)
+
+def test_an_adapter_that_is_active_and_not_trained_is_refused():
+    "It belongs to the model before, and PEFT switches all adapters off or none"
+    model = tuned()
+    model.add_adapter('new', LoraConfig(**lora))
+    model.base_model.set_adapter(['default', 'new'])
+    for n,p in model.named_parameters(): p.requires_grad = '.new.' in n
+    with pytest.raises(ISTError, match="'default' is active and not trained"):
+        IST(model, ISTConfig.rst(n_active=1.)).add(Keep(some_text()))
+    model.set_adapter('new')
+    IST(model, ISTConfig.rst(n_active=1.)).add(Keep(some_text()))
+
+def test_own_text_heeds_no_settings_of_the_model():
+    "A penalty on repetition, beams or a least probability that come with a model are not how it predicts"
+    want = own_text(*load_model('pico'), rows=4, length=24)
+    model,tokenizer = load_model('pico')
+    own = model.generation_config
+    for k,v in dict(repetition_penalty=1.3, min_p=0.2, num_beams=2, num_return_sequences=2, temperature=0.3).items():
+        setattr(own, k, v)
+    for m in (model, get_peft_model(model, LoraConfig(**lora))):
+        assert torch.equal(own_text(m, tokenizer, rows=4, length=24)['input_ids'], want['input_ids'])
+        assert model.generation_config is own
 
 def test_rows_are_spread_over_the_texts():
     _,tokenizer = load_model('pico')
@@ -282,6 +339,7 @@ def test_rows_are_spread_over_the_texts():
     said = [tokenizer.decode(o[m==1]) for o,m in zip(found['input_ids'], found['attention_mask'])]
     assert said==[texts[i*63//32] for i in range(32)] and len(text_rows(texts[:5], tokenizer)['input_ids'])==5
     with pytest.raises(ISTError, match='no row'): text_rows([], tokenizer)
+    assert torch.equal(text_rows('one text', tokenizer)['input_ids'], text_rows(['one text'], tokenizer)['input_ids'])
     assert own_text(load_model('pico')[0], tokenizer, rows=1, length=8)['input_ids'].shape==(1, 8)
 
 compiled = pytest.param(dict(fast='fold,compile'), marks=[pytest.mark.slow, pytest.mark.skipif(
