@@ -76,13 +76,17 @@ def _read_json(path, what):
 
 # %% ../nbs/25_evaluate.ipynb #3e99a725
 def _fingerprint(model):
-    "A short name for the weights of a model: up to 64 numbers of each parameter go into it"
+    "A short name for a model: up to 64 numbers of each parameter, and which adapters are on, go into it"
     import torch
+    from peft.tuners.tuners_utils import BaseTunerLayer
     h = hashlib.sha256()
     for k,p in sorted(model.state_dict().items()):
         if not isinstance(p, torch.Tensor): continue
         some = p.detach().flatten()[::max(1, p.numel()//64)][:64].float().cpu().numpy()
         h.update(f'{k}{tuple(p.shape)}{p.dtype}'.encode()+some.tobytes())
+    for k,m in model.named_modules():
+        if isinstance(m, BaseTunerLayer):
+            h.update(repr((k, m.disable_adapters, m.active_adapters, getattr(m, 'scaling', None))).encode())
     return h.hexdigest()[:16]
 
 def _versions():
@@ -92,7 +96,7 @@ def _versions():
     packages = 'torch transformers peft trl accelerate datasets'.split()
     return {'python':sys.version.split()[0], 'ist_nb':__version__} | {o:version(o) for o in packages}
 
-_words = dict(model="the model's weights are others", rows='the questions are others')
+_words = dict(model="the model's weights or its adapters are others", rows='the questions are others')
 
 def _done(path, settings, overwrite):
     "The summary of a file that was made with the same settings, or None"
@@ -167,12 +171,12 @@ def evaluate(
 
 # %% ../nbs/25_evaluate.ipynb #5e64a109
 def _base_of(folder, advice='Give it as --model and the folder as --adapter.'):
-    "The model that the adapter in a folder was trained on"
+    "The model that the adapter in a folder was trained on, and how to load it"
     conf = _read_json(folder/'adapter_config.json', 'The settings of the adapter')
     try: run = _read_json(folder/'results.json', 'The results of the run')['config']['finetune']['model']
     except (ISTError, KeyError, TypeError): run = None
     base = 'pico' if run=='pico' else conf.get('base_model_name_or_path')
-    if isinstance(base, str) and base: return base
+    if isinstance(base, str) and base: return base,({'revision':conf['revision']} if conf.get('revision') else {})
     raise ISTError(f"{folder}/adapter_config.json names no base model. {advice}")
 
 def _check_adapter(folder, names):
@@ -192,12 +196,12 @@ def _check_adapter(folder, names):
 def _load_adapted(args):
     "The model with its adapter, and its tokenizer, as the command line names them"
     import torch
-    model,adapter = args.model,args.adapter
+    model,adapter,how = args.model,args.adapter,{}
     if os.path.isfile(os.path.join(model, 'adapter_config.json')):
         if adapter: raise ISTError(f"--model {model} is an adapter, and --adapter {adapter} another. Give one.")
-        model,adapter = _base_of(Path(model)),model
+        (model,how),adapter = _base_of(Path(model)),model
     if adapter: _check_here('--adapter', adapter)
-    res = load_model(model, args.trust_remote_code, **(dict(dtype=args.dtype) if args.dtype else {}))
+    res = load_model(model, args.trust_remote_code, **how, **(dict(dtype=args.dtype) if args.dtype else {}))
     if adapter: res = _put_on(*res, adapter, args)
     return res[0].to('cuda' if torch.cuda.is_available() else 'cpu'),res[1]
 
@@ -252,6 +256,9 @@ def _parser():
 def _parse(argv):
     "The command line, without the program's name, as a namespace; raises `ISTError`"
     args = _parse_known(_parser(), argv)
+    idle = dict(generate=dict(answers='name'), likelihood=dict(num_beams=4, max_new_tokens=None))[args.how]
+    if wrong := next((k for k,v in idle.items() if getattr(args, k)!=v), None):
+        raise ISTError(f"--{wrong} has no effect with --how {args.how}. Leave it out.")
     if args.data: return args
     raise ISTError("--data is missing. Give the folder with the tasks (the `dataset` folder of LLM-Adapters: "
                    "boolq/test.json and so on).")

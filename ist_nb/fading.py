@@ -53,9 +53,10 @@ def _parse(argv):
         if (v := getattr(args, o))<low: raise ISTError(f"--{o} {v} is not allowed. Give at least {low}.")
     if not 0<args.price<math.inf: raise ISTError(f"--price {args.price} is not allowed. Give a number above 0.")
     for o in ('data', 'general'): _check_path(f'--{o}', getattr(args, o))
-    if args.output_dir and not args.data:
-        raise ISTError("--output_dir is for a faded adapter, and fading needs --data. Give rows of the task that the "
-                       "adapter was not trained on, or leave --output_dir out to measure alone.")
+    for o in ('output_dir', 'price', 'steps', 'max_rows', 'batch_size'):
+        if not args.data and getattr(args, o)!=_settings[o][1]:
+            raise ISTError(f"--{o} is for a faded adapter, and fading needs --data. Give rows of the task that the "
+                           f"adapter was not trained on, or leave --{o} out to measure alone.")
     args.output_dir = _checked_folder(args.output_dir or f'runs/{Path(args.adapter).absolute().name}-faded')
     if args.data and args.output_dir.is_dir() and any(args.output_dir.iterdir()):
         raise ISTError(f"--output_dir {args.output_dir} is not empty, and nothing in it will be overwritten. Give "
@@ -64,16 +65,16 @@ def _parse(argv):
 
 # %% ../nbs/26_fading.ipynb #9ae9d7cb
 def _base_name(args):
-    "The model that the adapter is for; raises `ISTError` if there is no adapter"
+    "The model that the adapter is for, and how to load it; raises `ISTError` if there is no adapter"
     from peft import PeftConfig
     folder = Path(args.adapter)
     if folder.exists() and not (folder/'adapter_config.json').is_file():
         raise ISTError(f"{args.adapter} is not an adapter: there is no adapter_config.json in it. Give the folder that "
                        "save_pretrained of PEFT wrote, the folder of a run of ist_finetune, or an id of the hub.")
     _check_here('ADAPTER', args.adapter)
-    if args.model: return args.model
+    if args.model: return args.model,{}
     if folder.exists(): return _base_of(folder, 'Say with --model which it is.')
-    try: return PeftConfig.from_pretrained(args.adapter).base_model_name_or_path
+    try: return (o := PeftConfig.from_pretrained(args.adapter)).base_model_name_or_path,dict(revision=o.revision)
     except Exception as e:
         raise ISTError(f"{args.adapter[:200]!r} is no folder here, nor an adapter that the hub will give. Give the "
                        f"folder of an adapter or its id. ({type(e).__name__}: {' '.join(str(e).split())[:200]})") from e
@@ -84,8 +85,9 @@ def _load(args, general):
     from ist_nb.keep import _check_base, _gated, own_text, text_rows
     from ist_nb.probe import quietly
     from ist_nb.suppression import _adapters_off
-    base,n,length = _base_name(args),args.rows,min(256, args.max_length)
-    try: model,tokenizer = load_model(base, args.trust_remote_code, **(dict(dtype=args.dtype) if args.dtype else {}))
+    (base,how),n,length = _base_name(args),args.rows,min(256, args.max_length)
+    if args.dtype: how['dtype'] = args.dtype
+    try: model,tokenizer = load_model(base, args.trust_remote_code, **how)
     except ISTError as e:
         if args.model: raise
         raise ISTError(f"The adapter names {base!r} as its base model. {e} Or say with --model where it is.") from e

@@ -279,8 +279,9 @@ def make_trainer(
     "The model, its adapter and the callbacks in TRL's trainer"
     from ist_nb.callback import ISTCallback
     from ist_nb.runs import RunGuard
-    config = _adapter_config(args)
-    model,tokenizer = load_model(args.model, bool(sft.trust_remote_code), **(sft.model_init_kwargs or {}))
+    config,how = _adapter_config(args),sft.model_init_kwargs or {}
+    config.revision = how.get('revision')                  # of the model, for who loads the adapter
+    model,tokenizer = load_model(args.model, bool(sft.trust_remote_code), **how)
     _check_patterns(config.to_dict(), [k for k,_ in model.named_modules()])
     callbacks = [ISTCallback(cfg, stack=args.stack)] if args.asked or args.method!='dense' else []
     callbacks.append(RunGuard(reraise=False, how='the same command with --resume'))

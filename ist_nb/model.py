@@ -29,10 +29,11 @@ def load_model(
     from transformers import AutoModelForCausalLM, AutoTokenizer
     _check_here('--model', name)
     path,shown = str(assets/'pico') if name=='pico' else name,name[:200]
+    if 'torch_dtype' in kwargs: kwargs['dtype'] = kwargs.pop('torch_dtype')      # its old name
     kwargs = dict(dtype='auto' if torch.cuda.is_available() else 'float32', trust_remote_code=trust) | kwargs
     try:
         model,info = AutoModelForCausalLM.from_pretrained(path, **kwargs, output_loading_info=True)
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust, revision=kwargs.get('revision'))
     except Exception as e:
         if 'trust_remote_code' in str(e):
             raise ISTError(f"The model {shown!r} comes with Python code of its own, which is not run. "
@@ -40,6 +41,9 @@ def load_model(
         raise ISTError(f"The model {shown!r} cannot be loaded{_suggest(shown, ['pico'])} Give 'pico', a folder with "
                        "config.json, weights and tokenizer, or a hub id of a causal language model that this machine "
                        f"can reach. ({type(e).__name__}: {' '.join(str(e).split())[:300]})") from e
+    if getattr(model, '_hf_peft_config_loaded', False):
+        raise ISTError(f"{shown!r} is an adapter, and not a model. Merge it into its model first (merge_and_unload and "
+                       "save_pretrained of PEFT), and give the folder of the merged model.")
     n,lost = model.get_input_embeddings().num_embeddings,sorted(info['missing_keys'])
     if lost:
         raise ISTError(f"{len(lost)} weights of the model {shown!r} are missing ({', '.join(lost[:3])}), and would be "

@@ -251,15 +251,16 @@ def model_card(
     return _card.format(**res | dict(
         head=head.to_yaml(), forgotten=forgot.format(**res['forgotten'] or {}), name=name, model=model,
         how=_methods[args['method']], adapter=_kind(peft), version=res['versions']['ist_nb'],
-        load=_how_to_load(model, peft),
+        load=_how_to_load(model, peft, sft),
         settings='\n'.join(f'| `{k}` | {v} |' for k,v in shown.items()), trained=_trained(res)))
 
 def _kind(peft): return dict(lora='LoRA', dora='DoRA').get(peft, peft)
 
-def _how_to_load(model, peft):
+def _how_to_load(model, peft, sft):
+    revision = (sft.get('model_init_kwargs') or {}).get('revision')
     pico,more = model=='pico','\nimport ist_nb.adapters     # which adds this method to PEFT'*(peft=='bottleneck')
     return _load.format(load_pico=more+'\nfrom ist_nb.finetune import assets'*pico,
-                        base="str(assets/'pico')" if pico else repr(model))
+                        base="str(assets/'pico')" if pico else repr(model)+f', revision={revision!r}'*bool(revision))
 
 def _trained(res):
     "Which layers were trained how often, in words"
@@ -356,7 +357,7 @@ def _sections(began, res, state):
         _table(package=package, version=package.values()), _table(setting=used, value=used.values())))
     if not done: return
     merge = P('To merge it into the model:'),_code("model.merge_and_unload().save_pretrained('merged')")
-    how = _code(_how_to_load(o['model'], o['peft']))
+    how = _code(_how_to_load(o['model'], o['peft'], o))
     yield _section('Use the adapter', how, *merge if o['peft']!='bottleneck' else ())
 
 # %% ../nbs/21_run_folder.ipynb #0fa83443

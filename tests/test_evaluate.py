@@ -334,6 +334,28 @@ def test_order_and_files(pico, folder, tmp_path):
     (tmp_path/'changed.json').write_text(json.dumps(made))
     assert rescore(tmp_path/'changed.json')['correct']==res['tasks']['SVAMP']['correct']+1
 
+def test_an_adapter_that_is_switched_is_another_model(folder, tmp_path):
+    "Off, scaled, or another one: the weights are the same, and what was made before is not read for it"
+    from peft import LoraConfig,get_peft_model
+    from ist_nb.evaluate import _fingerprint
+    from ist_nb.model import load_model
+    model,tokenizer = load_model('pico')
+    lora = LoraConfig(r=2, target_modules=['q_proj'], task_type='CAUSAL_LM')
+    model = get_peft_model(model, lora)
+    model.add_adapter('b', lora)
+    marks = [_fingerprint(model)]
+    with model.disable_adapter(): marks.append(_fingerprint(model))
+    assert _fingerprint(model)==marks[0]
+    model.set_adapter('b'); marks.append(_fingerprint(model))
+    for m in model.modules():
+        if isinstance(getattr(m, 'scaling', None), dict): m.scaling['b'] = 0.5
+    marks.append(_fingerprint(model))
+    assert len(set(marks))==4
+    kw = dict(names='boolq', data=folder, how='likelihood', output_dir=tmp_path, limit=2)
+    evaluate(model, tokenizer, **kw)
+    with model.disable_adapter(), pytest.raises(ISTError, match='its adapters are others'):
+        evaluate(model, tokenizer, **kw)
+
 def test_resume(pico, folder, tmp_path, monkeypatch):
     "After an interruption only what is missing is made; whatever changes the result is noticed"
     import ist_nb.evaluate as e
@@ -355,7 +377,7 @@ def test_resume(pico, folder, tmp_path, monkeypatch):
     import copy
     other = copy.deepcopy(pico[0])
     with torch.no_grad(): next(other.parameters()).mul_(1.01)
-    with pytest.raises(ISTError, match="differently: the model's weights are others"):
+    with pytest.raises(ISTError, match="differently: the model's weights or its adapters are others"):
         e.evaluate(other, pico[1], 'boolq', **kw)
     assert e.evaluate(other, pico[1], 'boolq', overwrite=True, **kw)['tasks']['boolq']['n']==5
     (tmp_path/'boolq.json').write_text('{"sett')
@@ -380,7 +402,7 @@ def test_run_is_evaluated(folder, tmp_path, capsys):
                                                     for i in range(5)]*8))
     args = '--max_steps 12 --per_device_train_batch_size 4 --learning_rate 1e-2 --score_batch_size 4'
     assert finetune_main(f'--data {tmp_path}/d.json --output_dir {tmp_path}/run {args} {quiet}'.split())==0
-    assert _base_of(tmp_path/'run')=='pico'
+    assert _base_of(tmp_path/'run')==('pico', {})
     argv = f'--model {tmp_path}/run --tasks arc-e --data {folder} --max_new_tokens 12'.split()
     assert main(argv)==0
     out = capsys.readouterr().out
@@ -398,7 +420,7 @@ def test_run_is_evaluated(folder, tmp_path, capsys):
     conf = json.loads((tmp_path/'run'/'adapter_config.json').read_text())
     # made on another machine
     (tmp_path/'run'/'adapter_config.json').write_text(json.dumps(conf | dict(base_model_name_or_path='elsewhere/pico')))
-    assert _base_of(tmp_path/'run')=='pico'
+    assert _base_of(tmp_path/'run')==('pico', {})
     assert main(f'--model pico --adapter {tmp_path}/run --tasks arc-e --data {folder} --how likelihood --limit 2 '
                 f'--output_dir {tmp_path}/l'.split())==0
     assert main(f'--model {tmp_path}/run --adapter {tmp_path}/run --tasks arc-e --data {folder}'.split())==2
@@ -412,6 +434,8 @@ mistakes = [
     ('no choices', '--data {d} --tasks SVAMP --how likelihood', ['SVAMP', 'free number', '--how generate']),
     ('how', '--data {d} --how beams', ["'beams'", 'generate', 'likelihood']),
     ('answers', '--data {d} --tasks boolq --how likelihood --answers letter', ["'letter'", 'name', 'text']),
+    ('beams of nothing', '--data {d} --how likelihood --num_beams 8', ['--num_beams', 'no effect', 'likelihood']),
+    ('answers of nothing', '--data {d} --answers text', ['--answers', 'no effect', 'generate']),
     ('beams', '--data {d} --tasks boolq --num_beams 0', ['num_beams=0', 'at least 1']),
     ('limit', '--data {d} --tasks boolq --limit 0', ['limit', '1']),
     ('not a number', '--data {d} --limit few', ['--limit', "'few'"]),

@@ -120,6 +120,8 @@ mistakes = [
     ('no price', None, 'lora --data chats.jsonl --price nan', ['--price nan', 'above 0']),
     ('rows', None, 'lora --rows 0', ['--rows 0', 'at least 1']),
     ('nothing to fade on', None, 'lora --output_dir out', ['--output_dir', 'needs --data']),
+    ('a price of nothing', None, 'lora --price 99', ['--price', 'needs --data']),
+    ('steps of nothing', None, 'lora --steps 3', ['--steps', 'needs --data']),
     ('output is a file', None, 'lora --data chats.jsonl --output_dir chats.jsonl', ['chats.jsonl', 'it is a file']),
     ('no such data', None, 'lora --data chat.jsonl', ['chat.jsonl', "did you mean 'chats.jsonl'"]),
     ('few rows', lambda d: (d/'few.jsonl').write_text('\n'.join(map(json.dumps, chats[:9]))), 'lora --data few.jsonl',
@@ -130,7 +132,8 @@ mistakes = [
     ('DoRA is measured only', other('dora', use_dora=True), 'dora --data chats.jsonl', ['LoRA without DoRA']),
     ('a whole module', other('whole', modules_to_save=['lm_head']), 'whole --data chats.jsonl', ['lm_head', 'linear']),
     ('PiSSA', other('pissa', init_lora_weights='pissa'), 'pissa', ['pissa', 'model itself']),
-    ('layers twice', other('twice', layer_replication=[[0, 2], [1, 4]]), 'twice', ['switched off', '--model']),
+    ('layers twice', other('twice', layer_replication=[[0, 2], [1, 4]]), 'twice',
+     ['layer_replication', 'model itself']),
     ('a prompt', lambda d: make(d/'prompt', PromptTuningConfig(num_virtual_tokens=4, task_type='CAUSAL_LM')), 'prompt',
      ['prompt', 'switch off'])]
 
@@ -175,3 +178,36 @@ def test_what_needs_no_torch(argv, status, says):
                          text=True)
     assert res.returncode==status and says in res.stdout+res.stderr
     assert not {'torch', 'transformers'} & {l.split('|')[-1].strip() for l in res.stderr.splitlines()}
+
+def test_the_revision_of_the_model_is_kept(here, monkeypatch, capsys, tmp_path):
+    "A run on another revision of a model of the hub names it to PEFT and in its card, and is measured against it"
+    import transformers
+    from ist_nb.finetune import main as finetune
+    from ist_nb.model import assets
+    main_model = load_model('pico')[0]
+    with torch.no_grad():
+        for n,p in main_model.named_parameters():
+            if 'down_proj' in n: p.mul_(0.5)
+    main_model.save_pretrained(tmp_path/'main')
+    load_model('pico')[1].save_pretrained(tmp_path/'main')
+    asked = []
+    for cls in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer):
+        def load(path, *args, real=cls.from_pretrained, **kwargs):
+            revision = kwargs.get('revision')
+            if str(path)=='me/tiny':
+                asked.append(revision)
+                path = assets/'pico' if kwargs.pop('revision')=='v1' else tmp_path/'main'
+            return real(path, *args, **kwargs)
+        monkeypatch.setattr(cls, 'from_pretrained', load)
+    monkeypatch.chdir(tmp_path)
+    line = ('--model me/tiny --model_init_kwargs {"revision":"v1"} --output_dir run --max_steps 8 --learning_rate 0.01 '
+            f'--keep 0 --max_length 32 --disable_tqdm true --data {here}/chats.jsonl')
+    assert finetune(line.split())==0
+    assert set(asked)=={'v1'} and json.loads((tmp_path/'run'/'adapter_config.json').read_text())['revision']=='v1'
+    assert "from_pretrained('me/tiny', revision='v1')" in (tmp_path/'run'/'README.md').read_text()
+    capsys.readouterr()
+    said = []
+    for more in ('', '--model pico'):
+        assert main(f'run {more} {quick}'.split())==0
+        said.append(capsys.readouterr().out.partition('.\n')[0])
+    assert set(asked)=={'v1'} and said[0]==said[1]

@@ -186,6 +186,16 @@ def test_bad_input(here, capsys, monkeypatch, prepare, line, parts):
     assert all(p in err for p in parts), err
     assert tree(here)==before, 'something was written'
 
+def test_a_folder_with_an_adapter_is_no_model(done, here, capsys):
+    "transformers would load both, and PEFT would replace the old adapter or mix the two"
+    assert main(['--data', 'good.jsonl', '--model', str(done/'out'), '--output_dir', 'out', *quick])==2
+    assert 'is an adapter, and not a model. Merge it' in capsys.readouterr().err and not (here/'out').exists()
+
+def test_the_old_name_of_dtype(monkeypatch):
+    "`torch_dtype` of transformers before 4.56 is what the user asks for, not an addition to our default"
+    import torch
+    for k in ('torch_dtype', 'dtype'): assert model.load_model('pico', **{k:'bfloat16'})[0].dtype==torch.bfloat16
+
 def test_few_rows_and_no_probe():
     "Only a run that probes needs a probe batch of training rows"
     few = SimpleNamespace(args=SimpleNamespace(max_length=32), train_dataset=[0]*3, eval_dataset=[0])
