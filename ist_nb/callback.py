@@ -14,7 +14,7 @@ from importlib import import_module
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import CallbackHandler, ExportableState
 from types import SimpleNamespace
-from .config import ISTConfig, ISTError, _both, _layer_count
+from .config import ISTConfig, ISTError, _both, _config_of, _layer_count
 from .ist import IST, _find_budgets
 from .probe import model_loss
 
@@ -28,12 +28,12 @@ class ISTCallback(TrainerCallback, ExportableState):
         stack:str|list|None=None, # Which stacks of blocks, where the model has several (see `find_layers`)
         log:bool=True, # Whether importance, depth and so on are added to what the Trainer reports
         live:bool|None=None, # Whether the run is shown while it trains; None: only in a notebook
-        parts:list|None=None, # What else accompanies the steps, such as `Keep` (see `IST.add`)
+        parts=None, # What else accompanies the steps, such as `Keep`: one, or a list of them (see `IST.add`)
     ):
-        self.config = ISTConfig.from_dict(config) if isinstance(config, dict) else config or ISTConfig()
+        self.config = _config_of(config)
         self.log,self.live,self.show,self.seen = log,live,None,[0, 0, 0.]
         self.probe,self.loss_fn,self.stack,self.ist,self.lost = probe,loss_fn,stack,None,[]
-        self.parts = parts or []
+        self.parts = list(parts) if isinstance(parts, (list, tuple)) else [parts]*(parts is not None)
         _wrap_trainer()
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
@@ -157,13 +157,20 @@ def state(self:ISTCallback) -> dict: # What the Trainer writes into `trainer_sta
     own = dict(probe=self.probe is not None, loss_fn=self.loss_fn is not model_loss, parts=bool(self.parts))
     saved,lost = self.ist.state_dict() if self.ist else None, [k for k,v in own.items() if v]
     return dict(args=dict(config=asdict(self.config), stack=self.stack, log=self.log, live=self.live),
-                attributes=dict(saved=saved, lost=lost))
+                attributes=dict(saved=saved, lost=lost, held=_named(self.parts)))
+
+def _named(parts): return [repr(o) if '__repr__' in vars(type(o)) else type(o).__name__ for o in parts]
 
 @patch
 def _restore(self:ISTCallback, state, optimizer):
     "Take the state of IST from the checkpoint that the Trainer has loaded"
     step,saved = state.global_step,state.stateful_callbacks
-    for k in (type(self).__name__, 'attributes', 'saved'): saved = saved.get(k) if isinstance(saved, dict) else None
+    of = lambda o, k: o.get(k) if isinstance(o, dict) else None
+    own,now = of(of(saved, type(self).__name__), 'attributes'),_named(self.parts)
+    held,saved = of(own, 'held'),of(own, 'saved')
+    if held not in (None, now):
+        warnings.warn(f"IST: the checkpoint was written with parts={held}, and this run has parts={now}, so it will "
+                      "differ from an uninterrupted one.")
     if not saved and not self.ist.sparse and not self.parts:     # every layer trained at every step, nothing held
         self.ist.t,self.ist.times_active = step,self.ist.times_active+step
         state.stateful_callbacks[type(self).__name__] = self.state()     # or the Trainer cannot save

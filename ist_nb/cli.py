@@ -110,6 +110,19 @@ def _make_parser(prog, *groups):
         def error(self, message): raise ISTError(f'{message[0].upper()}{message[1:]}. See `{prog} --help`.')
     return Parser(groups, prog=prog, allow_abbrev=False, add_help=False)
 
+def _yaml_of(text):
+    "What YAML says, with 1e-5 a number as in its version 1.2, and no name twice"
+    import yaml
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node, deep=False):
+            found = super().construct_mapping(node, deep)
+            names = [self.construct_object(k) for k,_ in node.value]
+            if twice := [k for k in found if names.count(k)>1]: raise ValueError(f'{twice[0]!r} is given twice')
+            return found
+    Loader.add_implicit_resolver('tag:yaml.org,2002:float', re.compile(r'[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$'),
+                                 list('-+.0123456789'))
+    return Loader(text).get_single_data()
+
 def _from_config(argv):
     "A command line with the settings of its YAML file, named by `--config`, in front"
     argv = [part for o in argv for part in (o.split('=', 1) if o.startswith('--config=') else [o])]
@@ -120,9 +133,9 @@ def _from_config(argv):
     import yaml
     advice = 'Write one `name: value` per line.'
     if not path.is_file(): raise ISTError(f"--config: there is no file {str(path)!r}. Give a YAML file. {advice}")
-    try: found = yaml.safe_load(path.read_text(encoding='utf-8'))
+    try: found = _yaml_of(path.read_text(encoding='utf-8'))
     except (yaml.YAMLError, RecursionError, ValueError) as e:
-        raise ISTError(f"{path} is not YAML: {' '.join(str(e).split())[:300]}. {advice}") from None
+        raise ISTError(f"{path} cannot be used: {' '.join(str(e).split())[:300]}. {advice}") from None
     if not isinstance(found, dict): raise ISTError(f"{path} holds a {type(found).__name__}, not settings. {advice}")
     return [o for k,v in found.items() for o in _flag(k, v, path)] + rest
 
@@ -156,7 +169,7 @@ def _parse_known(parser, argv):
     "The command line as a namespace; raises `ISTError` with a suggestion for a flag that does not exist"
     args,rest = parser.parse_known_args(argv)
     if not rest: return args
-    near = _suggest(rest[0], [f'--{o}' for o in vars(args)])
+    near = _suggest(rest[0], [o for a in parser._actions for o in a.option_strings])
     raise ISTError(f"{rest[0]!r} is not an argument of {parser.prog}{near} See `{parser.prog} --help`.")
 
 # %% ../nbs/19_cli.ipynb #dd51e0c9

@@ -196,3 +196,11 @@ def from_dict(cls:ISTConfig,
     wrong = next((str(k)[:80] for k in settings if k not in known), None)
     if wrong is None: return cls(**settings)
     raise ISTError(f"{wrong!r} is not a setting of IST{_suggest(wrong, known)} Allowed: {', '.join(known)}.")
+
+def _config_of(given): # What a user gives as a configuration, checked once more: a field may have been set since
+    if given is None: return ISTConfig()
+    if isinstance(given, dict): return ISTConfig.from_dict(given)
+    if not isinstance(given, ISTConfig):
+        raise ISTError(f"config={given!r:.80} is no configuration. Give an ISTConfig, or a dictionary of its fields.")
+    _check_config(given)
+    return given

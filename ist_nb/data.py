@@ -339,7 +339,8 @@ def load_data(
     elif len(train)>1: train,held = _hold_out(train, test_fraction, seed)
     else: raise ISTError(f'{part.name} holds 1 usable row; at least 2 are needed, one to train on and one to hold out. '
                          'Add rows (blank lines separate the rows of a .txt), or give test rows.')
-    if own and own.found.kind!=part.found.kind:
-        raise ISTError(f'{part.name} holds {part.found.kind} rows but {own.name} holds {own.found.kind} rows; '
+    raw = lambda o: (o.found.kind, o.found.format=='prompt-completion')     # other prompts are written by a template
+    if own and raw(own)!=raw(part):
+        raise ISTError(f'{part.name} holds {part.found.format} rows but {own.name} holds {own.found.format} rows; '
                        'give both in one form.')
     return Data(train, held, part.found.kind, _report(part, own, train, held, spare+[o+of for o in parts if o!=chosen]))

@@ -162,6 +162,7 @@ _training_allowed = dict(
     num_train_epochs=('a number above 0', lambda v: v>0 and math.isfinite(v)),
     per_device_train_batch_size=_count, per_device_eval_batch_size=_count, gradient_accumulation_steps=_count,
     max_length=('a whole number of at least 2', lambda v: v is None or v>=2),
+    dataset_text_field=("'text', and name the column so", lambda v: v=='text'),
     max_steps=('a whole number of at least 1, or -1 for whole epochs', lambda v: v>=1 or v==-1),
     model_init_kwargs=('a dictionary, such as \'{"dtype": "bfloat16"}\'', lambda v: isinstance(v or {}, dict)),
     resume_from_checkpoint=('--resume instead: it finds the last intact checkpoint', lambda v: v is None),
@@ -186,6 +187,8 @@ def _check_training(args, cfg, sft):
         raise ISTError("--activation_offloading moves activations from a GPU, and this run has none. Leave it out.")
     if args.keep and sft.fp16:
         raise ISTError(f"--fp16 scales the loss, but not the penalty of --keep {args.keep:g}. Give --bf16 or --keep 0.")
+    if args.test_data and args.test_fraction!=_Arguments.test_fraction:
+        raise ISTError(f"--test_fraction {args.test_fraction:g} has no effect beside --test_data. Leave one out.")
     if args.method=='dense' and not args.asked:
         if args.stack is None: return
         raise ISTError(f"--stack {args.stack:.80} has no effect in this dense run. Leave it out, or give --method ist.")

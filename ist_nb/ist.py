@@ -6,13 +6,13 @@
 __all__ = ['IST']
 
 # %% ../nbs/05_ist.ipynb #9730d6fc
-import time,warnings
+import json,time,warnings
 import torch
 from contextlib import contextmanager
 from dataclasses import asdict
 from fastcore.basics import patch
 from importlib import import_module
-from .config import ISTConfig, ISTError, _layer_count, samplers, scorers, shrunk
+from .config import ISTConfig, ISTError, _config_of, _layer_count, samplers, scorers, shrunk
 from .layers import _find_stack, find_layers
 from .probe import _OneProcess, ProbeBatches, _Prober, _check_batch, generator_for, model_loss, quietly
 from .scorers import GradientTracker
@@ -26,7 +26,7 @@ class IST:
     activations = moments = tracker = prober = None
     def __init__(self,
         model, # A model with PEFT adapters, all of them trainable
-        config:ISTConfig|None=None, # The settings; the default ones if not given
+        config:ISTConfig|dict|None=None, # The settings, or a dictionary of them; the default ones if not given
         probe=None, # Training data to score layers with: a `DataLoader`, or batches; not needed where nothing is scored
         loss_fn=model_loss, # `loss_fn(model, batch)` -> scalar tensor
         stack:str|list|None=None, # Which stacks of blocks, where the model has several (see `find_layers`)
@@ -34,7 +34,7 @@ class IST:
         n_steps:int|None=None, # Optimizer steps of the whole run, needed if `config.schedule` is not 'constant'
         parts:list|None=None, # What accompanies a step; the usual parts if not given
     ): # Raises `ISTError`
-        self.config,self.loss_fn,self.n_steps = config or ISTConfig(),loss_fn,n_steps
+        self.config,self.loss_fn,self.n_steps = _config_of(config),loss_fn,n_steps
         self.in_step,self.parts = False,[]
         usual = import_module('ist_nb.parts') if parts is None else None
         self.model = usual._adopt(model) if usual else model
@@ -145,7 +145,7 @@ def close(self:IST):
 def score(self:IST):
     "One importance update; `begin_step` calls it every `score_interval` steps"
     start = time.perf_counter()
-    rule = lambda evidence: self.scorer(self.importance, evidence, self.config, self._rng('scores'))
+    rule = lambda evidence: self._told(self.scorer(self.importance, evidence, self.config, self._rng('scores')))
     number = self.t//self.config.score_interval-1
     found = self.prober(rule, number, self.ranks) if self.prober else rule(self.tracker)
     importance,record = found or (self.importance, dict(dropped=True))
@@ -154,6 +154,15 @@ def score(self:IST):
     self.history = downsample([*self.history, record])
     if record.get('dropped'): self._drop()
     self.score_seconds += time.perf_counter()-start
+
+@patch
+def _told(self:IST, found):
+    "What a scorer returned, if it is the importance and a record that a checkpoint can hold"
+    try: right = len(found)==2 and isinstance(found[0], torch.Tensor) and json.dumps(dict(found[1])) is not None
+    except (TypeError, ValueError): right = False
+    if right: return found
+    raise ISTError(f"The scorer {self.config.scorer!r} returned {found!r:.300}; it must return the new importance, a "
+                   "tensor, and a dictionary for the record, of what JSON can hold (a tensor's .tolist(), no tensor).")
 
 @patch
 def _checked(self:IST, importance):
@@ -213,10 +222,12 @@ def _draw_from(self:IST, pos, n, g):
     "`n` of the positions `pos`, a long [N]"
     N,varies = len(pos),getattr(self.sampler, 'varies', False)
     if n==N: return pos
-    drawn = torch.as_tensor(self.sampler(self.importance[pos], n, self.config, g))
-    right = 1<=len(drawn)<=N if varies else len(drawn)==n
+    found = self.sampler(self.importance[pos], n, self.config, g)
+    try: drawn = torch.as_tensor(found)
+    except (TypeError, ValueError, RuntimeError): drawn = torch.empty(0)
+    right = drawn.dim()==1 and not drawn.is_floating_point() and (1<=len(drawn)<=N if varies else len(drawn)==n)
     if right and len(drawn.unique())==len(drawn) and drawn.min()>=0 and drawn.max()<N: return pos[drawn]
-    raise ISTError(f"The sampler {self.config.sampler!r} returned {drawn.tolist()}; it must return "
+    raise ISTError(f"The sampler {self.config.sampler!r} returned {found!r:.200}; it must return "
                    f"{'at least 1' if varies else n} different positions in 0 .. {N-1}.")
 
 @patch

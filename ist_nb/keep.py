@@ -210,8 +210,8 @@ class Keep:
         if not ist or not _scaler(): return
         held = {id(p) for g in optimizer.param_groups for p in g['params']}
         if any(id(p) in held for o in ist.layers for p in o.params):
-            raise ISTError("A GradScaler divides all gradients by its scale, that of Keep too, which was not multiplied "
-                           "by it and would count for nothing. Train in bfloat16, which needs no scaler.")
+            raise ISTError("A GradScaler divides all gradients by its scale, that of Keep too, which was not "
+                           "multiplied by it and would count for nothing. Train in bfloat16, which needs no scaler.")
 
     def end(self, counted):
         for o in self.watched: o.remove()

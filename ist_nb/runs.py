@@ -91,6 +91,7 @@ def _remove_checkpoint(folder):
     for p in folder.iterdir():
         if p.is_dir() and not p.is_symlink():
             if _sharded.fullmatch(p.name): shutil.rmtree(p)
+            elif (p/'adapter_config.json').is_file(): _remove_checkpoint(p)     # an adapter with a name of its own
         elif _saved.fullmatch(p.name): p.unlink()
     if not any(folder.iterdir()): folder.rmdir()
 

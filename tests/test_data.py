@@ -176,8 +176,17 @@ def test_bad_permission(here):
 
 def test_kinds_differ(here):
     put(here, {'a.jsonl':good, 'b.jsonl':js(*rows)})
-    with pytest.raises(ISTError, match='a.jsonl holds text rows but b.jsonl holds prompt-completion rows'):
+    with pytest.raises(ISTError, match='a.jsonl holds text rows but b.jsonl holds .* rows'):
         load_data('a.jsonl', test='b.jsonl')
+
+def test_prompts_of_the_rows_held_out_are_written_alike(here):
+    "A prompt of one's own is taken as it is, and other columns go through the template: the two do not go together"
+    mine,ours,alpaca = [[{k:f'{k} {i}' for k in o} for i in range(4)] for o in (
+        ('prompt', 'completion'), ('question', 'answer'), ('instruction', 'output'))]
+    put(here, {'mine.jsonl':js(*mine), 'ours.jsonl':js(*ours), 'alpaca.jsonl':js(*alpaca)})
+    for a,b in (('mine', 'ours'), ('alpaca', 'mine')):
+        with pytest.raises(ISTError, match='give both in one form'): load_data(f'{a}.jsonl', test=f'{b}.jsonl')
+    for o in load_data('alpaca.jsonl', test='ours.jsonl').test: assert '### Instruction:' in o['prompt']
 
 @pytest.mark.parametrize('name,body', {'a.json':json.dumps(rows, indent=2), 'lines.json':js(*rows), 'a.jsonl':js(*rows),
                                        'a.jsonl.gz':gzip.compress(js(*rows).encode()),

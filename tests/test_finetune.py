@@ -156,7 +156,7 @@ cases = [
     ('yaml without a value', file('n.yaml', 'model: null'), '--config n.yaml', ['model has no value']),
     ('yaml with a number for a name', file('n.yaml', '5: 4'), '--config n.yaml', ["'5' is not the name of a setting"]),
     ('yaml of a wrong type', file('n.yaml', 'max_rows: 2.5'), '--config n.yaml', ['2.5', 'max_rows']),
-    ('yaml nested', file('n.yaml', 'a: '+'['*5000), '--config n.yaml', ['n.yaml is not YAML']),
+    ('yaml nested', file('n.yaml', 'a: '+'['*5000), '--config n.yaml', ['n.yaml cannot be used']),
     ('overwrite what is not a run', old_run, '--data good.jsonl --output_dir out --overwrite',
      ['results.json was not left by a run']),
     ('overwrite a link', linked, '--data good.jsonl --output_dir out --overwrite', ['README.md is a link']),
@@ -167,6 +167,11 @@ cases = [
     ('trainer says no', nothing, '--learning_rate 1e-3 --eval_strategy perhaps', ['perhaps']),
     ('no settings file', nothing, '--config no.yaml', ['no.yaml']),
     ('settings are not yaml', file('b.yaml', 'a: [1\nb: 2'), '--config b.yaml', ['b.yaml', 'line 2']),
+    ('a setting twice', file('t.yaml', 'learning_rate: 1\nmax_steps: 2\nlearning_rate: 2'), '--config t.yaml',
+     ['t.yaml', "'learning_rate' is given twice"]),
+    ('a share beside test data', nothing, '--data good.jsonl --test_data good.jsonl --test_fraction 0.5',
+     ['--test_fraction', 'no effect']),
+    ('another column', nothing, '--data good.jsonl --dataset_text_field body', ['--dataset_text_field body', "'text'"]),
     ('settings are a list', file('l.yaml', '- a'), '--config l.yaml', ['l.yaml', 'list']),
     ('unknown setting', file('k.yaml', 'lora_rank: 4'), '--config k.yaml', ['lora_rank']),
     ('folder in use', old_run, '--data good.jsonl --output_dir out', ['out', '--overwrite', '--resume']),
@@ -195,6 +200,13 @@ def test_the_old_name_of_dtype(monkeypatch):
     "`torch_dtype` of transformers before 4.56 is what the user asks for, not an addition to our default"
     import torch
     for k in ('torch_dtype', 'dtype'): assert model.load_model('pico', **{k:'bfloat16'})[0].dtype==torch.bfloat16
+
+def test_numbers_in_yaml(here):
+    "1e-5 is a number, as in Python, inside of a dictionary too"
+    (here/'s.yaml').write_text('learning_rate: 1e-5\nlr_scheduler_type: cosine_with_min_lr\n'
+                               'lr_scheduler_kwargs: {min_lr: 1e-6, num_cycles: 1}\nmax_steps: 7')
+    _,_,sft = parse(['--config', 's.yaml'])
+    assert (sft.learning_rate, sft.max_steps)==(1e-5, 7) and sft.lr_scheduler_kwargs==dict(min_lr=1e-6, num_cycles=1)
 
 def test_few_rows_and_no_probe():
     "Only a run that probes needs a probe batch of training rows"

@@ -70,6 +70,39 @@ def test_bad_scorer_and_sampler_of_ones_own():
                       loss_fn=lambda m, b: torch.tensor(1.)), 2)
     finally: samplers.entries.pop('twice the same'); scorers.entries.pop('too short')
 
+wrong_scorers = dict(alone=lambda I: I, nothing=lambda I: None, no_record=lambda I: (I, None),
+                     a_list=lambda I: (I.tolist(), {}), numpy=lambda I: (I.numpy(), {}),
+                     tensor_in_record=lambda I: (I, dict(losses=I)))
+
+@pytest.mark.parametrize('name', wrong_scorers)
+def test_what_a_scorer_of_ones_own_may_return(name):
+    "The importance and a record that a checkpoint can hold; anything else is named when it happens"
+    from ist_nb.config import scorers
+    scorers.register(name, '')(lambda I, p, c, g: wrong_scorers[name](I))
+    try:
+        with pytest.raises(ISTError, match=f"The scorer '{name}' returned .* a dictionary for the record"):
+            steps(IST(stack(8), ISTConfig(scorer=name, score_interval=1), probe=[0],
+                      loss_fn=lambda m, b: torch.tensor(1.)), 2)
+    finally: scorers.entries.pop(name)
+
+@pytest.mark.parametrize('found', [None, 3, [0., 1.], [[0, 1]], ['a', 'b']], ids=repr)
+def test_what_a_sampler_of_ones_own_may_return(found):
+    from ist_nb.config import samplers
+    samplers.register('mine', '')(lambda I, n, c, g: found)
+    try:
+        with pytest.raises(ISTError, match="The sampler 'mine' returned .* 2 different positions"):
+            steps(IST(stack(8), ISTConfig(sampler='mine'), probe=[0], loss_fn=lambda m, b: None), 1)
+    finally: samplers.entries.pop('mine')
+
+def test_what_a_configuration_may_be():
+    "A dictionary; not a name, nor one whose field was set to nonsense since it was made"
+    assert IST(stack(8), dict(n_active=1, sampler='uniform')).config==ISTConfig.rst(n_active=1)
+    late = ISTConfig.rst()
+    late.n_active = 2.
+    for wrong in ('rst', 3, late):
+        for make in (ISTCallback, lambda o: IST(stack(8), o)):
+            with pytest.raises(ISTError, match='configuration|n_active=2.0 is not allowed'): make(wrong)
+
 def test_lazy_names():
     import ist_nb
     assert {'IST', 'ISTConfig', 'ISTCallback', 'find_layers'} <= set(dir(ist_nb))

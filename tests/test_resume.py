@@ -120,6 +120,31 @@ def test_resume_is_never_a_silent_restart(tmp_path):
         with pytest.raises(ISTError):
             cb._restore(SimpleNamespace(global_step=3, stateful_callbacks=dict(ISTCallback=wrong)), None)
 
+class Part:
+    "What accompanies a run, such as `Keep`"
+    def __init__(self, weight): self.weight = weight
+    def __repr__(self): return f'Part({self.weight})'
+
+@pytest.mark.parametrize('parts,said', [([Part(1)], False), ([Part(2)], True), ([], True), (Part(1), False)])
+def test_resume_without_a_part_is_said(tmp_path, parts, said):
+    trainer(tmp_path, ISTCallback(ISTConfig.rst(), parts=[Part(1)])).train()
+    with warnings.catch_warnings(record=True) as w:
+        warnings.simplefilter('always')
+        trainer(tmp_path/'new', ISTCallback(ISTConfig.rst(), parts=parts), save_strategy='no').train(
+            resume_from_checkpoint=str(tmp_path/'checkpoint-3'))
+    assert any("written with parts=['Part(1)']" in str(o.message) for o in w)==said
+
+def test_checkpoints_of_an_adapter_with_a_name_are_rotated(tmp_path):
+    "PEFT saves it in a folder of its own"
+    t = trainer(tmp_path, ISTCallback(ISTConfig.rst()), RunGuard(), save_steps=1, save_total_limit=1)
+    t.model.add_adapter('mine', t.model.peft_config['default'])
+    t.model.set_adapter('mine')
+    t.model.delete_adapter('default')
+    t.optimizer = None
+    t.train()
+    left = sorted(p.name for p in tmp_path.glob('checkpoint-*'))
+    assert left==['checkpoint-6'] and (tmp_path/'checkpoint-6'/'mine'/'adapter_config.json').is_file()
+
 @pytest.mark.parametrize('schedule', ['constant', 'linear'])
 def test_a_finished_run_stays_finished(tmp_path, schedule):
     "Resumed at its last step or past it, nothing moves; with more steps it goes on"
