@@ -42,6 +42,12 @@ def test_no_line_is_too_long():
             for i,l in enumerate(p.read_text().splitlines(), 1) if len(l)>120}
     assert not wide, sorted(wide)
 
+def test_no_test_hides_another():
+    "Of two tests with one name in a file, only the second runs"
+    for p in (house.root/'tests').glob('test_*.py'):
+        names = re.findall(r'^def (test_\w+)', p.read_text(), re.M)
+        assert len(names)==len(set(names)), f'{p.name}: {sorted(o for o in set(names) if names.count(o)>1)}'
+
 def test_an_output_comes_soon():
     "On the pages of the method a reader sees an output within the first 25 exported lines"
     pages = house.measure()

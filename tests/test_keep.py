@@ -294,7 +294,7 @@ def test_a_gradient_that_is_erased_in_part_or_in_place_is_refused(erase):
     with pytest.raises(ISTError, match='was erased before'):
         with ist.step(): erase(ist.model); ist.model(**some_text()).loss.backward()
 
-def test_a_loss_scaler_is_refused():
+def test_a_loss_scaler_in_a_loop_of_ones_own_is_refused():
     "It would divide our gradient, which it has not multiplied; one that is switched off does nothing"
     def run(enabled):
         with IST(tuned(), ISTConfig.rst(n_active=1.)) as ist:
