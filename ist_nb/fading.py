@@ -144,7 +144,7 @@ as it was trained   {trained[loss]:11.4f} {trained[divergence]:11.4f}
 faded               {faded[loss]:11.4f} {faded[divergence]:11.4f}
 Both columns are in nats a token, on rows that chose nothing: {rows[1]} of the task, {text_rows} of text.'''
 _load_it = '''Load it with plain PEFT, as any adapter:
-  {more}model = AutoModelForCausalLM.from_pretrained({base!r})
+  {more}model = AutoModelForCausalLM.from_pretrained({base})
   model = PeftModel.from_pretrained(model, {folder!r}){merge}'''
 _ours,_merge = 'import ist_nb.adapters     # adds this method to PEFT\n  ','      # and .merge_and_unload() merges it'
 
@@ -197,6 +197,7 @@ def main(
         print('On these rows the model is no better with the adapter than without it. Are they rows of its task?')
     folder,base = str(args.output_dir),str(assets/'pico') if args.model=='pico' else args.model
     config = next(iter(model.peft_config.values()))
+    base = repr(base)+f', revision={config.revision!r}'*bool(config.revision)
     ours = config.peft_type=='BOTTLENECK'
     how = dict(more=_ours*ours, merge=_merge*(not ours and not getattr(config, 'lora_bias', False)))
     print(f"{_gates_told(res['gates'])}\nSaved in {folder}. {_load_it.format(base=base, folder=folder, **how)}")

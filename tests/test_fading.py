@@ -194,20 +194,24 @@ def test_the_revision_of_the_model_is_kept(here, monkeypatch, capsys, tmp_path):
     for cls in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer):
         def load(path, *args, real=cls.from_pretrained, **kwargs):
             revision = kwargs.get('revision')
-            if str(path)=='me/tiny':
-                asked.append(revision)
-                path = assets/'pico' if kwargs.pop('revision')=='v1' else tmp_path/'main'
-            return real(path, *args, **kwargs)
+            if str(path)!='me/tiny': return real(path, *args, **kwargs)
+            asked.append(revision)
+            res = real(assets/'pico' if kwargs.pop('revision')=='v1' else tmp_path/'main', *args, **kwargs)
+            if isinstance(res, tuple): res[0].name_or_path = res[0].config._name_or_path = path     # a model
+            return res
         monkeypatch.setattr(cls, 'from_pretrained', load)
     monkeypatch.chdir(tmp_path)
     line = ('--model me/tiny --model_init_kwargs {"revision":"v1"} --output_dir run --max_steps 8 --learning_rate 0.01 '
             f'--keep 0 --max_length 32 --disable_tqdm true --data {here}/chats.jsonl')
     assert finetune(line.split())==0
-    assert set(asked)=={'v1'} and json.loads((tmp_path/'run'/'adapter_config.json').read_text())['revision']=='v1'
+    assert asked==['v1']*2 and json.loads((tmp_path/'run'/'adapter_config.json').read_text())['revision']=='v1'
     assert "from_pretrained('me/tiny', revision='v1')" in (tmp_path/'run'/'README.md').read_text()
     capsys.readouterr()
     said = []
     for more in ('', '--model pico'):
         assert main(f'run {more} {quick}'.split())==0
         said.append(capsys.readouterr().out.partition('.\n')[0])
-    assert set(asked)=={'v1'} and said[0]==said[1]
+    assert asked==['v1']*4 and said[0]==said[1]
+    assert main(f'run --data {here}/chats.jsonl --output_dir less --steps 2 {quick}'.split())==0
+    assert "from_pretrained('me/tiny', revision='v1')" in capsys.readouterr().out
+    assert json.loads((tmp_path/'less'/'adapter_config.json').read_text())['revision']=='v1'

@@ -196,7 +196,7 @@ def test_a_folder_with_an_adapter_is_no_model(done, here, capsys):
     assert main(['--data', 'good.jsonl', '--model', str(done/'out'), '--output_dir', 'out', *quick])==2
     assert 'is an adapter, and not a model. Merge it' in capsys.readouterr().err and not (here/'out').exists()
 
-def test_the_old_name_of_dtype(monkeypatch):
+def test_the_old_name_of_dtype():
     "`torch_dtype` of transformers before 4.56 is what the user asks for, not an addition to our default"
     import torch
     for k in ('torch_dtype', 'dtype'): assert model.load_model('pico', **{k:'bfloat16'})[0].dtype==torch.bfloat16
