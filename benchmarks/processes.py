@@ -21,6 +21,9 @@ from benchmarks.small import lm_batch,tiny_llama,trainable as params
 
 N,rows,tokens,steps = 4,8,8,8   # layers, rows of a global batch, tokens of a row, optimizer steps
 usual = dict(n_active=1, score_interval=2, score_batch_size=8, explore=0.)
+def config_of(given=None):
+    found = usual | (given or {})
+    return ISTConfig(**{k:v for k,v in found.items() if k!='score_batch_size' or found.get('scorer')!='fisher'})
 cuda = torch.cuda.is_available()
 if not cuda: os.environ['DS_ACCELERATOR'] = 'cpu'   # DeepSpeed asks for it
 def device(): return torch.device('cuda', torch.cuda.current_device()) if cuda else torch.device('cpu')
@@ -47,7 +50,7 @@ def loss_of(model, b):
     logits = model(input_ids=b['input_ids']).logits[:, :-1].flatten(0, 1)
     return nn.functional.cross_entropy(logits, b['labels'][:, 1:].flatten())
 def new_ist(model, config=None, **kwargs):
-    return IST(model, ISTConfig(**(usual | (config or {}))), probe=loader(), loss_fn=loss_of, **kwargs)
+    return IST(model, config_of(config), probe=loader(), loss_fn=loss_of, **kwargs)
 
 # -- one run
 adam = partial(torch.optim.AdamW, lr=0.01)
@@ -324,7 +327,7 @@ def trainer_run(folder, size=1, config=None, resume=None, n=steps, model=None, c
     from transformers.trainer_callback import PrinterCallback
     class InOrder(Trainer):
         def _get_train_sampler(self, *args): return SequentialSampler(self.train_dataset)
-    cb = callback or ISTCallback(ISTConfig(**(usual | (config or {}))), loss_fn=loss_of)
+    cb = callback or ISTCallback(config_of(config), loss_fn=loss_of)
     args = dict(max_steps=n, per_device_train_batch_size=rows//size, learning_rate=0.01, lr_scheduler_type='constant',
                 report_to='none', logging_steps=1, save_strategy='no', use_cpu=not cuda, disable_tqdm=True,
                 dataloader_pin_memory=False)

@@ -42,9 +42,9 @@ ablations = [(k, v) for k,vs in moved.items() for v in vs]
 # contenders: settings of IST (None: all layers at every step); then of the adapter, and of `run`
 rst,every = dict(sampler='uniform'),dict(n_active=1.0, sampler='uniform')
 def drawn_by(sampler, scorer, **kw): return dict(sampler=sampler, scorer=scorer, score_interval=20) | kw
-def importance(scorer, **kw): return drawn_by('importance', scorer, score_batch_size=4, **kw)
+def cheap(scorer): return {} if scorer=='fisher' else dict(score_batch_size=4)    # which has no probe
+def importance(scorer, **kw): return drawn_by('importance', scorer, **cheap(scorer), **kw)
 def depth(scorer='fisher', **kw): return drawn_by('depth', scorer, **kw)
-cheap = dict(score_batch_size=4)
 by_depth = depth(n_active=0.4, schedule='shrink')
 to_top = dict(sampler='top', n_active=0.4, schedule='shrink')
 contenders = {
@@ -56,13 +56,13 @@ contenders = {
     'released IST':(dict(scorer='paper', explore=0., sampler='importance'), {}),
     **{f'importance, {o}':(importance(o), {})
        for o in ('suppression', 'gate', 'fisher', 'gradient norm', 'promise', 'weight change')},
-    **{f'depth, {o}':(depth(o, **cheap), {}) for o in ('suppression', 'gate', 'fisher', 'promise')},
+    **{f'depth, {o}':(depth(o, **cheap(o)), {}) for o in ('suppression', 'gate', 'fisher', 'promise')},
     'depth, blind':(dict(sampler='depth, blind'), {}), 'depth 3/8, fisher':(depth(n_active=0.375), {}),
     'depth 1/2, fisher':(depth(n_active=0.5), {}), 'depth, fisher, folded':(depth(), dict(fold=True)),
-    'depth 0.45, suppression':(depth('suppression', depth=0.45, **cheap), {}),
-    'depth 3/8, suppression':(depth('suppression', n_active=0.375, **cheap), {}),
-    'depth, suppression, folded':(depth('suppression', **cheap), dict(fold=True)),
-    'depth, suppression, folded, 8 bits':(depth('suppression', **cheap), dict(fold=True, fp8=True)),
+    'depth 0.45, suppression':(depth('suppression', depth=0.45, **cheap('suppression')), {}),
+    'depth 3/8, suppression':(depth('suppression', n_active=0.375, **cheap('suppression')), {}),
+    'depth, suppression, folded':(depth('suppression', **cheap('suppression')), dict(fold=True)),
+    'depth, suppression, folded, 8 bits':(depth('suppression', **cheap('suppression')), dict(fold=True, fp8=True)),
     'RST 3/8':(rst | dict(n_active=0.375), {}), 'RST 1/2':(rst | dict(n_active=0.5), {}),
     'anneal to depth':(depth(), dict(dense_first=0.2)), 'depth, own rates':(depth(), dict(own_rates=True)),
     'shrink to depth':(by_depth, {}), 'shrink to depth, 1/4':(depth(schedule='shrink'), {}),

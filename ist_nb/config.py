@@ -131,14 +131,23 @@ _allowed = dict(
                        "is free when training begins",
                        lambda v: v is None or bool(_to_bytes(v)) or isinstance(v, float) and 0<v<1))
 
+_of_scores = ('scorer', 'score_interval', 'score_lr', 'score_batch_size', 'n_candidates', 'n_suppressed',
+              'suppression_factor', 'explore')
+def _scored(config): return getattr(samplers[config.sampler], 'needs_importance', True)
+def _unread(config): # Fields without effect, and why
+    sampler,scorer = (getattr(config, k) for k in ('sampler', 'scorer'))
+    yield () if _scored(config) else _of_scores,f'sampler={sampler!r}, which asks for no importance'
+    yield () if getattr(samplers[sampler], 'uses_depth', False) else ['depth'],f'sampler={sampler!r}'
+    yield getattr(scorers[scorer], 'ignores', ()),f'scorer={scorer!r}'
+
 def _check_config(config): # Raises `ISTError` that names a field, its value and what is allowed
     for name,(words,ok) in _allowed.items():
         value = getattr(config, name)
         if not ok(value): raise ISTError(f"{name}={value!r} is not allowed. Give {words}.")
-    scorers[config.scorer],samplers[config.sampler]
-    if config.depth is not None and not getattr(samplers[config.sampler], 'uses_depth', False):
-        raise ISTError(f"depth={config.depth} has no effect with sampler={config.sampler!r}. Choose sampler='depth', "
-                       "or leave depth out.")
+    for unread,why in _unread(config):
+        for name in unread:
+            if (value := getattr(config, name))!=getattr(ISTConfig, name):
+                raise ISTError(f"{name}={value!r} has no effect with {why}. Leave it out, or choose another.")
     if config.depth is not None and config.schedule!='constant':
         raise ISTError(f"depth={config.depth} needs a constant number of layers, and schedule={config.schedule!r} "
                        "changes it. Leave one of them out.")

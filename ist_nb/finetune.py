@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from fastcore.docments import docments
 from .cli import _Stopped, _check_names, _from_config, _make_parser, _quiet, during, plain_errors
-from .config import ISTConfig, ISTError, _only_cost, _read_value, samplers, scorers
+from .config import ISTConfig, ISTError, _only_cost, _read_value, _scored, scorers
 from .evaluate import _versions
 from .model import _adapter_config, _check_fast, _check_patterns, _check_template, assets, load_model
 
@@ -144,16 +144,8 @@ def _ist_config(args, given, seed):
         raise ISTError(f"--{min(wrong)} is a setting of IST, but --method dense trains every layer at every step. Of "
                        f"these settings give only --{' and --'.join(_only_cost)}, or choose --method ist.")
     cfg = getattr(ISTConfig, args.method, ISTConfig)(**({'seed':seed} | every | given))   # .recommended, .paper, .rst
-    for unread,why in ((() if _scored(cfg) else _of_scores, f'sampler={cfg.sampler!r}, which asks for no importance'),
-                       (getattr(scorers[cfg.scorer], 'ignores', ()), f'scorer={cfg.scorer!r}, which does not read it')):
-        if idle := sorted(given.keys()&set(unread)):
-            raise ISTError(f"--{idle[0]} has no effect with {why}. Leave it out, or choose another.")
     args.asked = {k:v for k,v in (given | vars(args)).items() if every and v and k in (*_only_cost, 'keep')}
     return cfg
-
-def _scored(cfg): return getattr(samplers[cfg.sampler], 'needs_importance', True)
-_of_scores = ('scorer','score_interval','score_lr','score_batch_size','n_candidates','n_suppressed',
-              'suppression_factor','explore')
 
 # %% ../nbs/23_finetune.ipynb #5629997f
 _count,_few = ('a whole number of at least 1', lambda v: v>=1),4*(os.cpu_count() or 1)

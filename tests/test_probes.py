@@ -136,6 +136,23 @@ def test_needs_no_probe_and_watches_only_in_a_step():
     # a step that was never ended leaves nothing behind
     assert gone() is None and len(hooks._global_optimizer_pre_hooks)==n
 
+@pytest.mark.parametrize('scorer', scorers.names())
+def test_a_scorer_reads_what_it_says(scorer):
+    "Settings that it `ignores` are refused beside it, so all of these must be read, and no others"
+    seen,b = set(),pm.batch('')
+    class Watched(ISTConfig):
+        def __getattribute__(self, name):
+            if sys._getframe(1).f_globals['__name__'] in ('ist_nb.scorers', 'ist_nb.ist'): seen.add(name)
+            return super().__getattribute__(name)
+    model = lora()
+    ist = IST(model, Watched(scorer=scorer, score_interval=2), probe=[b], loss_fn=loss_of)
+    opt = torch.optim.SGD(params(model), lr=0.1)
+    seen.clear()
+    for _ in range(3):
+        with ist.step(): loss_of(model, b).backward(); opt.step(); opt.zero_grad()
+    asked = {'n_candidates', 'n_suppressed', 'score_lr'}
+    assert seen & asked==asked-set(getattr(scorers[scorer], 'ignores', ()))
+
 def test_frozen_layers_are_not_scored_and_another_models_optimizer_is_not_seen():
     model,other,b = lora(),lora(1),pm.batch('')
     ist = IST(model, ISTConfig(**cfg))

@@ -98,7 +98,7 @@ def test_trainer(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize('scorer', ['gate', 'fisher'])
 def test_resumed_trainer_is_bit_exact(scorer, tmp_path):
     "With dropout, which layers that rest do not draw"
-    dials = dict(sampler='depth', scorer=scorer, n_active=2, depth=0.75)
+    dials = dict(sampler='depth', scorer=scorer, n_active=2, depth=0.75, score_batch_size=16)
     a,ist,steps = trained(pico(), tmp_path/'a', **dials)
     b,ist2,_ = trained(pico(), tmp_path/'b', resume=tmp_path/'a'/'checkpoint-4', **dials)
     assert ist.t==6 and len(ist.history)==2 and ist.importance.any() and len({len(o['active']) for o in steps})>1
