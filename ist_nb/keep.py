@@ -16,7 +16,7 @@ from transformers import GenerationConfig
 from .config import ISTError
 from .layers import tuner_layers
 from .probe import _device_of,generator_for,model_loss,quietly
-from .scorers import _linear_params
+from .scorers import _is_active, _linear_params
 from .suppression import _adapters_off
 
 # %% ../nbs/16_keep.ipynb #7055a41c
@@ -233,7 +233,7 @@ class Keep:
 # %% ../nbs/16_keep.ipynb #13cbedf5
 def _gated(model):
     "For each adapted module the parameters in which it is linear: triples of parameter, neutral value, value now"
-    pairs = {name:_linear_params(m) for name,m in tuner_layers(model).items()}
+    pairs = {name:_linear_params(m) for name,m in tuner_layers(model).items() if _is_active(m)}
     bad = [name for name,o in pairs.items() if not o]
     if bad: raise ISTError(f"{bad[0]} has no parameter in which its response is known to be linear, so a gate cannot "
                            "be multiplied into it. Use LoRA without DoRA and without modules_to_save, or hold the "

@@ -19,6 +19,7 @@ def _check_here(flag, name):
     if (re.match(r'[./~]', name) or name.count('/')>1) and not Path(name).expanduser().is_dir():
         raise ISTError(f"{flag} {name[:200]}: there is no such folder. Give a folder or an id of the hub.")
 
+_of_hub = 'revision', 'code_revision', 'token', 'cache_dir', 'local_files_only'
 def load_model(
     name:str, # A hub id, a folder, or 'pico'
     trust:bool=False, # Whether Python code that comes with the model may run
@@ -33,7 +34,8 @@ def load_model(
     kwargs = dict(dtype='auto' if torch.cuda.is_available() else 'float32', trust_remote_code=trust) | kwargs
     try:
         model,info = AutoModelForCausalLM.from_pretrained(path, **kwargs, output_loading_info=True)
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust, revision=kwargs.get('revision'))
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust,
+                                                  **{k:v for k,v in kwargs.items() if k in _of_hub})
     except Exception as e:
         if 'trust_remote_code' in str(e):
             raise ISTError(f"The model {shown!r} comes with Python code of its own, which is not run. "

@@ -190,21 +190,22 @@ def test_the_revision_of_the_model_is_kept(here, monkeypatch, capsys, tmp_path):
             if 'down_proj' in n: p.mul_(0.5)
     main_model.save_pretrained(tmp_path/'main')
     load_model('pico')[1].save_pretrained(tmp_path/'main')
-    asked = []
+    asked,places = [],[]     # of the model and its tokenizer
     for cls in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer):
         def load(path, *args, real=cls.from_pretrained, **kwargs):
-            revision = kwargs.get('revision')
             if str(path)!='me/tiny': return real(path, *args, **kwargs)
-            asked.append(revision)
+            asked.append(kwargs.get('revision'))
+            places.append(kwargs.get('cache_dir'))
             res = real(assets/'pico' if kwargs.pop('revision')=='v1' else tmp_path/'main', *args, **kwargs)
             if isinstance(res, tuple): res[0].name_or_path = res[0].config._name_or_path = path     # a model
             return res
         monkeypatch.setattr(cls, 'from_pretrained', load)
     monkeypatch.chdir(tmp_path)
-    line = ('--model me/tiny --model_init_kwargs {"revision":"v1"} --output_dir run --max_steps 8 --learning_rate 0.01 '
-            f'--keep 0 --max_length 32 --disable_tqdm true --data {here}/chats.jsonl')
+    line = ('--model me/tiny --model_init_kwargs {"revision":"v1","cache_dir":"c"} --output_dir run --max_steps 8 '
+            f'--learning_rate 0.01 --keep 0 --max_length 32 --disable_tqdm true --data {here}/chats.jsonl')
     assert finetune(line.split())==0
-    assert asked==['v1']*2 and json.loads((tmp_path/'run'/'adapter_config.json').read_text())['revision']=='v1'
+    assert asked==['v1']*2 and places==['c']*2
+    assert json.loads((tmp_path/'run'/'adapter_config.json').read_text())['revision']=='v1'
     assert "from_pretrained('me/tiny', revision='v1')" in (tmp_path/'run'/'README.md').read_text()
     capsys.readouterr()
     said = []

@@ -171,6 +171,21 @@ def test_a_faded_adapter_is_an_ordinary_one(tmp_path):
         torch.testing.assert_close(again(**text).logits, model(**text).logits)
         torch.testing.assert_close(again.merge_and_unload()(**text).logits, model(**text).logits, rtol=1e-4, atol=1e-4)
 
+def test_modules_of_another_adapter_are_left_out():
+    "By the gates, and by scores from the training's gradients"
+    def gates_and_scores(first):
+        config = lambda o: LoraConfig(r=4, target_modules=[o], init_lora_weights=False, task_type='CAUSAL_LM')
+        torch.manual_seed(3)
+        model = get_peft_model(llama(), config('v_proj'))
+        if first: model.add_adapter('beside', config('q_proj'))
+        ist = IST(model, ISTConfig(scorer='fisher', score_interval=2, n_active=1.))
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        for _ in range(3):
+            with ist.step(): model(**some_text(seed=8)).loss.backward(); optimizer.step(); optimizer.zero_grad()
+        return fade(model, [some_text(seed=8)], some_text(), price=0.5, steps=6),ist.importance
+    (alone,scores),(found,same) = gates_and_scores(False),gates_and_scores(True)
+    assert alone==found and len(found)==4 and torch.equal(scores, same) and scores.any()
+
 def test_lora_on_an_embedding_is_faded():
     "By half a gate it adds half of what it adds"
     model,ids = tuned(LoraConfig(r=4, target_modules=['embed_tokens'], task_type='CAUSAL_LM')),torch.arange(64)
