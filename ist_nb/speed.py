@@ -298,7 +298,7 @@ class _Pieces(torch.autograd.Function):
 
 # %% ../nbs/14_speed.ipynb #7475c6fa
 class _Later(torch.autograd.Function):
-    "Make `_Logits` that are part of the graph, for code that does not ask Python to read them"
+    "Make `_Logits`, and give the gradient that comes back to the hidden states"
     @staticmethod
     def forward(ctx, x, W, b, dtype):
         ctx.W = W
@@ -306,9 +306,18 @@ class _Later(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g): return g.to(ctx.W.dtype)@ctx.W,None,None,None
 
+class _Read(torch.autograd.Function):
+    "Compute `_Logits`; a gradient goes to them as they are"
+    @staticmethod
+    def forward(ctx, z): return F.linear(z.x, z.W, z.b).to(z.dtype)
+    @staticmethod
+    def backward(ctx, g): return g
+
 class _Logits(torch.Tensor):
     "Logits `x @ W.T + b` that are computed when something reads them"
-    known = {getattr(torch.Tensor, o).__get__ for o in ('shape', 'dtype', 'device', 'requires_grad')}
+    asked = ('shape', 'dtype', 'device', 'requires_grad', 'grad_fn', '_base')    # by DDP and FSDP2 too
+    known = {getattr(torch.Tensor, o).__get__ for o in asked} | {torch.Tensor.register_hook}
+    same = {torch.Tensor.float, torch.Tensor.clone}                              # by accelerate, and by DDP
     @classmethod
     def of(cls, x, W, b, dtype):
         z = _Later.apply(x, W, b, dtype)
@@ -316,12 +325,15 @@ class _Logits(torch.Tensor):
         return z
     def whole(self):
         if self.read is None:
-            with torch.enable_grad(), torch.autocast(self.device.type, enabled=False):
-                self.read = F.linear(self.x, self.W, self.b).to(self.dtype)
+            if self.W.untyped_storage().nbytes()==0:
+                raise ISTError("These logits can no longer be computed: FSDP2 has released the last layer. Read them "
+                               "before it does, or leave 'loss' out of `fast`.")
+            with torch.enable_grad(), torch.autocast(self.device.type, enabled=False): self.read = _Read.apply(self)
         return self.read
     @classmethod
     def __torch_function__(cls, f, types, args=(), kwargs=None):
-        if f is torch.Tensor.float: return cls.of(args[0].x, args[0].W, args[0].b, torch.float32)   # by accelerate
+        if f in cls.same and (z := args[0]).read is None:     # once read, it may have been changed
+            return cls.of(z.x, z.W, z.b, torch.float32 if f is torch.Tensor.float else z.dtype)
         if f in cls.known:
             with torch._C.DisableTorchFunctionSubclass(): return f(*args)
         args,kwargs = tree_map_only(cls, cls.whole, (args, kwargs or {}))
@@ -351,7 +363,8 @@ class _Lean:
         self.compiled,self.piece = (torch.compile(o, **kwargs) for o in (f, _piece))
     def __reduce__(self): return copy.copy,(self.f,)
     def __call__(self, logits, *args, **kwargs):
-        return (self.pieces if isinstance(logits, _Logits) else self.compiled)(logits, *args, **kwargs)
+        whole = logits.read if isinstance(logits, _Logits) else logits     # in place a model may have changed them
+        return self.pieces(logits, *args, **kwargs) if whole is None else self.compiled(whole, *args, **kwargs)
     def pieces(self, logits, labels, vocab_size, num_items_in_batch=None, ignore_index=-100, shift_labels=None, **kw):
         if shift_labels is None: shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         x,c = logits.x.flatten(0, -2),shift_labels.reshape(-1).to(logits.device)

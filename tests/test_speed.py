@@ -579,7 +579,12 @@ readers = {
     'own function':lambda m: Custom.apply(logits_of(m)),
     'in a list':lambda m: torch.stack([logits_of(m), logits_of(m)]).tanh().sum(),
     'arithmetic':lambda m: (2/(3+logits_of(m)*logits_of(m))).sum(),
-    'in place':lambda m: logits_of(m).div_(2).exp().sum()}
+    'in place':lambda m: logits_of(m).div_(2).exp().sum(),
+    'copied and changed':lambda m: ((z := logits_of(m)).div_(2).sum()+z.clone().exp()+z.float()).sum(),
+    'a hook':lambda m: seen_by_a_hook(logits_of(m))}
+def seen_by_a_hook(z):
+    z.register_hook(lambda g: g*3)
+    return (z**2).sum()
 
 @pytest.mark.parametrize('how', readers)
 def test_logits_that_are_read(how):
@@ -623,6 +628,34 @@ def test_when_logits_stay_unread(monkeypatch):
     m.get_output_embeddings().weight.requires_grad_(True)
     assert type(m(input_ids=rows, labels=rows).logits) is torch.Tensor
     with torch.no_grad(): assert type(headed()(input_ids=rows, labels=rows).logits) is torch.Tensor
+
+@pytest.fixture
+def alone(tmp_path):
+    "A process group of this process"
+    torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/meet', rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+def by_ddp(m): return torch.nn.parallel.DistributedDataParallel(m, find_unused_parameters=True)
+def by_fsdp(m): return torch.distributed.fsdp.fully_shard(m, reshard_after_forward=True)
+
+@pytest.mark.parametrize('wrap', [by_ddp, by_fsdp])
+def test_what_wraps_a_model_reads_no_logits(wrap, alone, monkeypatch):
+    "DDP copies outputs as the Trainer sets it, and FSDP2 puts hooks on them; who reads them still gets the gradients"
+    assert unread(wrap(headed()), monkeypatch, readers['loss'])
+    if wrap is by_ddp:
+        for how in ('loss', 'own loss', 'both'):
+            found = [loss_and_grads(by_ddp(headed(o)), readers[how]) for o in (speed._Head, None)]
+            torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+    else:
+        with pytest.raises(ISTError, match='FSDP2 has released the last layer'): logits_of(wrap(headed())).sum()
+
+def test_a_model_that_changes_its_logits_in_place():
+    "Before its own loss, as Chameleon does"
+    def how(m):
+        m.get_output_embeddings().register_forward_hook(lambda head, args, z: z.mul_(0.5) is None or None)
+        return readers['loss'](m)
+    torch.testing.assert_close(*(loss_and_grads(headed(o), how) for o in (speed._Head, None)), rtol=1e-4, atol=1e-6)
 
 def test_a_cap_on_the_logits():
     a,b = (loss_and_grads(headed(o, config=Gemma2Config, final_logit_softcapping=5.), readers['loss'])
