@@ -95,46 +95,48 @@ def peers_table(shape):
     return Markdown(f"{table(head, rows)}\n\n({said}. {c['hardware']}, {on}. Made by {by}.)")
 
 unlike = {'with checkpointing':dict(checkpointing=True), 'in 4 bits':dict(bits=4)}
+def over_unsloth(c, name, what='seconds'):
+    return c['variants'][name][what]['median']/c['variants']['Unsloth, rows'][what]['median']
 def of_unsloth(how, name, what='seconds'):
-    "A variant over Unsloth in one of those cases"
-    v = cases(**unlike[how])[0]['variants']
-    return v[name][what]['median']/v['Unsloth, rows'][what]['median']
+    "A variant over Unsloth in those cases: at the 8B shape, then at the 1B shape"
+    return [over_unsloth(c, name, what) for c in cases(**unlike[how]) if name in c['variants']]
 def unlike_table():
     "Where memory is short"
-    rows,have = [],{k:cases(**o)[0] for k,o in unlike.items()}
-    for how,c in have.items():
-        for k,v in by_time(c):
-            rows.append((how, f"{c['batch']} × {c['length']:,}", f'**{k}**' if mine(k) else k,
-                         between(v['seconds'], 1e3, 1), v['rounds'], between(v['peak'], 2**-30, 1),
-                         *(f'{of_unsloth(how, k, o):.2f}' for o in ('seconds', 'peak'))))
-    head = ['8B shape', 'rows × tokens', 'variant', 'ms a step:', 'rounds:', 'peak, GiB:', "time, over Unsloth's:",
+    have = [(how, c) for how,o in unlike.items() for c in cases(**o)]
+    rows = [(how, f"{llamas[c['shape']]}, {c['batch']} × {c['length']:,}", f'**{k}**' if mine(k) else k,
+             between(v['seconds'], 1e3, 1), v['rounds'], between(v['peak'], 2**-30, 1),
+             *(f'{over_unsloth(c, k, o):.2f}' for o in ('seconds', 'peak')))
+            for how,c in have for k,v in by_time(c)]
+    head = ['', 'shape, rows × tokens', 'variant', 'ms a step:', 'rounds:', 'peak, GiB:', "time, over Unsloth's:",
             'memory, over the same:']
-    said = '; '.join(f"{k}: {c['hardware']}, `{c['command']}`" for k,c in have.items())
-    return Markdown(f"{table(head, rows)}\n\n(Rounds of {c['steps']} steps. {said}.)")
+    said = '; '.join(f"{how}, {c['shape'].upper()} shape: rounds of {c['steps']} steps, `{c['command']}`"
+                     for how,c in have)
+    return Markdown(f"{table(head, rows)}\n\n({have[0][1]['hardware']}. {said}.)")
 
+scaled = 'scaling', 'scaling_long', 'scaling_two', 'scaling_two_short', 'scaling_two_fsdp'   # the calls on several GPUs
 def on_gpus(name, engine='DDP', n=2, rows='short'):
-    "A contender on several GPUs, with short rows or long"
-    cases = read('scaling' if rows=='short' else 'scaling_two' if n==2 else 'scaling_long')['cases']
-    return next(c for c in cases if (c['engine'], c['processes'])==(engine, n))['variants'][name]
+    "A contender on several GPUs, with short rows or long; one GPU is that of the calls on four"
+    call = {'short':'scaling_two_short' if n==2 else 'scaling', 'long':'scaling_long' if n!=2 else
+            'scaling_two' if engine=='DDP' else 'scaling_two_fsdp'}[rows]
+    long = rows=='long'
+    return next(c for c in read(call)['cases']
+                if (c['engine'], c['processes'], c['length']>256)==(engine, n, long))['variants'][name]
 def scaling_table():
     "One GPU and several"
-    res,long,two = read('scaling'),read('scaling_long'),read('scaling_two')
-    order = lambda c: (c['length'], c in two['cases'], c['processes']>1, c['engine'], c['processes'])
-    have = sorted((c for f in (res, long, two) for c in f['cases'] if c['variants'] and (c['length']==256)==(f is res)),
-                  key=order)
-    name = lambda c, k: f"**{k}**{', first step included'*(k=='recommended' and c['length']==256)}"
-    rows = [(f"{c['batch']} × {c['length']:,}", c['engine'], c['processes'], name(c, k), between(v['seconds'], 1e3, 1),
-             f'{kernels(v):.0f}', f"{v['tokens_a_second']:,.0f}", f"{v['of_linear']:.2f}",
-             between(v['peak'], 2**-30, 1)) for c in have for k,v in c['variants'].items()]
-    c,rounds = have[0],{v['rounds'] for c in have for v in c['variants'].values()}
-    head = ['rows × tokens', 'engine', 'GPUs:', 'variant', 'ms a step:', 'ms of kernels:', 'tokens/s:', 'of linear:',
-            'peak of a GPU, GiB:']
-    return Markdown(table(head, rows)+'\n\n'+made_by(res, (
-        f"{llamas[c['shape']]}'s shape, bf16, random weights, as many rows on each GPU; medians of {max(rounds)} "
-        f"rounds of {c['steps']} steps, 15 in the first call with long rows, in brackets the least and the most; "
-        'kernels of one step halfway, without the exchange between GPUs. *Cut*: compiled blocks are cut where a bucket '
-        'of DDP ends. The last four lines are of a later call on two GPUs, and linear refers to it'))
-        +f" Long rows: `{long['command']}` and `{two['command']}`.")
+    def shown(call, c, k): # by the later calls the first one's runs on two GPUs, and those with their first step
+        return call!='scaling' or c['length']==256 and c['processes']!=2 and k!='recommended'
+    rows = [(i, f"{c['batch']} × {c['length']:,}", c['engine'], c['processes'], f'**{k}**',
+             between(v['seconds'], 1e3, 1), f'{kernels(v):.0f}', f"{v['tokens_a_second']:,.0f}", f"{v['of_linear']:.2f}",
+             between(v['peak'], 2**-30, 1))
+            for i,call in enumerate(scaled, 1) for c in read(call)['cases'] for k,v in c['variants'].items()
+            if shown(call, c, k)]
+    head = ['call:', 'rows × tokens', 'engine', 'GPUs:', 'variant', 'ms a step:', 'ms of kernels:', 'tokens/s:',
+            'of linear:', 'peak of a GPU, GiB:']
+    return Markdown(table(head, rows)+'\n\n'+made_by(read('scaling'), (
+        "Llama-3-8B's shape, bf16, random weights, as many rows on each GPU; medians of 2 rounds, or 3 in the last two "
+        'calls, in brackets the least and the most; kernels of one step halfway, without the exchange between GPUs; '
+        'linear is by the GPU of the same call. *Cut*: compiled blocks are cut where a bucket of DDP ends. Call 1'))
+        +' The others: '+'; '.join(f'`{read(o)["command"]}`' for o in scaled[1:])+'.')
 def kernels(v): return v['step']['gpu']-v['step']['exchange']   # milliseconds
 
 def blocks_table():
@@ -249,9 +251,10 @@ def speed_targets():
             ('*LoRA, fast*, the same', 1.00, max(beside('LoRA, fast', least, 'peak'))),
             ("*LoRA* with products in 8 bits (8B shape, long rows): time of a step, over Unsloth's", 0.75,
              beside('LoRA, fp8', 'Unsloth, rows')[-1]),
-            ("`recommended` with checkpointing (8B shape, long rows): time of a step, over Unsloth's", 0.75,
-             of_unsloth('with checkpointing', 'recommended')),
-            ("its peak memory then, over Unsloth's", 1.00, of_unsloth('with checkpointing', 'recommended', 'peak')),
+            ("`recommended` with checkpointing (long rows): time of a step, over Unsloth's", 0.75,
+             max(of_unsloth('with checkpointing', 'recommended'))),
+            ("its peak memory then, over Unsloth's", 1.00,
+             max(of_unsloth('with checkpointing', 'recommended', 'peak'))),
             ("`recommended`, time of a step, over that of PEFT", 0.30, max(beside('recommended', 'PEFT'))),
             *((f"{name} on four GPUs with DDP (8B shape, {o} rows): tokens a second, over four times one's", -0.95,
                -on_gpus(k, n=4, rows=o)['of_linear']) for k,name,o in (

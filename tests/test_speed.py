@@ -854,11 +854,13 @@ def test_estimate_beside_other_libraries():
         least = c['variants'][k]['seconds']['min']
         assert s_<least if by_host(c, k) else abs(s_/s-1)<0.15, (c['shape'], c['length'], k)
     assert len(found)==10 and sum(by_host(c, k) for c,k,_ in found)==2
-    for how,kind in unlike.items(): # too few seconds in 4 bits
+    for how,kind in unlike.items():
         for c,k,of in (less := foreseen(**kind)):
-            assert abs(of['peak'][1]/of['peak'][0]-1)<0.045, (how, k)
-            assert abs(of['seconds'][1]/of['seconds'][0]-1)<(0.065 if c['checkpointing'] else 0.3), (how, k)
-        assert len(less)==2
+            (s,s_),(b,b_) = of['seconds'],of['peak']
+            assert abs(b_/b-1)<(0.12 if c['checkpointing'] else 0.035), (how, c['shape'], k)
+            least = c['variants'][k]['seconds']['min']
+            assert s_<least if by_host(c, k) else abs(s_/s-1)<0.15, (how, c['shape'], k)
+        assert len(less)==4
     big = json.loads((results/'speed_gpu.json').read_text())['shapes'][0]
     ms = next(o[1] for o in big['profile']['fold compile']['kernels'] if 'sdpa' in o[0])   # attention, forward
     assert 2*16*256*(256+128)*4096*32/(ms*1e-3)==pytest.approx(0.3*big['matrix_flops'], rel=0.05)
