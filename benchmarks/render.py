@@ -126,8 +126,8 @@ def scaling_table():
     def shown(call, c, k): # by the later calls the first one's runs on two GPUs, and those with their first step
         return call!='scaling' or c['length']==256 and c['processes']!=2 and k!='recommended'
     rows = [(i, f"{c['batch']} × {c['length']:,}", c['engine'], c['processes'], f'**{k}**',
-             between(v['seconds'], 1e3, 1), f'{kernels(v):.0f}', f"{v['tokens_a_second']:,.0f}", f"{v['of_linear']:.2f}",
-             between(v['peak'], 2**-30, 1))
+             between(v['seconds'], 1e3, 1), f'{kernels(v):.0f}', f"{v['tokens_a_second']:,.0f}",
+             f"{v['of_linear']:.2f}", between(v['peak'], 2**-30, 1))
             for i,call in enumerate(scaled, 1) for c in read(call)['cases'] for k,v in c['variants'].items()
             if shown(call, c, k)]
     head = ['call:', 'rows × tokens', 'engine', 'GPUs:', 'variant', 'ms a step:', 'ms of kernels:', 'tokens/s:',
