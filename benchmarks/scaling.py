@@ -16,10 +16,12 @@ def contenders():
     "Name -> the settings of IST, or None without"
     from ist_nb import ISTConfig
     fast = ISTConfig.rst(n_active=1., fast=True)
-    return {'LoRA':None, 'LoRA, fast':fast, cut:fast,
+    return {'LoRA':None, 'LoRA, fast':fast, cut:fast, used:fast,
             'LoRA, folded':ISTConfig.rst(n_active=1., fast='fold'), 'recommended':ISTConfig.recommended(fast=True),
             'recommended, fp8':ISTConfig.recommended(fast='fold,compile,fp8,loss')}
-usual,cut = ['LoRA', 'LoRA, fast', 'recommended'],'LoRA, fast, cut'    # at the buckets of DDP, as torch does
+usual = ['LoRA', 'LoRA, fast', 'recommended']
+# of DDP alone: cut at its buckets, as torch does; and told that every parameter gets a gradient, so that it need not look
+cut,used = 'LoRA, fast, cut','LoRA, fast, all used'
 
 # ---------------------------------------------------------------------------------------------------- in the processes
 def gathered(value=None):
@@ -90,18 +92,18 @@ def cutter():
         def on_train_begin(self, *args, **kwargs): torch._dynamo.config.optimize_ddp = True
     return Cutter()
 
-def trained(spec, model, data, config, steps, *callbacks, cuts=False):
+def trained(spec, model, data, config, steps, *callbacks, name=None):
     from transformers import Trainer,TrainingArguments,default_data_collator
     from ist_nb import ISTCallback
     from benchmarks.processes import fresh_accelerate
     block = type(model.get_base_model().model.layers[0]).__name__   # after the first run FSDPLlamaDecoderLayer
     how = dict(fsdp=True, fsdp_config=dict(version=2, transformer_layer_cls_to_wrap=block))
-    how = how if spec['engine']=='FSDP2' else {}
-    with fresh_accelerate(bool(how)):
+    how = how if spec['engine']=='FSDP2' else dict(ddp_find_unused_parameters=False) if name==used else {}
+    with fresh_accelerate('fsdp' in how):
         trainer = quiet(Trainer(model, arguments(TrainingArguments, spec, steps, **how), train_dataset=data,
                                 data_collator=default_data_collator,
                                 callbacks=[*callbacks, *([ISTCallback(config)] if config else []),
-                                           *([cutter()] if cuts else [])]))
+                                           *([cutter()] if name==cut else [])]))
         trainer.train()
     if (found := wrapped_by(trainer))!=spec['engine']: raise RuntimeError(f"{found} in place of {spec['engine']}")
     # accelerate puts its autocast around a model once
@@ -124,7 +126,7 @@ def measured(spec, name, size, device):
                         generator=torch.Generator().manual_seed(0))
     with torch.device(device): model = get_peft_model(random_model(spec, device, use_cache=False), lora())
     data = [lm_batch(o) for o in ids.tolist()]
-    train = partial(trained, spec, model, data, config, cuts=name==cut)
+    train = partial(trained, spec, model, data, config, name=name)
     train(warm)
     seconds,peaks,needs = [],[],None
     for r in range(spec['rounds']):
@@ -237,12 +239,12 @@ def main(
         case = dict(engine=engine, processes=n, shape=shape, batch=batch, length=length, steps=steps, variants={},
                     failed={}, where={})
         cases.append(case)
-        todo = [o for o in names if o!=cut or engine=='DDP']    # nothing else cuts
+        todo = [o for o in names if o not in (cut, used) or engine=='DDP']
         for name,found in launch(spec | dict(batch=batch, length=length, engine=engine, names=todo, needs=needs),
                                  n).items():
             if 'failed' in found: case['failed'][name],case['where'][name] = found['failed'],found.get('where', '')
             else:
-                one = next((c['variants'].get(o) for c in cases for o in [name.removesuffix(', cut')]
+                one = next((c['variants'].get(o) for c in cases for o in ['LoRA, fast' if name in (cut, used) else name]
                             if (c['processes'], c['batch'], c['length'])==(1, batch, length)), None)
                 needs[name],case['variants'][name] = found['needs'],variant(found, n, batch*length, one)
             print(f'[{time.time()-begun:.0f} s] {line(name, case)}', flush=True)

@@ -63,13 +63,14 @@ def test_the_others_run_where_one_dies(monkeypatch):
     late = dict(failed=scaling.no_time)
     assert launch(dict(names=['x', 'y'], limit=9, end=0), 2)==dict(x=late, y=late)
 
-def test_each_length_has_a_process_of_its_own_to_compare_with(monkeypatch, tmp_path):
-    "Where graphs are cut, that is LoRA as it is; only DDP cuts"
+@pytest.mark.parametrize('of_ddp', [scaling.cut, scaling.used])
+def test_each_length_has_a_process_of_its_own_to_compare_with(of_ddp, monkeypatch, tmp_path):
+    "For a way of DDP's alone, that is LoRA as it is"
     def launch(spec, n):
-        return {o:dict(seconds=[spec['batch']*spec['length']*(1+(n>1 and o==scaling.cut))], peak=[None], needs=1)
+        return {o:dict(seconds=[spec['batch']*spec['length']*(1+(n>1 and o==of_ddp))], peak=[None], needs=1)
                 for o in spec['names']}
     monkeypatch.setattr(scaling, 'launch', launch)
-    names = ['LoRA, fast', scaling.cut]
+    names = ['LoRA, fast', of_ddp]
     scaling.main(shape='tiny', rows='4x64,2x32', sizes='1 2', only=';'.join(names), out=tmp_path/'found.json')
     found = {(c['batch'], c['length'], c['engine']):{k:v['of_linear'] for k,v in c['variants'].items()}
              for c in json.loads((tmp_path/'found.json').read_text())['cases']}
