@@ -1,6 +1,7 @@
 "What a training step costs by arithmetic: products at the measured rate, and bytes moved; `speed` measures it"
 import statistics
 from dataclasses import dataclass
+from functools import cache
 from math import ceil,inf
 import torch
 from peft import get_peft_model
@@ -48,6 +49,9 @@ def shape_of(c, lora):
                  sum(m.in_features*m.out_features for m in adapted), sum(m.in_features for m in adapted),
                  sum(m.out_features for m in adapted), lora.r, trained,
                  sum(p.numel() for p in model.parameters())-trained)
+
+@cache
+def llama(name): return shape_of(peers.config_of(name), peers.lora())   # of `peers`
 
 def kept_per_token(s, kind, compiled, e, mask):
     """Bytes that a block ('trained', 'frozen' or 'folded') keeps of a token for its backward pass. An adapter keeps
@@ -131,7 +135,7 @@ def beside(case, rates):
     """Variant -> seconds and peak memory in a case of `peers`, the weights, the optimizer's moments and all included,
     and the seconds of the products with the model's weights alone; `rates` are those that `waits` measures, of
     products, copies and unpacking of 4 bits"""
-    s,T,res = shape_of(peers.config_of(case['shape']), peers.lora()),case['batch']*case['length'],{}
+    s,T,res = llama(case['shape']),case['batch']*case['length'],{}
     first = case.get('first', 0)     # older cases have none: they timed a schedule from the very first step
     packed = s.P*s.n if case['bits']==4 else 0
     fixed = 2*(s.frozen-packed)+(unpacked-2)*packed
@@ -150,6 +154,21 @@ def beside(case, rates):
         mean = lambda o: statistics.mean(o[first:first+case['steps']])
         res[name+', budget'*(budget<inf)] = mean([c for c,_ in costs])+mean(unpacking),max(peaks),mean(least)
     return res
+
+nvlink,network = 450e9,50e9     # bytes a second that a GPU gets: an H200 in its host, and over 400 Gbit/s
+def far(shape, engine, hosts, rates, each=8, bits=16, rows=4, seq=2048, checkpointing=False):
+    """Of *LoRA, fast* on hosts of `each` GPUs, as arithmetic has it: seconds of a GPU's own work in a step, seconds in
+    which weights and gradients travel, and its peak. 'HSDP' is FSDP2 within each host and DDP between hosts"""
+    s,T,n = llama(shape),rows*seq,hosts*each
+    work,kept = step_cost(s, range(s.n), T, seq, rates, fast.split(), mask=0, checkpointing=checkpointing)
+    packed = s.P*s.n if bits==4 else 0
+    work += (2+checkpointing)*unpacked*packed/rates[2]
+    weights,m = 2*(s.frozen-packed)+(unpacked-2)*packed,dict(DDP=1, FSDP2=n, HSDP=each)[engine]   # m share the weights
+    inner,outer = (network if o>each else nvlink for o in (m, n))
+    copies,gradients = n/m,4*s.trained      # gathered for both passes, reduced to shards, and between copies
+    travel = (2*weights+gradients)*(1-1/m)/inner + 2*gradients/m*(1-1/copies)/outer
+    whole = 4*(2*s.P+2*s.vocab*s.h)/2 if m>1 else gradients     # two blocks and both ends; or DDP's buckets
+    return work,travel,weights/m+whole+16*s.trained/m+kept      # adapters, gradients, and AdamW's moments
 
 def probes(s, config, how):
     "Seconds a step for the importance loop"

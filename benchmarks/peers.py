@@ -11,7 +11,7 @@ from benchmarks import record
 
 shapes = {   # of Llama: vocabulary, width, width of the MLP, blocks, heads, key and value heads, tied embeddings
     '1b':(128256, 2048, 8192, 16, 32, 8, True), '8b':(128256, 4096, 14336, 32, 32, 8, False),
-    'tiny':(4096, 64, 128, 4, 4, 2, True)}
+    '70b':(128256, 8192, 28672, 80, 64, 8, False), 'tiny':(4096, 64, 128, 4, 4, 2, True)}
 where = ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj']
 rank,warm,settle = 16,4,2   # steps before the first round, in which libraries compile, and before each round
 packages = 'accelerate trl datasets unsloth unsloth_zoo liger_kernel bitsandbytes torchao triton xformers'
@@ -307,6 +307,9 @@ class Child:
             HF_HUB_OFFLINE='1', TRANSFORMERS_OFFLINE='1', HF_DATASETS_OFFLINE='1', TOKENIZERS_PARALLELISM='false',
             UNSLOTH_DISABLE_STATISTICS='1', PYTHONWARNINGS='ignore', HF_DATASETS_CACHE=f"{spec['folder']}/datasets",
             PYTORCH_CUDA_ALLOC_CONF='expandable_segments:True')
+        if spec.get('cold'):    # nobody has compiled its graphs before
+            cache = tempfile.mkdtemp(dir=spec['folder'])
+            env |= dict(TORCHINDUCTOR_CACHE_DIR=f'{cache}/inductor', TRITON_CACHE_DIR=f'{cache}/triton')
         if xformers and 'xformers' in spec['name']:
             path.append(xformers)
             env['LD_LIBRARY_PATH'] = os.pathsep.join(filter(None, [f'{xformers}/lib', env.get('LD_LIBRARY_PATH')]))
@@ -372,9 +375,9 @@ def case_of(spec, runs, failed, wheres):
         s = spread([o['seconds'] for o in rounds])
         return dict(seconds=s, tokens_a_second=spec['batch']*spec['length']/s['median'],
                     peak=spread([o['peak'] for o in rounds]), weights=said.get('loaded'), trained=said.get('trained'),
-                    loss=said.get('loss'), rounds=len(rounds))
+                    loss=said.get('loss'), warm=said.get('warm'), rounds=len(rounds))
     found = {k:of(v, said) for k,(v,said) in runs.items() if v}
-    keys = 'shape', 'bits', 'batch', 'length', 'documents', 'checkpointing', 'steps', 'budget'
+    keys = 'shape', 'bits', 'batch', 'length', 'documents', 'checkpointing', 'steps', 'budget', 'cold'
     asked = {k:spec[k] for k in keys if spec[k] is not None} | dict(first=1)    # the first timed step of a schedule
     return asked | dict(rank=rank, variants=found, failed=failed, where=wheres)
 
@@ -415,7 +418,9 @@ def measure(spec, names, alive, passes, limit, seconds, xformers, about, save):
                     if name not in failed and seconds-took()>30: living.append(Child(spec | dict(name=name), xformers))
                 for c in living:
                     if c.until('loaded', allowed()): c.go()
+                    begun = time.monotonic()
                     if not c.until('ready', allowed()): note(c)
+                    c.said['warm'] = time.monotonic()-begun     # seconds of the first steps, and of compiling
                 for r in range(spec['rounds']):
                     for c in (living[::-1] if r%2 else living):
                         if c.failed or seconds-took()<5: continue
@@ -493,7 +498,7 @@ def to_same_loss(case, task):
 def merged(files):
     """The cases of several files as one list, without what was printed where one failed; a later case of the same
     settings replaces an earlier one"""
-    keys = 'shape', 'bits', 'batch', 'length', 'documents', 'checkpointing', 'budget', 'hardware'
+    keys = 'shape', 'bits', 'batch', 'length', 'documents', 'checkpointing', 'budget', 'cold', 'hardware'
     cases = [c for f in files for c in json.loads(Path(f).read_text())['cases']]
     return list({tuple(c.get(k) for k in keys):{k:v for k,v in c.items() if k!='where'} for c in cases}.values())
 
@@ -503,6 +508,7 @@ def main(
     bits:str='16',       # 16 or 4 or both, separated by a comma
     documents:int=1,     # Documents in a row: what packing packs
     checkpointing:bool=False, # Each contender's own gradient checkpointing
+    cold:bool=False,     # Each contender compiles anew, so that the seconds of its first steps can be compared
     budget:str=None,     # The `activation_budget` of the variants with one, such as 8GiB
     steps:int=20,        # Steps of a round
     rounds:int=3,        # Rounds while the processes of a group live
@@ -527,8 +533,8 @@ def main(
     if wrong := [o for o in names if o not in known]: raise SystemExit(f'No variant is called {wrong[0]!r}: {known}')
     start,found = time.monotonic(),[]
     root = os.path.abspath(folder or os.path.join(tempfile.gettempdir(), 'ist_peers'))
-    base = dict(shape=shape, documents=documents, checkpointing=checkpointing, steps=steps, rounds=rounds,
-                budget=budget, device=device, folder=os.path.join(root, f'{shape}_{device}'))
+    base = dict(shape=shape, documents=documents, checkpointing=checkpointing, cold=cold or None, steps=steps,
+                rounds=rounds, budget=budget, device=device, folder=os.path.join(root, f'{shape}_{device}'))
     for b in map(int, bits.split(',')):
         for o in rows.split(','):
             batch,length = map(int, o.split('x'))

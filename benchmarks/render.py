@@ -137,6 +137,23 @@ def scaling_table():
         'calls, in brackets the least and the most; kernels of one step halfway, without the exchange between GPUs; '
         'linear is by the GPU of the same call. *Cut*: compiled blocks are cut where a bucket of DDP ends. Call 1'))
         +' The others: '+'; '.join(f'`{read(o)["command"]}`' for o in scaled[1:])+'.')
+@cache
+def further():
+    "On paper: shape, engine, hosts of eight GPUs, bits and checkpointing; and what `far` says of them"
+    from benchmarks.estimate import far
+    rates = [read('waits')[k] for k in ('matrix_flops', 'copy_bytes', 'unpack_bytes')]
+    of = [('8b', e, h, 16, False) for h,es in ((1, ('DDP', 'FSDP2')), (2, ('DDP', 'FSDP2', 'HSDP'))) for e in es]
+    of += [('70b', e, h, 16, True) for e,h in (('FSDP2', 1), ('FSDP2', 2), ('HSDP', 2))]
+    of += [('70b', 'DDP', h, 4, True) for h in (1, 2)]
+    return {o:far(*o[:3], rates, bits=o[3], checkpointing=o[4]) for o in of}
+def further_table():
+    rows = [(f"{shape.upper()}{', 4 bits'*(bits==4)}{', checkpointing'*less}", engine, f'{hosts} × 8',
+             f'{work*1e3:,.0f}', f'{travel*1e3:,.0f}', f'{most/2**30:.0f}')
+            for (shape,engine,hosts,bits,less),(work,travel,most) in further().items()]
+    return Markdown(table(['shape', 'engine', 'hosts × GPUs', "a GPU's own work, ms:", 'what travels, ms:',
+                           'peak of a GPU, GiB:'], rows)+'\n\n(On paper, [benchmark](../../benchmarks/estimate.py). '
+                    '*LoRA, fast* with 4 rows of 2,048 tokens a GPU; *HSDP* is FSDP2 within each host and DDP between '
+                    'them.)')
 def kernels(v): return v['step']['gpu']-v['step']['exchange']   # milliseconds
 
 def blocks_table():

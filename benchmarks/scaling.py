@@ -20,7 +20,7 @@ def contenders():
             'LoRA, folded':ISTConfig.rst(n_active=1., fast='fold'), 'recommended':ISTConfig.recommended(fast=True),
             'recommended, fp8':ISTConfig.recommended(fast='fold,compile,fp8,loss')}
 usual = ['LoRA', 'LoRA, fast', 'recommended']
-# of DDP alone: cut at its buckets, as torch does; and told that every parameter gets a gradient, so that it need not look
+# of DDP alone: cut at its buckets, as torch does; and told that every parameter gets a gradient
 cut,used = 'LoRA, fast, cut','LoRA, fast, all used'
 
 # ---------------------------------------------------------------------------------------------------- in the processes

@@ -148,6 +148,16 @@ def sharded():
     from benchmarks import render
     return [render.on_gpus('LoRA, fast', *o, rows='long')['peak']['median']/2**30
             for o in (('FSDP2', 2), ('DDP', 2), ('one process', 1))]
+def further(hosts, engine='FSDP2', of='8b'):
+    "On paper: milliseconds in which weights travel, and of a GPU's own work; and its peak"
+    from benchmarks import render
+    work,travel,most = render.further()[of, engine, hosts, 16, of=='70b']
+    return 1e3*travel,1e3*work,most/2**30
+def two_on_paper():
+    "Peak with FSDP2 on two GPUs and long rows, on paper and measured"
+    from benchmarks.estimate import far
+    rates = [read('waits')[k] for k in ('matrix_flops', 'copy_bytes', 'unpack_bytes')]
+    return far('8b', 'FSDP2', 1, rates, each=2)[2]/2**30,sharded()[0]
 def cut():
     from benchmarks import render
     return [1e3*render.on_gpus(k, n=4)['seconds']['median'] for k in ('LoRA, fast, cut', 'LoRA, fast')]
@@ -389,6 +399,11 @@ claims = [
     ('results/speed', 'each needs {0:.1f} GiB, and with DDP {1:.1f}', sharded),
     ('results/speed', 'needed {1:.1f} GiB with long rows, and one GPU {2:.1f}', sharded),
     ('results/speed', 'a step of *LoRA, fast* took {:.0f} ms with the cuts and {:.0f} without', cut),
+    ('results/speed', 'it says {:.1f} GiB, and we measured {:.1f}', two_on_paper),
+    ('results/speed', 'what travels takes {:.0f} ms beside {:.0f} ms of work. Between two hosts they are: with FSDP2 '
+     'over all sixteen GPUs it takes {:.0f} ms', lambda: (*further(1)[:2], further(2)[0])),
+    ('results/speed', '(*HSDP*), it takes {:.0f} ms again', lambda: further(2, 'HSDP')[:1]),
+    ('results/speed', 'with FSDP2 and checkpointing each needs {:.0f} GiB', lambda: (further(1, of='70b')[2],)),
     ('results/speed', 'a step of LoRA takes {:.2f} of the time of blocks that are compiled', lambda: graphs('all')),
     ('results/speed', 'With one layer less at each step it takes {:.2f}', lambda: graphs('freezing')),
     ('results/speed', 'took {:.1f} s in place of {:.1f}, and each later step saves {:.0f} ms: recording pays after '
