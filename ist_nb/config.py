@@ -43,6 +43,9 @@ class Registry:
         **traits, # What `IST` should know of the function, set on it as attributes; each module says which it has
     ): # A decorator that returns the function
         "Add a function under `name`, replacing one that was there"
+        if wrong := [k for k in traits.get('ignores', ()) if k not in ISTConfig.__dataclass_fields__]:
+            raise ISTError(f"ignores={traits['ignores']!r} of {self.kind} {name!r} is not allowed: {wrong[0]!r} is no "
+                           "setting. Give names of settings, such as ('n_candidates',).")
         def _add(f):
             self.entries[name],self.about[name] = f,about
             f.__doc__ = f.__doc__ or about
@@ -137,8 +140,9 @@ def _scored(config): return getattr(samplers[config.sampler], 'needs_importance'
 def _unread(config): # Fields without effect, and why
     sampler,scorer = (getattr(config, k) for k in ('sampler', 'scorer'))
     yield () if _scored(config) else _of_scores,f'sampler={sampler!r}, which asks for no importance'
-    yield () if getattr(samplers[sampler], 'uses_depth', False) else ['depth'],f'sampler={sampler!r}'
-    yield getattr(scorers[scorer], 'ignores', ()),f'scorer={scorer!r}'
+    deep = getattr(samplers[sampler], 'uses_depth', False)
+    yield () if deep else ['depth'],f'sampler={sampler!r}, whose trait uses_depth is not set'
+    yield getattr(scorers[scorer], 'ignores', ()),f'scorer={scorer!r}, which ignores it'
 
 def _check_config(config): # Raises `ISTError` that names a field, its value and what is allowed
     for name,(words,ok) in _allowed.items():
@@ -171,26 +175,33 @@ def shrunk(
     return max(1, round(N * max(0., 1-t/T)**(N/n-1)))
 
 # %% ../nbs/28_config.ipynb #7f83bcde
+def _preset(cls, given, **own):
+    try: return cls(**(own | given))
+    except ISTError as e:
+        if told := [f'{k}={v!r}' for k,v in own.items() if k not in given and re.search(rf'\b{k}=', str(e))]:
+            raise ISTError(f"{e} (The preset sets {' and '.join(told)}.)") from e
+        raise
+
 @patch(cls_method=True)
 def paper(cls:ISTConfig,
     **kwargs, # Fields to set otherwise
 ) -> ISTConfig:
     "The released algorithm, exactly (antgroup/importance-aware-sparse-tuning-IST-paper, commit 53ab149, `ist.py`)"
-    return cls(**(dict(scorer='paper', explore=0.) | kwargs))
+    return _preset(cls, kwargs, scorer='paper', explore=0.)
 
 @patch(cls_method=True)
 def rst(cls:ISTConfig,
     **kwargs, # Fields to set otherwise
 ) -> ISTConfig:
     "Random sparse tuning: layers drawn uniformly, nothing scored"
-    return cls(**(dict(sampler='uniform') | kwargs))
+    return _preset(cls, kwargs, sampler='uniform')
 
 @patch(cls_method=True)
 def recommended(cls:ISTConfig,
     **kwargs, # Fields to set otherwise
 ) -> ISTConfig:
     "All layers at first, then frozen one by one from below: the best sparse setting of nbs/results/quality.ipynb"
-    return cls(**(dict(n_active=0.4, sampler='top', schedule='shrink', fast=True) | kwargs))
+    return _preset(cls, kwargs, n_active=0.4, sampler='top', schedule='shrink', fast=True)
 
 # %% ../nbs/28_config.ipynb #e94a0296
 @patch(cls_method=True)

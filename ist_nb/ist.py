@@ -50,6 +50,10 @@ class IST:
         if self.config.schedule!='constant' and not n_steps:
             raise ISTError(f"schedule={self.config.schedule!r} depends on the length of the run, which is not known "
                            "here. Give it: IST(..., n_steps=the number of optimizer steps).")
+        idle = [k for k in ('depth', 'schedule') if getattr(self.config, k)!=getattr(ISTConfig, k)]
+        if idle and self._n_active()==N>1:
+            raise ISTError(f"{idle[0]}={getattr(self.config, idle[0])!r} has no effect where each step trains all {N} "
+                           f"layers (n_active={self.config.n_active!r}). Give a smaller n_active, or leave it out.")
         self.parts = usual.usual_parts(self, optimizer) if usual else list(parts)
         try:
             if self.needs_scores: self._set_probe(probe)

@@ -234,6 +234,7 @@ class Keep:
 def _gated(model):
     "For each adapted module the parameters in which it is linear: triples of parameter, neutral value, value now"
     pairs = {name:_linear_params(m) for name,m in tuner_layers(model).items() if _is_active(m)}
+    if not pairs: raise ISTError("No adapter of the model is active. Activate one: model.set_adapter(its name).")
     bad = [name for name,o in pairs.items() if not o]
     if bad: raise ISTError(f"{bad[0]} has no parameter in which its response is known to be linear, so a gate cannot "
                            "be multiplied into it. Use LoRA without DoRA and without modules_to_save, or hold the "

@@ -174,8 +174,8 @@ _linear_in = dict(   # the parameter in which a method's response is linear, and
     waveft_spectrum=0., c3a_kernel=0., shira_weight=0., beft_bias=0., lora_embedding_B=0.)
 
 def _is_active(module): # Whether one of the active adapters is in it
-    return not isinstance(module, BaseTunerLayer) or any(a in getattr(module, k, ()) for k in module.adapter_layer_names
-                                                         for a in module.active_adapters)
+    names = getattr(module, 'adapter_layer_names', ['.'])       # LLaMA-Adapter's modules have none
+    return any('.' in k or any(a in getattr(module, k, ()) for a in module.active_adapters) for k in names)
 
 def _linear_params(module): # Pairs of such a parameter of `module` and its neutral value; empty if we know none
     if not isinstance(module, BaseTunerLayer): return []
@@ -188,8 +188,8 @@ def _linear_params(module): # Pairs of such a parameter of `module` and its neut
 
 # %% ../nbs/03_scorers.ipynb #053dd4a6
 def _check_linear(layer): # the pairs of `_linear_params` for a whole layer; raises `ISTError` if a module has none
-    own,tuners = {id(p) for p in layer.params},[o for o in layer.tuners if _is_active(o)]
-    found = [_linear_params(o) for o in tuners]
+    own,tuners = {id(p) for p in layer.params},[o for o in layer.tuners if any(p.requires_grad for p in o.parameters())]
+    found = [[pair for pair in _linear_params(o) if pair[0].requires_grad] for o in tuners]
     for o,pairs in zip(tuners, found):
         if not pairs or any(id(p) not in own for p,_ in pairs):
             raise ISTError("scorers 'fisher' and 'gate+fisher' read the gradient of parameters in which an adapter is "

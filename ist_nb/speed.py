@@ -285,8 +285,8 @@ def _piece(x, W, b, c, ignored):
 class _Pieces(torch.autograd.Function):
     "The sum of the losses of all tokens, piece by piece"
     @staticmethod
-    def forward(ctx, x, W, b, c, ignored, piece, size):
-        dx,loss = torch.empty_like(x),0.
+    def forward(ctx, x, W, b, c, ignored, piece, size, asked=()):
+        ctx.asked,dx,loss = asked,torch.empty_like(x),0.
         for xi,ci,di in zip(x.split(size), c.split(size), dx.split(size)):
             part,g = piece(xi, W, b, ci, ignored)
             loss = loss+part
@@ -294,7 +294,11 @@ class _Pieces(torch.autograd.Function):
         ctx.save_for_backward(dx)
         return loss
     @staticmethod
-    def backward(ctx, g): return ctx.saved_tensors[0]*g,*[None]*6
+    def backward(ctx, g):
+        if ctx.asked or torch.is_grad_enabled():
+            what = 'gradient of the logits, for a hook or to retain' if ctx.asked else 'second derivative'
+            raise ISTError(f"The loss went through the tokens in pieces and has no {what}. Leave 'loss' out of `fast`.")
+        return ctx.saved_tensors[0]*g,*[None]*7
 
 # %% ../nbs/14_speed.ipynb #7475c6fa
 class _Later(torch.autograd.Function):
@@ -306,38 +310,81 @@ class _Later(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g): return g.to(ctx.W.dtype)@ctx.W,None,None,None
 
+class _Same(torch.autograd.Function):
+    "A copy of `_Logits` that is not computed either"
+    @staticmethod
+    def forward(ctx, z, dtype):
+        ctx.dtype = z.dtype
+        return _Logits._make_wrapper_subclass(_Logits, z.shape, dtype=dtype, device=z.device)
+    @staticmethod
+    def backward(ctx, g): return g.to(ctx.dtype),None
+
 class _Read(torch.autograd.Function):
-    "Compute `_Logits`; a gradient goes to them as they are"
+    "Compute `_Logits`"
     @staticmethod
     def forward(ctx, z): return F.linear(z.x, z.W, z.b).to(z.dtype)
     @staticmethod
     def backward(ctx, g): return g
 
+class _Changed(torch.autograd.Function):
+    "`_Logits` become what they were changed to in place"
+    @staticmethod
+    def forward(ctx, z, read):
+        ctx.mark_dirty(z)
+        return z
+    @staticmethod
+    def backward(ctx, g): return None,g
+
+def _check_here(z):     # what logits are computed from
+    gone,now = z.W.untyped_storage().nbytes()==0,(z.x._version, z.W._version)
+    if gone or now!=z.versions:
+        why = 'FSDP2 has released the last layer' if gone else 'hidden states or the last layer were changed since'
+        raise ISTError(f"Logits cannot be computed now: {why}. Read them in the model's own forward pass, or before "
+                       "the backward pass, or leave 'loss' out of `fast`.")
+
 class _Logits(torch.Tensor):
     "Logits `x @ W.T + b` that are computed when something reads them"
-    asked = ('shape', 'dtype', 'device', 'requires_grad', 'grad_fn', '_base')    # by DDP and FSDP2 too
-    known = {getattr(torch.Tensor, o).__get__ for o in asked} | {torch.Tensor.register_hook}
-    same = {torch.Tensor.float, torch.Tensor.clone}                              # by accelerate, and by DDP
-    @classmethod
-    def of(cls, x, W, b, dtype):
-        z = _Later.apply(x, W, b, dtype)
-        z.x,z.W,z.b,z.read = x,W,b,None
-        return z
+    # what can be said of them unread, which DDP and FSDP2 ask; and what concerns their gradient
+    known = {getattr(torch.Tensor, o).__get__ for o in ('shape', 'dtype', 'device', 'requires_grad', 'grad_fn', '_base',
+                                                        '_backward_hooks')}
+    ask = torch.Tensor.register_hook,torch.Tensor.retain_grad
+    grads = {torch.Tensor.grad.__get__, torch.Tensor.retains_grad.__get__, *ask}
+    def hold(self, x, W, b, source=None):
+        self.x,self.W,self.b,self.source,self.read,self.changed = x,W,b,source,None,False
+        self.versions = x._version,W._version
+        self.asked = [] if source is None else source.asked        # who wants to see the gradient of these or of a copy
+        return self
     def whole(self):
         if self.read is None:
-            if self.W.untyped_storage().nbytes()==0:
-                raise ISTError("These logits can no longer be computed: FSDP2 has released the last layer. Read them "
-                               "before it does, or leave 'loss' out of `fast`.")
-            with torch.enable_grad(), torch.autocast(self.device.type, enabled=False): self.read = _Read.apply(self)
+            _check_here(self)
+            with torch.inference_mode(False), torch.enable_grad(), torch.autocast(self.device.type, enabled=False):
+                self.read = _Read.apply(self)
+            self.version = self.read._version
         return self.read
+    def settle(self):   # after a change in place, for code that takes these logits and not what was read
+        if self.read is not None and self.read._version>self.version and torch.is_grad_enabled():
+            self.version,self.changed = self.read._version,True
+            _Changed.apply(self, self.read)
+    def unseen(self):   # whether a loss may pass them by: nothing has read, hooked or wrapped them, as DDP does
+        return (self.read is None and not self._backward_hooks and not self.asked
+                and type(self.grad_fn).__name__ in ('_LaterBackward', '_SameBackward')
+                and (self.source is None or self.source.unseen()))
     @classmethod
     def __torch_function__(cls, f, types, args=(), kwargs=None):
-        if f in cls.same and (z := args[0]).read is None:     # once read, it may have been changed
-            return cls.of(z.x, z.W, z.b, torch.float32 if f is torch.Tensor.float else z.dtype)
-        if f in cls.known:
-            with torch._C.DisableTorchFunctionSubclass(): return f(*args)
-        args,kwargs = tree_map_only(cls, cls.whole, (args, kwargs or {}))
-        return f(*args, **kwargs)
+        z,read,kwargs = args[0] if args else None,[],kwargs or {}
+        if isinstance(z, cls): z.settle()
+        if f in cls.known or f in cls.grads:
+            hook = (*args[1:], *kwargs.values(), None)[0]          # FSDP2 waits for this gradient or that of the loss
+            if f in cls.ask and not getattr(hook, '__module__', '').startswith('torch.'): z.asked.append(f)
+            with torch._C.DisableTorchFunctionSubclass():
+                return f(z.read if z.changed and f in cls.grads else z, *args[1:], **kwargs)
+        if f is torch.Tensor.float and z.dtype==torch.float32 or f is torch.Tensor.contiguous: return z
+        if f in (torch.Tensor.float, torch.Tensor.clone) and z.read is None:     # by accelerate, and by DDP
+            return _Same.apply(z, torch.float32 if f is torch.Tensor.float else z.dtype).hold(z.x, z.W, z.b, z)
+        args,kwargs = tree_map_only(cls, lambda o: read.append(o) or o.whole(), (args, kwargs))
+        res = f(*args, **kwargs)
+        for o in read: o.settle()
+        return next((o for o in read if res is o.read), res)
     @classmethod
     def __torch_dispatch__(cls, f, types, args=(), kwargs=None):
         args,kwargs = tree_map_only(cls, lambda o: o.whole().detach(), (args, kwargs or {}))
@@ -351,7 +398,8 @@ class _Head(nn.Linear):
             return super().forward(x)
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        return _Logits.of(*(o if o is None else o.to(dtype) for o in (x, self.weight, self.bias)), dtype)
+        xWb = [o if o is None else o.to(dtype) for o in (x, self.weight, self.bias)]
+        return _Later.apply(*xWb, dtype).hold(*xWb)
     def __reduce_ex__(self, _): return _as_plain(self, nn.Linear)
 
 # %% ../nbs/14_speed.ipynb #441cfe82
@@ -363,12 +411,18 @@ class _Lean:
         self.compiled,self.piece = (torch.compile(o, **kwargs) for o in (f, _piece))
     def __reduce__(self): return copy.copy,(self.f,)
     def __call__(self, logits, *args, **kwargs):
-        whole = logits.read if isinstance(logits, _Logits) else logits     # in place a model may have changed them
-        return self.pieces(logits, *args, **kwargs) if whole is None else self.compiled(whole, *args, **kwargs)
+        if isinstance(logits, _Logits):
+            if logits.unseen(): return self.pieces(logits, *args, **kwargs)
+            logits = logits.whole()
+        return self.compiled(logits, *args, **kwargs)
     def pieces(self, logits, labels, vocab_size, num_items_in_batch=None, ignore_index=-100, shift_labels=None, **kw):
         if shift_labels is None: shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         x,c = logits.x.flatten(0, -2),shift_labels.reshape(-1).to(logits.device)
-        total = _Pieces.apply(x, logits.W, logits.b, c, ignore_index, self.piece, self.size)
+        if len(x)!=len(c): raise ISTError(f"{len(c):,} labels for the logits of {len(x):,} tokens: give as many.")
+        _check_here(logits)
+        c.new_empty(len(logits.W)).gather(0, c.where(c!=ignore_index, 0))    # fails where a label is no token
+        total = _Pieces.apply(x, logits.W, logits.b, c, ignore_index, self.piece, self.size,
+                              logits.asked)
         n = (c!=ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
         return total/(n.to(total.device) if torch.is_tensor(n) else n)
 

@@ -23,6 +23,19 @@ def test_nan_probe_is_dropped_said_once_and_counted():
     assert len(said)==1 and ist.n_dropped==2 and len(ist.history)==3
     assert [h['dropped'] for h in ist.history]==[True, True, False] and torch.equal(ist.importance, torch.zeros(4))
 
+@pytest.mark.parametrize('settings', [dict(sampler='depth', depth=0.1), dict(sampler='top', schedule='shrink')])
+@pytest.mark.parametrize('n_active', [1., 4])
+def test_settings_without_effect_where_each_step_trains_all(settings, n_active):
+    with pytest.raises(ISTError, match='has no effect where each step trains all 4 layers'):
+        IST(stack(4), ISTConfig(n_active=n_active, **settings), probe=[0], n_steps=9)
+
+@pytest.mark.parametrize('make,says', [
+    (lambda: ISTConfig.paper(sampler='uniform'), "The preset sets scorer='paper'"),
+    (lambda: ISTConfig.recommended(sampler='depth', depth=0.5), "The preset sets schedule='shrink'"),
+    (lambda: ISTConfig.recommended(depth=0.5), "The preset sets sampler='top'")])
+def test_a_preset_says_what_it_has_set(make, says):
+    with pytest.raises(ISTError, match=says): make()
+
 def test_one_and_two_layers():
     for n in (1, 2):
         ist = IST(stack(n), ISTConfig(score_interval=1, n_candidates=9), probe=[0],

@@ -186,6 +186,24 @@ def test_modules_of_another_adapter_are_left_out():
     (alone,scores),(found,same) = gates_and_scores(False),gates_and_scores(True)
     assert alone==found and len(found)==4 and torch.equal(scores, same) and scores.any()
 
+@pytest.mark.parametrize('beside', ['a module of an adapter at rest', 'a frozen adapter'])
+def test_what_is_not_trained_is_no_obstacle(beside):
+    model = get_peft_model(llama(), LoraConfig(r=4, target_modules=['v_proj'], task_type='CAUSAL_LM'))
+    saved = dict(modules_to_save=['input_layernorm']) if 'rest' in beside else {}
+    model.add_adapter('beside', LoraConfig(r=4, target_modules=['v_proj'], init_lora_weights=False, **saved))
+    if not saved: model.base_model.set_adapter(['default', 'beside'])
+    for n,p in model.named_parameters(): p.requires_grad = '.default.' in n and 'lora' in n
+    ist = IST(model, ISTConfig(scorer='fisher'))
+    mine = {id(o) for layer in ist.layers for o in layer.params}
+    assert len(mine)==8 and all('.default.' in n for n,p in model.named_parameters() if id(p) in mine)
+    if saved: assert len(_gated(model))==4
+
+def test_fade_needs_an_adapter_that_is_active():
+    model = tuned()
+    model.base_model.set_adapter([])
+    with pytest.raises(ISTError, match='No adapter of the model is active'):
+        fade(model, [some_text(seed=8)], some_text(), price=0.5, steps=1)
+
 def test_lora_on_an_embedding_is_faded():
     "By half a gate it adds half of what it adds"
     model,ids = tuned(LoraConfig(r=4, target_modules=['embed_tokens'], task_type='CAUSAL_LM')),torch.arange(64)

@@ -581,10 +581,15 @@ readers = {
     'arithmetic':lambda m: (2/(3+logits_of(m)*logits_of(m))).sum(),
     'in place':lambda m: logits_of(m).div_(2).exp().sum(),
     'copied and changed':lambda m: ((z := logits_of(m)).div_(2).sum()+z.clone().exp()+z.float()).sum(),
-    'a hook':lambda m: seen_by_a_hook(logits_of(m))}
-def seen_by_a_hook(z):
+    'a hook':lambda m: seen_by_a_hook(logits_of(m)),
+    'a hook and a copy':lambda m: seen_by_a_hook(m(input_ids=rows).logits, 'float'),
+    'a copy that is none':lambda m: ((z := logits_of(m)).float()[..., :8].mul_(3).sum()*0+z.exp()).sum(),
+    'changed, own function':lambda m: Custom.apply(logits_of(m).mul_(3)),
+    'a view changed':lambda m: ((z := logits_of(m))[..., :8].mul_(3).sum()+z.clone().exp()).sum(),
+    'contiguous':lambda m: logits_of(m).contiguous().exp().sum()}
+def seen_by_a_hook(z, copy='clone'):
     z.register_hook(lambda g: g*3)
-    return (z**2).sum()
+    return (getattr(z, copy)()**2).sum()
 
 @pytest.mark.parametrize('how', readers)
 def test_logits_that_are_read(how):
@@ -592,11 +597,12 @@ def test_logits_that_are_read(how):
     found = [loss_and_grads(headed(o), readers[how]) for o in (speed._Head, None)]
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
 
-def test_logits_read_without_gradients_first():
+@pytest.mark.parametrize('without', [torch.no_grad, torch.inference_mode])
+def test_logits_read_without_gradients_first(without):
     "A metric that looks first, without gradients, must not cut the graph of who reads later"
     def how(m):
         z = logits_of(m)
-        with torch.no_grad(): z.argmax(-1)
+        with without(): z.argmax(-1)
         return (z**2).mean()
     torch.testing.assert_close(*(loss_and_grads(headed(o), how) for o in (speed._Head, None)), rtol=1e-4, atol=1e-6)
 
@@ -604,6 +610,33 @@ def test_no_label_counts():
     "As in transformers, a mean over no tokens is not a number"
     m = headed()
     assert m(input_ids=rows, labels=torch.full_like(rows, -100)).loss.isnan()
+
+def hooked(m): (o := m(input_ids=rows, labels=rows)).logits.register_hook(lambda g: g*0); o.loss.backward()
+def retained(m): (o := m(input_ids=rows, labels=rows)).logits.retain_grad(); o.loss.backward()
+def twice(m):
+    loss = m(input_ids=rows, labels=rows).loss
+    torch.autograd.grad(loss, next(p for p in m.parameters() if p.requires_grad), create_graph=True)
+def changed(part):
+    def how(m):
+        o = m(input_ids=rows, labels=rows, output_hidden_states=True)
+        with torch.no_grad(): part(m, o).mul_(2)
+        o.logits.sum()
+    return how
+
+@pytest.mark.parametrize('says,how', [
+    ('gradient of the logits', hooked), ('gradient of the logits', retained), ('second derivative', twice),
+    ('3 labels for the logits of 60', lambda m: m(input_ids=rows, labels=rows, shift_labels=rows[:, :1])),
+    ('changed since', changed(lambda m, o: o.hidden_states[-1])),
+    ('changed since', changed(lambda m, o: m.get_output_embeddings().weight))])
+def test_what_pieces_cannot_do_is_refused(says, how):
+    with pytest.raises(ISTError, match=says): how(headed())
+
+@pytest.mark.parametrize('label', [-1, 64])
+def test_a_label_that_is_no_token(label):
+    "It fails, as in transformers"
+    for m in (headed(), headed(None)):
+        with pytest.raises((IndexError, RuntimeError), match='out of bounds'):
+            m(input_ids=rows, labels=torch.where(rows==rows[0, 5], label, rows))
 
 def unread(model, monkeypatch, how):
     "Whether a step computes no whole logits"
@@ -637,25 +670,41 @@ def alone(tmp_path):
     torch.distributed.destroy_process_group()
 
 def by_ddp(m): return torch.nn.parallel.DistributedDataParallel(m, find_unused_parameters=True)
+def by_root(m): return torch.distributed.fsdp.fully_shard(m)       # whose hook is on the logits, if on anything
+def loss_outside(m):
+    base = getattr(m, 'module', m).get_base_model()
+    return base.loss_function(logits=m(input_ids=rows).logits, labels=marked, vocab_size=64)
 def by_fsdp(m): return torch.distributed.fsdp.fully_shard(m, reshard_after_forward=True)
 
 @pytest.mark.parametrize('wrap', [by_ddp, by_fsdp])
 def test_what_wraps_a_model_reads_no_logits(wrap, alone, monkeypatch):
     "DDP copies outputs as the Trainer sets it, and FSDP2 puts hooks on them; who reads them still gets the gradients"
     assert unread(wrap(headed()), monkeypatch, readers['loss'])
+    ways = [readers[o] for o in ('loss', 'own loss', 'both', 'a hook and a copy')]
     if wrap is by_ddp:
-        for how in ('loss', 'own loss', 'both'):
-            found = [loss_and_grads(by_ddp(headed(o)), readers[how]) for o in (speed._Head, None)]
+        for how in (*ways, loss_outside):
+            found = [loss_and_grads(by_ddp(headed(o)), how) for o in (speed._Head, None)]
             torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+        monkeypatch.setattr(speed._Lean, 'pieces', None)       # which would go past what DDP does in its backward pass
+        loss_outside(by_ddp(headed()))
     else:
+        for how in (*ways, loss_outside):
+            found = [[o.to_local() if hasattr(o, 'to_local') else o for o in loss_and_grads(by_root(headed(head)), how)]
+                     for head in (speed._Head, None)]
+            torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
         with pytest.raises(ISTError, match='FSDP2 has released the last layer'): logits_of(wrap(headed())).sum()
 
-def test_a_model_that_changes_its_logits_in_place():
-    "Before its own loss, as Chameleon does"
-    def how(m):
-        m.get_output_embeddings().register_forward_hook(lambda head, args, z: z.mul_(0.5) is None or None)
-        return readers['loss'](m)
-    torch.testing.assert_close(*(loss_and_grads(headed(o), how) for o in (speed._Head, None)), rtol=1e-4, atol=1e-6)
+@pytest.mark.parametrize('wrap', [lambda m: m, by_ddp])
+@pytest.mark.parametrize('part', [lambda z: z, lambda z: z[..., :32]])
+def test_a_model_that_changes_its_logits_in_place(wrap, part, alone):
+    "Before a loss of its own or another's, as Chameleon does"
+    def made(head):
+        m = headed(head)
+        m.get_output_embeddings().register_forward_hook(lambda head, args, z: part(z).mul_(0.5) is None or None)
+        return wrap(m)
+    for how in ('loss', 'own loss', 'both'):
+        torch.testing.assert_close(*(loss_and_grads(made(o), readers[how]) for o in (speed._Head, None)), rtol=1e-4,
+                                   atol=1e-6)
 
 def test_a_cap_on_the_logits():
     a,b = (loss_and_grads(headed(o, config=Gemma2Config, final_logit_softcapping=5.), readers['loss'])
