@@ -680,22 +680,18 @@ def by_fsdp(m): return torch.distributed.fsdp.fully_shard(m, reshard_after_forwa
 def test_what_wraps_a_model_reads_no_logits(wrap, alone, monkeypatch):
     "DDP copies outputs as the Trainer sets it, and FSDP2 puts hooks on them; who reads them still gets the gradients"
     assert unread(wrap(headed()), monkeypatch, readers['loss'])
-    ways = [readers[o] for o in ('loss', 'own loss', 'both', 'a hook and a copy')]
-    if wrap is by_ddp:
-        for how in (*ways, loss_outside):
-            found = [loss_and_grads(by_ddp(headed(o)), how) for o in (speed._Head, None)]
-            torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
-        monkeypatch.setattr(speed._Lean, 'pieces', None)       # which would go past what DDP does in its backward pass
-        loss_outside(by_ddp(headed()))
-    else:
-        for how in (*ways, loss_outside):
-            found = [[o.to_local() if hasattr(o, 'to_local') else o for o in loss_and_grads(by_root(headed(head)), how)]
-                     for head in (speed._Head, None)]
-            torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+    around = by_root if wrap is by_fsdp else wrap
+    for how in (*(readers[o] for o in ('loss', 'own loss', 'both', 'a hook and a copy')), loss_outside):
+        found = [[o.to_local() if hasattr(o, 'to_local') else o for o in loss_and_grads(around(headed(head)), how)]
+                 for head in (speed._Head, None)]
+        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+    if wrap is by_fsdp:
         with pytest.raises(ISTError, match='FSDP2 has released the last layer'): logits_of(wrap(headed())).sum()
+    monkeypatch.setattr(speed._Lean, 'pieces', None)     # which would go past what both do in their backward passes
+    loss_outside(around(headed()))
 
 @pytest.mark.parametrize('wrap', [lambda m: m, by_ddp])
-@pytest.mark.parametrize('part', [lambda z: z, lambda z: z[..., :32]])
+@pytest.mark.parametrize('part', [lambda z: z, lambda z: z[..., :32], lambda z: z.detach(), lambda z: z.data])
 def test_a_model_that_changes_its_logits_in_place(wrap, part, alone):
     "Before a loss of its own or another's, as Chameleon does"
     def made(head):
