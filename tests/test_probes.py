@@ -370,7 +370,8 @@ def in_a_process(rank, port):
     probe = [dict(input_ids=ids[:4], labels=ids[:4])]   # one batch: every process asks the same
     def run(wrap, ids, scorer):
         model = lora(dropout=0.)
-        ddp,ist = wrap(model),IST(model, ISTConfig(**cfg|dict(scorer=scorer, score_batch_size=4)), probe=probe)
+        few = dict(score_batch_size=4) if scorer=='gate+fisher' else {}
+        ddp,ist = wrap(model),IST(model, ISTConfig(**cfg|dict(scorer=scorer)|few), probe=probe)
         opt = torch.optim.AdamW(params(model), lr=0.01)
         for _ in range(7):
             with ist.step(): ddp(input_ids=ids, labels=ids).loss.backward(); opt.step(); opt.zero_grad()
