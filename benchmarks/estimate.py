@@ -167,7 +167,7 @@ def far(shape, engine, hosts, rates, each=8, bits=16, rows=4, seq=2048, checkpoi
     inner,outer = (network if o>each else nvlink for o in (m, n))
     copies,gradients = n/m,4*s.trained      # gathered for both passes, reduced to shards, and between copies
     travel = (2*weights+gradients)*(1-1/m)/inner + 2*gradients/m*(1-1/copies)/outer
-    whole = 4*(2*s.P+2*s.vocab*s.h)/2 if m>1 else gradients     # two blocks and both ends; or DDP's buckets
+    whole = 4*(s.P+s.vocab*s.h) if m>1 else gradients     # two blocks and both ends in 16 bits; or DDP's buckets
     return work,travel,weights/m+whole+16*s.trained/m+kept      # adapters, gradients, and AdamW's moments
 
 def probes(s, config, how):

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.data import DataLoader
 from peft import LoraConfig,get_peft_model
 from ist_nb import IST,ISTCallback,ISTConfig,ISTError,find_layers
+from ist_nb.config import scorers
 from benchmarks import record
 from benchmarks.small import lm_batch,tiny_llama,trainable as params
 
@@ -23,7 +24,8 @@ N,rows,tokens,steps = 4,8,8,8   # layers, rows of a global batch, tokens of a ro
 usual = dict(n_active=1, score_interval=2, score_batch_size=8, explore=0.)
 def config_of(given=None):
     found = usual | (given or {})
-    return ISTConfig(**{k:v for k,v in found.items() if k!='score_batch_size' or found.get('scorer')!='fisher'})
+    unread = getattr(scorers[found.get('scorer', ISTConfig.scorer)], 'ignores', ())
+    return ISTConfig(**{k:v for k,v in found.items() if k not in unread})
 cuda = torch.cuda.is_available()
 if not cuda: os.environ['DS_ACCELERATOR'] = 'cpu'   # DeepSpeed asks for it
 def device(): return torch.device('cuda', torch.cuda.current_device()) if cuda else torch.device('cpu')

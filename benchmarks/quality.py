@@ -41,9 +41,10 @@ moved = dict(n_active=(0.125, 0.375), n_suppressed=(0.25, 0.75), suppression_fac
 ablations = [(k, v) for k,vs in moved.items() for v in vs]
 # contenders: settings of IST (None: all layers at every step); then of the adapter, and of `run`
 rst,every = dict(sampler='uniform'),dict(n_active=1.0, sampler='uniform')
-def drawn_by(sampler, scorer, **kw): return dict(sampler=sampler, scorer=scorer, score_interval=20) | kw
-def cheap(scorer): return {} if scorer=='fisher' else dict(score_batch_size=4)    # which has no probe
-def importance(scorer, **kw): return drawn_by('importance', scorer, **cheap(scorer), **kw)
+def drawn_by(sampler, scorer, **kw):
+    probe = {} if scorer=='fisher' else dict(score_batch_size=4)     # it has none
+    return dict(sampler=sampler, scorer=scorer, score_interval=20) | probe | kw
+def importance(scorer, **kw): return drawn_by('importance', scorer, **kw)
 def depth(scorer='fisher', **kw): return drawn_by('depth', scorer, **kw)
 by_depth = depth(n_active=0.4, schedule='shrink')
 to_top = dict(sampler='top', n_active=0.4, schedule='shrink')
@@ -56,13 +57,13 @@ contenders = {
     'released IST':(dict(scorer='paper', explore=0., sampler='importance'), {}),
     **{f'importance, {o}':(importance(o), {})
        for o in ('suppression', 'gate', 'fisher', 'gradient norm', 'promise', 'weight change')},
-    **{f'depth, {o}':(depth(o, **cheap(o)), {}) for o in ('suppression', 'gate', 'fisher', 'promise')},
+    **{f'depth, {o}':(depth(o), {}) for o in ('suppression', 'gate', 'fisher', 'promise')},
     'depth, blind':(dict(sampler='depth, blind'), {}), 'depth 3/8, fisher':(depth(n_active=0.375), {}),
     'depth 1/2, fisher':(depth(n_active=0.5), {}), 'depth, fisher, folded':(depth(), dict(fold=True)),
-    'depth 0.45, suppression':(depth('suppression', depth=0.45, **cheap('suppression')), {}),
-    'depth 3/8, suppression':(depth('suppression', n_active=0.375, **cheap('suppression')), {}),
-    'depth, suppression, folded':(depth('suppression', **cheap('suppression')), dict(fold=True)),
-    'depth, suppression, folded, 8 bits':(depth('suppression', **cheap('suppression')), dict(fold=True, fp8=True)),
+    'depth 0.45, suppression':(depth('suppression', depth=0.45), {}),
+    'depth 3/8, suppression':(depth('suppression', n_active=0.375), {}),
+    'depth, suppression, folded':(depth('suppression'), dict(fold=True)),
+    'depth, suppression, folded, 8 bits':(depth('suppression'), dict(fold=True, fp8=True)),
     'RST 3/8':(rst | dict(n_active=0.375), {}), 'RST 1/2':(rst | dict(n_active=0.5), {}),
     'anneal to depth':(depth(), dict(dense_first=0.2)), 'depth, own rates':(depth(), dict(own_rates=True)),
     'shrink to depth':(by_depth, {}), 'shrink to depth, 1/4':(depth(schedule='shrink'), {}),

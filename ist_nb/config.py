@@ -134,6 +134,7 @@ _allowed = dict(
                        "is free when training begins",
                        lambda v: v is None or bool(_to_bytes(v)) or isinstance(v, float) and 0<v<1))
 
+# %% ../nbs/28_config.ipynb #1d61c71b
 _of_scores = ('scorer', 'score_interval', 'score_lr', 'score_batch_size', 'n_candidates', 'n_suppressed',
               'suppression_factor', 'explore')
 def _scored(config): return getattr(samplers[config.sampler], 'needs_importance', True)

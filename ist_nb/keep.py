@@ -16,7 +16,7 @@ from transformers import GenerationConfig
 from .config import ISTError
 from .layers import tuner_layers
 from .probe import _device_of,generator_for,model_loss,quietly
-from .scorers import _is_active, _linear_params
+from .scorers import _linear_params
 from .suppression import _adapters_off
 
 # %% ../nbs/16_keep.ipynb #7055a41c
@@ -231,9 +231,13 @@ class Keep:
         return {'ist/divergence':sum(v for _,v in new)/len(new)} if new else {}
 
 # %% ../nbs/16_keep.ipynb #13cbedf5
+def _at_rest(module): # Whether all of its adapters are inactive; what names none, as LLaMA-Adapter, is not
+    names = [k for k in getattr(module, 'adapter_layer_names', ()) if '.' not in k]
+    return bool(names) and not any(a in getattr(module, k, ()) for k in names for a in module.active_adapters)
+
 def _gated(model):
     "For each adapted module the parameters in which it is linear: triples of parameter, neutral value, value now"
-    pairs = {name:_linear_params(m) for name,m in tuner_layers(model).items() if _is_active(m)}
+    pairs = {name:_linear_params(m) for name,m in tuner_layers(model).items() if not _at_rest(m)}
     if not pairs: raise ISTError("No adapter of the model is active. Activate one: model.set_adapter(its name).")
     bad = [name for name,o in pairs.items() if not o]
     if bad: raise ISTError(f"{bad[0]} has no parameter in which its response is known to be linear, so a gate cannot "

@@ -173,10 +173,6 @@ _linear_in = dict(   # the parameter in which a method's response is linear, and
     hira_B=0., gralora_B=0., miss_block=0., randlora_gamma=0., delora_lambda=0., fourierft_spectrum=0.,
     waveft_spectrum=0., c3a_kernel=0., shira_weight=0., beft_bias=0., lora_embedding_B=0.)
 
-def _is_active(module): # Whether one of the active adapters is in it
-    names = getattr(module, 'adapter_layer_names', ['.'])       # LLaMA-Adapter's modules have none
-    return any('.' in k or any(a in getattr(module, k, ()) for a in module.active_adapters) for k in names)
-
 def _linear_params(module): # Pairs of such a parameter of `module` and its neutral value; empty if we know none
     if not isinstance(module, BaseTunerLayer): return []
     if isinstance(module, LoraLayer) and not scaling_is_exact(module): return []

@@ -335,6 +335,7 @@ class _Changed(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g): return None,g
 
+# %% ../nbs/14_speed.ipynb #e2bef76f
 def _check_here(z):     # what logits are computed from
     gone,now = z.W.untyped_storage().nbytes()==0,(z.x._version, z.W._version)
     if gone or now!=z.versions:
@@ -390,6 +391,7 @@ class _Logits(torch.Tensor):
         args,kwargs = tree_map_only(cls, lambda o: o.whole().detach(), (args, kwargs or {}))
         return f(*args, **kwargs)
 
+# %% ../nbs/14_speed.ipynb #05b325ca
 class _Head(nn.Linear):
     "A model's last layer, whose logits wait to be read while the model trains"
     def forward(self, x):
@@ -421,8 +423,7 @@ class _Lean:
         if len(x)!=len(c): raise ISTError(f"{len(c):,} labels for the logits of {len(x):,} tokens: give as many.")
         _check_here(logits)
         c.new_empty(len(logits.W)).gather(0, c.where(c!=ignore_index, 0))    # fails where a label is no token
-        total = _Pieces.apply(x, logits.W, logits.b, c, ignore_index, self.piece, self.size,
-                              logits.asked)
+        total = _Pieces.apply(x, logits.W, logits.b, c, ignore_index, self.piece, self.size, logits.asked)
         n = (c!=ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
         return total/(n.to(total.device) if torch.is_tensor(n) else n)
 
