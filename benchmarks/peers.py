@@ -11,7 +11,8 @@ from benchmarks import record
 
 shapes = {   # of Llama: vocabulary, width, width of the MLP, blocks, heads, key and value heads, tied embeddings
     '1b':(128256, 2048, 8192, 16, 32, 8, True), '8b':(128256, 4096, 14336, 32, 32, 8, False),
-    '70b':(128256, 8192, 28672, 80, 64, 8, False), 'tiny':(4096, 64, 128, 4, 4, 2, True)}
+    '70b':(128256, 8192, 28672, 80, 64, 8, False), 'tiny':(4096, 64, 128, 4, 4, 2, True),
+    '135m':(49152, 576, 1536, 30, 9, 3, True)}    # of SmolLM2
 where = ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj']
 rank,warm,settle = 16,4,2   # steps before the first round, in which libraries compile, and before each round
 packages = 'accelerate trl datasets unsloth unsloth_zoo liger_kernel bitsandbytes torchao triton xformers'
@@ -40,6 +41,10 @@ variants = {
     'LoRA, fast, budget':('ours', dict(config=dict(fast=True))),    # of `--budget`, as large as a peer's peak, say
     'recommended':('ours', dict(config=dict(recommended=True))),
     'recommended, budget':('ours', dict(config=dict(recommended=True))),
+    'LoRA, fold':('ours', dict(config=dict(fast='fold'))),       # what a run that is too short to compile may use
+    'LoRA, fold, loss':('ours', dict(config=dict(fast='fold,loss'))),
+    'recommended, not fast':('ours', dict(config=dict(recommended=True, fast=False))),
+    'recommended, fold, loss':('ours', dict(config=dict(recommended=True, fast='fold,loss'))),
     'LoRA, fp8':('ours', dict(config=dict(fast=eight), needs='torchao')),
     'recommended, fp8':('ours', dict(config=dict(recommended=True, fast=eight), needs='torchao')),
     'recommended, Liger loss':('ours', dict(config=dict(recommended=True), liger=True, needs='liger_kernel')),
@@ -503,7 +508,7 @@ def merged(files):
     return list({tuple(c.get(k) for k in keys):{k:v for k,v in c.items() if k!='where'} for c in cases}.values())
 
 def main(
-    shape:str='1b',      # 1b and 8b (Llama 3), or tiny
+    shape:str='1b',      # 1b and 8b (Llama 3), 135m (SmolLM2), or tiny
     rows:str='16x256',   # Rows x tokens in a batch, separated by commas, such as 16x256,4x2048
     bits:str='16',       # 16 or 4 or both, separated by a comma
     documents:int=1,     # Documents in a row: what packing packs
