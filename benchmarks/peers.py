@@ -3,6 +3,7 @@ Each contender has a process of its own, because Unsloth patches other libraries
 are alive together take turns, and one that fails is recorded with what failed."""
 import gc,json,os,select,signal,subprocess,sys,tempfile,time,traceback
 from collections import Counter,defaultdict
+from dataclasses import replace
 from importlib import import_module
 from math import exp,log
 from pathlib import Path
@@ -18,7 +19,7 @@ rank,warm,settle = 16,4,2   # steps before the first round, in which libraries c
 packages = 'accelerate trl datasets unsloth unsloth_zoo liger_kernel bitsandbytes torchao triton xformers'
 fused = {o:False for o in ('rope', 'swiglu', 'rms_norm', 'cross_entropy')} | dict(fused_linear_cross_entropy=True)
 
-eight = 'fold,compile,fp8,loss'    # what `fast=True` does, with products in 8 bits
+eight = 'fold,compile,fp8,loss'    # what `fast=True` does in a long run, with products in 8 bits
 # kind, its arguments; `needs` is imported first, so that what is missing is named before a model is loaded
 variants = {
     'PEFT':('trainer', {}),
@@ -196,6 +197,10 @@ def loaded(turn, model, spec):
     turn.wait(cuda)
     return model
 
+def as_long(config, cuda, names='fold,compile,loss'):
+    "With what `fast=True` does in a run that is longer than those here"
+    return replace(config, fast=names) if cuda and config.fast is True else config
+
 def trl_arguments(spec, packing, **kwargs):
     "`packing`: 'bfd' is padding-free, and a batch is one row; 'wrapped' makes rows; None takes rows as they are"
     from trl import SFTConfig
@@ -208,7 +213,8 @@ def trl_trainer(spec, turn, packing, attention='sdpa', config=None, **kwargs):
     from trl import SFTTrainer   # before a model is loaded
     if config:
         from ist_nb import ISTCallback,ISTConfig
-        config = [ISTCallback(ISTConfig.rst(n_active=1., **config))]
+        config = ISTConfig.rst(n_active=1., **config)
+        config = [ISTCallback(as_long(config, spec['device']=='cuda', 'fold,compile'))]
     # TRL takes a model with adapters as it takes one and a LoraConfig
     model = loaded(turn, get_peft_model(load(spec, attention), lora()), spec)
     told(spec, turn, SFTTrainer(model, trl_arguments(spec, packing, **kwargs),
@@ -250,7 +256,7 @@ def ours(spec, turn, config, liger=False):
     def trained(steps, *callbacks):
         args = arguments(TrainingArguments, spec, steps, **how)
         found = quiet(Trainer(model, args, train_dataset=data, data_collator=default_data_collator,
-                              callbacks=[*callbacks, ISTCallback(make(**config))])).train()
+                              callbacks=[*callbacks, ISTCallback(as_long(make(**config), cuda))])).train()
         if spec['checkpointing']:
             model.gradient_checkpointing_disable()
             if hasattr(model, 'disable_input_require_grads'): model.disable_input_require_grads()

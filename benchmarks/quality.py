@@ -21,6 +21,7 @@ from ist_nb.samplers import inclusion_by_depth
 from ist_nb.scorers import ema_update
 from ist_nb.speed import fold,_to_fp8
 from benchmarks import record
+from benchmarks.peers import as_long
 from benchmarks.small import pico_path
 
 # rows in a step, tokens in a row, rows to choose and to judge by, how often to judge; of each regime its steps, its
@@ -223,7 +224,8 @@ def optimizer(layers, settings, more, lr, steps, gpu):
 def make_ist(model, settings, more, seed, steps, rows, batch):
     "IST; LISA keeps a draw for some steps, annealing begins with all layers"
     probe = torch.utils.data.DataLoader(rows, batch_size=batch, collate_fn=collate)
-    ist = IST(model, ISTConfig(**settings, seed=seed), probe=probe, n_steps=steps)
+    config = as_long(ISTConfig(**settings, seed=seed), next(model.parameters()).is_cuda)
+    ist = IST(model, config, probe=probe, n_steps=steps)
     draw,hold = ist.draw,more.get('hold', 1)
     def held_draw():
         if ist.t<more.get('dense_first', 0.)*steps: return torch.arange(len(ist.layers))

@@ -113,6 +113,38 @@ def unlike_table():
                      for how,c in have)
     return Markdown(f"{table(head, rows)}\n\n({have[0][1]['hardware']}. {said}.)")
 
+cold = 'LoRA, fast; PEFT', 'recommended; recommended, not fast', 'LoRA, fold; PEFT', 'LoRA, fold, loss; LoRA, fold'
+def paid(pair):
+    """Of two variants in each case of `peers --cold` that has both: what the first costs in seconds before its first
+    step of usual length, the seconds that it saves at each step, after how many steps it has paid, and how many passes
+    of a block these are"""
+    from benchmarks.peers import shapes,warm
+    found,(a,b) = {},pair.split('; ')
+    for c in (o for o in read('peers_cold')['cases'] if {a, b}<=set(o['variants'])):
+        a_step,b_step = (c['variants'][k]['seconds']['median'] for k in (a, b))
+        saved = b_step-a_step
+        cost = c['variants'][a]['warm']-c['variants'][b]['warm']+warm*saved
+        steps = max(0., cost/saved) if saved>0 else None
+        found[c['shape']] = cost,saved,steps,steps and steps*shapes[c['shape']][3]
+    return found
+
+def cold_table():
+    "What compiling costs at first, and when it has paid"
+    rows,have = [],read('peers_cold')['cases']
+    for pair in cold:
+        a,b = pair.split('; ')
+        for s,(cost,saved,steps,passes) in paid(pair).items():
+            v = next(c['variants'] for c in have if c['shape']==s)
+            rows.append((llamas.get(s, 'SmolLM2-135M'), a, b, f'{cost:.1f}',
+                         *(between(v[k]['seconds'], 1e3, 0) for k in (a, b)),
+                         *(('never',)*2 if steps is None else (f'{steps:.0f}', f'{passes:,.0f}'))))
+    head = ['shape', 'variant', 'beside', 'costs at first, s:', 'ms a step:', 'ms a step of the other:',
+            'has paid after steps:', 'passes of a block:']
+    lost = '; '.join(f"{k} at the shape of {llamas[c['shape']]}" for c in have for k in c['failed'])
+    said = f'16 rows of 256 tokens; no compiled code from before; medians of 2 rounds. Time ran out for {lost}'
+    made = made_by(have[-1] | dict(command='` and `'.join(c['command'] for c in have)), said)
+    return Markdown(f"{table(head, sorted(rows, key=lambda o: o[0], reverse=True))}\n\n{made}")
+
 scaled = 'scaling', 'scaling_long', 'scaling_two', 'scaling_two_short', 'scaling_two_fsdp'   # the calls on several GPUs
 def on_gpus(name, engine='DDP', n=2, rows='short'):
     "A contender on several GPUs, with short rows or long; one GPU is that of the calls on four"

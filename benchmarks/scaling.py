@@ -7,18 +7,18 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from benchmarks import record
-from benchmarks.peers import arguments,lora,peak,quiet,random_model,shapes
+from benchmarks.peers import arguments,as_long,eight,lora,peak,quiet,random_model,shapes
 
 warm,settle = 4,2   # steps of a first run, in which libraries compile, and those before the timed ones of a round
 alone,no_time = 'one process','not run: out of time'
 
-def contenders():
+def contenders(cuda=False):
     "Name -> the settings of IST, or None without"
     from ist_nb import ISTConfig
     fast = ISTConfig.rst(n_active=1., fast=True)
-    return {'LoRA':None, 'LoRA, fast':fast, cut:fast, used:fast,
-            'LoRA, folded':ISTConfig.rst(n_active=1., fast='fold'), 'recommended':ISTConfig.recommended(fast=True),
-            'recommended, fp8':ISTConfig.recommended(fast='fold,compile,fp8,loss')}
+    of = {'LoRA':None, 'LoRA, fast':fast, cut:fast, used:fast, 'LoRA, folded':ISTConfig.rst(n_active=1., fast='fold'),
+          'recommended':ISTConfig.recommended(), 'recommended, fp8':ISTConfig.recommended(fast=eight)}
+    return {k:o and as_long(o, cuda) for k,o in of.items()}
 usual = ['LoRA', 'LoRA, fast', 'recommended']
 # of DDP alone: cut at its buckets, as torch does; and told that every parameter gets a gradient
 cut,used = 'LoRA, fast, cut','LoRA, fast, all used'
@@ -118,7 +118,8 @@ def measured(spec, name, size, device):
     import torch
     from peft import get_peft_model
     from benchmarks.small import lm_batch
-    begun,cuda,config = time.time(),spec['device']=='cuda',contenders()[name]
+    begun,cuda = time.time(),spec['device']=='cuda'
+    config = contenders(cuda)[name]
     held = torch.cuda.memory_allocated() if cuda else None   # nothing, unless the contender before has left something
     begin = 1 if config and config.schedule!='constant' else settle
     end = begin+spec['steps']

@@ -82,7 +82,8 @@ def measured(spec, name):
     import torch
     from peft import get_peft_model
     from benchmarks.small import lm_batch
-    cuda,config = spec['device']=='cuda',contenders()[name]
+    cuda = spec['device']=='cuda'
+    config = contenders(cuda)[name]
     begin = 1 if config and config.schedule!='constant' else 2
     device = spec['device']
     with torch.device(device): model = get_peft_model(random_model(spec, device, use_cache=False), lora())

@@ -47,7 +47,8 @@ class ISTCallback(TrainerCallback, ExportableState):
         _check_run(args, self.config, lost=self.lost, parts=self.parts)
         probe = train_dataloader if self.probe is None else self.probe
         self.ist = IST(model, self.config, probe=probe, loss_fn=self.loss_fn, stack=self.stack, optimizer=optimizer,
-                       n_steps=state.max_steps)
+                       n_steps=state.max_steps,
+                       n_batches=state.max_steps*args.gradient_accumulation_steps)
         _check_run(args, self.config, state, self.ist.ranks.size)
         for o in self.parts: self.ist.add(o)
         flat = self.ist.engine.name.startswith('DeepSpeed')   # its optimizer holds flat tensors

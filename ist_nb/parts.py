@@ -65,7 +65,8 @@ class _Faster:
         config = getattr(model, 'config', None)
         self.config = config if getattr(config, 'use_cache', False) else None
         try:
-            if fast: apply_optimisations(model, ist.layers, 'fold' if fast is True and engine=='FSDP1' else fast)
+            if fast is True and engine=='FSDP1': fast = 'fold'
+            if fast: apply_optimisations(model, ist.layers, fast, ist.n_batches)
             self.hooks = shorten_backward(model)
         except BaseException: self.close(); raise
 

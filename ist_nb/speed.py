@@ -449,20 +449,27 @@ def compile_loss(
     if f.__name__=='ForCausalLMLoss' and type(head) is nn.Linear: head.__class__ = _Head
 
 # %% ../nbs/14_speed.ipynb #6cc75f34
-def _safe(model):
-    "What `fast=True` means; on a CPU compiling takes a minute, which a run rarely wins back"
-    if next(model.parameters()).device.type!='cuda': return ['fold']
-    return ['fold', 'compile', *(['loss'] if _loss_of(model)[1] else [])]
+def _safe(model, layers, n_batches=None):
+    "What `fast=True` means, and why if that is less than it can; on a CPU a run rarely wins back a minute of compiling"
+    if next(model.parameters()).device.type!='cuda': return ['fold'],''
+    names,blocks = ['fold', 'compile', *(['loss'] if _loss_of(model)[1] else [])],_blocks_of(model, layers)
+    wide = max(sum(p.numel() for p in o.parameters()) for o in blocks)>=1e8
+    enough = -(-(6_000 if wide else 12_000)//len(blocks))      # where it had paid in each case that was timed
+    if n_batches is None or n_batches>=enough: return names,''
+    return ['fold'][:wide],(f"{n_batches:,} batches are too few to compile: a run wins back what that costs in "
+                            f"{enough:,} at most. To compile all the same, give fast={','.join(names)!r}.")
 
 def apply_optimisations(
     model, # A model with PEFT adapters
     layers:Layers, # From `find_layers`
     fast:bool|str, # As in `ISTConfig`
+    n_batches:int|None=None, # Of the whole run; `True` compiles if they are many, or unknown
 ) -> list[str]: # The names of those that were applied
     "Apply optimisations to a model and print which; a second time does nothing"
-    names = _safe(model) if fast is True else [o.strip() for o in fast.split(',')]
+    names,why = _safe(model, layers, n_batches) if fast is True else ([o.strip() for o in fast.split(',')], '')
     known = {o:optimisations[o] for o in names}   # refuses unknown names first
     told = model.__dict__.setdefault('ist_optimisations', [])
+    if why and not told: print(f'IST: {why}')
     new = [o for o in known if o not in told]
     idle = []    # such as 'fold' without LoRA
     for o in sorted(known, key=list(optimisations.entries).index):

@@ -144,6 +144,26 @@ def long_steps():
           for o in (('DDP', 4), ('one process', 1))]
     return (*(a['seconds']['median']/b['seconds']['median'] for a,b in of),
             *(x for _,b in of for x in (render.kernels(b), 1e3*b['seconds']['median'])))
+def compiling(name, *shapes, what=2):
+    "What compiling costs `name`, and at each shape after how many steps it has paid, or another number of `paid`"
+    from benchmarks import render
+    found = render.paid(next(o for o in render.cold if o.startswith(f'{name};')))
+    costs = [o[0] for o in found.values()]
+    return min(costs),max(costs),*(found[o][what] for o in shapes or found)
+def passes():
+    "Of a block, after which it has paid: the most in each case, and at the large shape"
+    from benchmarks import render
+    found = [render.paid(o) for o in render.cold[:2]]
+    assert all(v[3]<(6_000 if s=='8b' else 12_000) for o in found for s,v in o.items())     # as `fast=True` asks
+    return max(v[3] for o in found for v in o.values()),found[0]['8b'][3]
+def unsure():
+    "At the 1B shape: what compiling saves of a step of `recommended`, and by how much its rounds differ"
+    v = next(c['variants'] for c in read('peers_cold')['cases'] if c['shape']=='1b')
+    step,plain = (v[k]['seconds'] for k in ('recommended', 'recommended, not fast'))
+    return 1e3*(plain['median']-step['median']),1e3*max(o['max']-o['min'] for o in (step, plain))
+def folding():
+    v = next(c['variants'] for c in read('peers_cold')['cases'] if c['shape']=='8b')
+    return [1e3*v[k]['seconds']['median'] for k in ('PEFT', 'LoRA, fold')]
 def sharded():
     from benchmarks import render
     return [render.on_gpus('LoRA, fast', *o, rows='long')['peak']['median']/2**30
@@ -404,6 +424,21 @@ claims = [
      'over all sixteen GPUs it takes {:.0f} ms', lambda: (*further(1)[:2], further(2)[0])),
     ('results/speed', '(*HSDP*), it takes {:.0f} ms again', lambda: further(2, 'HSDP')[:1]),
     ('results/speed', 'with FSDP2 and checkpointing each needs {:.0f} GiB', lambda: (further(1, of='70b')[2],)),
+    ('results/speed', "Compiling, with the loss in pieces, cost {:.0f} to {:.0f} seconds with LoRA",
+     lambda: compiling('LoRA, fast')),
+    ('results/speed', "and {:.0f} to {:.0f} with `recommended`", lambda: compiling('recommended')),
+    ('results/speed', "won that back after {2:.0f}, {3:.0f} and {4:.0f} steps",
+     lambda: compiling('LoRA, fast', '135m', '1b', '8b')),
+    ('results/speed', "`recommended` had after {2:.0f} and {3:.0f} steps at the two small ones",
+     lambda: compiling('recommended')),
+    ('results/speed', "({3:.0f} is uncertain", lambda: compiling('recommended')),
+    ('results/speed', "compiling saves {:.0f} ms a step, and rounds differ by {:.0f} ms", unsure),
+    ('results/speed', "it had paid after {:,.0f} at most, and after {:,.0f} at the large shape", passes),
+    ('results/speed', "it took a step from {:.0f} to {:.0f} ms", folding),
+    ('results/speed', "without compiled blocks, costs {:.1f} to {:.1f} seconds more",
+     lambda: compiling('LoRA, fold, loss')),
+    ('14_speed', "13 to {1:.0f} seconds", lambda: compiling('recommended')),
+    ('14_speed', "{:.0f} to 19 seconds", lambda: compiling('LoRA, fast')),
     ('results/speed', 'a step of LoRA takes {:.2f} of the time of blocks that are compiled', lambda: graphs('all')),
     ('results/speed', 'With one layer less at each step it takes {:.2f}', lambda: graphs('freezing')),
     ('results/speed', 'took {:.1f} s in place of {:.1f}, and each later step saves {:.0f} ms: recording pays after '
@@ -469,6 +504,7 @@ at least 0.95 of linear|at least 0.90 with
 0.05 to 0.10 nats more at 4e-3|50 to 70% less than scaled|5 to 45% less|0.92 to 0.98 of Unsloth
 0.92 to 0.95 and 0.85 to 0.88|0.87 to 0.91 and 0.77 to 0.81|at most 1 GiB more|0.63 to 0.70
 At that of Llama-3.2-1B they take 0.85 to 1.00 and 0.70 to 0.85|takes 1.00 to 1.10 of its time
+take 20 to 45 seconds more|it is 30 to 60 seconds|cost at most 8 seconds
 '''.strip().replace('\n', '|').split('|')
 
 @pytest.mark.parametrize('page,said,found', claims, ids=[f'{o[0]}: {o[1][:40]}' for o in claims])

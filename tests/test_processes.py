@@ -246,9 +246,9 @@ def test_what_fast_takes_on_each_engine(monkeypatch):
     from types import SimpleNamespace as S
     from ist_nb import parts
     taken = []
-    monkeypatch.setattr(parts, 'apply_optimisations', lambda model, layers, fast: taken.append(fast))
+    monkeypatch.setattr(parts, 'apply_optimisations', lambda model, layers, fast, n: taken.append(fast))
     monkeypatch.setattr(parts, 'shorten_backward', lambda model: [])
     for fast in (True, 'fold,compile'):
         for name in ('one process', 'DDP', 'FSDP2', 'FSDP1'):
-            parts._Faster(S(model=S(), layers=None, config=S(fast=fast), engine=S(name=name)))
+            parts._Faster(S(model=S(), layers=None, config=S(fast=fast), engine=S(name=name), n_batches=9))
     assert taken==[True, True, True, 'fold', *4*['fold,compile']]

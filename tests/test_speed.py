@@ -763,6 +763,39 @@ def test_optimisations_that_cannot_be_applied(monkeypatch):
     assert model.ist_optimisations==['fold']            # what was done is known to be done
     assert apply_optimisations(model, layers, True)==['fold']   # and True asks for nothing that is not there
 
+@pytest.mark.parametrize('blocks,size,batches,compiles', [
+    (6, 60, 1, False), (6, 60, 1999, False), (6, 60, 2000, True), (7, 60, 1714, False), (6, 60, None, True),
+    (30, 99, 399, False), (30, 99, 400, True), (30, 100, 199, False), (30, 100, 200, True), (30, 100, None, True)])
+def test_a_run_too_short_to_compile(blocks, size, batches, compiles, capsys):
+    "On a GPU `fast=True` does not compile in a run that would not win it back, and says so; `size` is in millions"
+    S,layers = SimpleNamespace,SimpleNamespace(stacks=['layers'])
+    block = S(parameters=lambda: [torch.empty(size*10**6, device='meta')])
+    model = S(parameters=lambda: iter([S(device=S(type='cuda'))]), get_submodule=lambda s: [block]*blocks)
+    names,why = speed._safe(model, layers, batches)
+    fold = ['fold']*(size>=100)      # where it saves time without compiling
+    assert (names, why=='')==((['fold', 'compile'], True) if compiles else (fold, False))
+    if why:
+        assert f'{batches:,} batches are too few' in why and why.endswith("give fast='fold,compile'.")
+        assert speed._safe(model, layers, int(re.search('in ([0-9,]+) at most', why)[1].replace(',', '')))[1]==''
+    if why and not fold:
+        for _ in range(2): assert apply_optimisations(model, layers, True, batches)==[]
+        assert model.ist_optimisations==[] and capsys.readouterr().out==2*f'IST: {why}\n'      # each run says it
+
+@pytest.mark.parametrize('accumulated', [1, 3])
+def test_the_length_of_a_run_is_in_batches(tmp_path, accumulated, monkeypatch):
+    from ist_nb import parts
+    taken = []
+    monkeypatch.setattr(parts, 'apply_optimisations', lambda *args: taken.append(args[2:]))
+    IST(tiny(), ISTConfig.recommended(), n_steps=7)
+    IST(tiny(), ISTConfig.recommended(), n_steps=7, n_batches=14)
+    IST(tiny(), ISTConfig.rst(fast=True))
+    assert taken==[(True, 7), (True, 14), (True, None)]
+    args = TrainingArguments(str(tmp_path), max_steps=5, gradient_accumulation_steps=accumulated, use_cpu=True,
+                             per_device_train_batch_size=1, report_to='none', disable_tqdm=True, save_strategy='no')
+    rows = [dict(input_ids=[1, 2, 3], labels=[1, 2, 3])]*4
+    Trainer(tiny(), args, train_dataset=rows, callbacks=[ISTCallback(ISTConfig.rst(fast=True))]).train()
+    assert taken[3:]==[(True, 5*accumulated)]
+
 def test_fp8_needs_a_gpu():
     pytest.importorskip('torchao', reason='torchao is not installed')
     model = tiny()
