@@ -32,10 +32,16 @@ def mean_difference(a, b, digits=3):
 # -- beside other libraries
 ours,llamas = ('LoRA, fast', 'recommended'),{'1b':'Llama-3.2-1B', '8b':'Llama-3-8B'}
 def mine(name): return 'config' in variants[name][1]    # products in 8 bits too
+def with_others(case):
+    "A case with the variants that ran in a call of their own, beside some of the case's; `own` is that call's case"
+    keys = 'shape', 'bits', 'batch', 'length', 'checkpointing', 'budget', 'hardware'
+    own = next((c for c in read('peers_apart')['cases'] if all(c.get(k)==case.get(k) for k in keys)), None)
+    more = {k:v | dict(apart=True) for k,v in own['variants'].items()} if own else {}
+    return case | dict(variants=more | case['variants'], own=own)
 def cases(**of):
     "Those in 16 bits without checkpointing or budget; or others"
     want = dict(bits=16, checkpointing=False, budget=None) | of
-    return [c for c in read('peers')['cases'] if all(c.get(k)==v for k,v in want.items())]
+    return [with_others(c) for c in read('peers')['cases'] if all(c.get(k)==v for k,v in want.items())]
 def fastest(case, what='seconds'):
     "The other library with the least time a step, or the least peak"
     v = case['variants']
@@ -45,6 +51,7 @@ def beside(name, other=fastest, what='seconds'):
     "A variant over another, by name or by what chooses it in each case: the ratio in each case that has both"
     pairs = [(c['variants'], other if isinstance(other, str) else other(c)) for c in cases()]
     return [v[name][what]['median']/v[o][what]['median'] for v,o in pairs if name in v and o in v]
+def named(name, v): return name+' †'*v.get('apart', False)
 def by_time(case): return sorted(case['variants'].items(), key=lambda o: o[1]['seconds']['median'])
 
 def peers_picture():
@@ -69,7 +76,7 @@ def peers_picture():
                 right.text(most+0.8, y, f'{most:.1f}', va='center')
             left.axvline(1, color='black', lw=0.7, ls=':', zorder=0.5)
             left.set_title(f"{llamas[c['shape']]}, {c['batch']} rows of {c['length']:,} tokens", fontweight='bold')
-            left.set(xlim=(0, 2.6), yticks=range(len(rows)), yticklabels=[k for k,_ in rows])
+            left.set(xlim=(0, 2.6), yticks=range(len(rows)), yticklabels=[named(*o) for o in rows])
             right.set(xlim=(0, 55), yticks=[])
             for ax in (left, right): ax.tick_params(left=False)
         left.set_xlabel('time a step; fastest other library = 1')
@@ -81,17 +88,22 @@ def peers_table(shape):
     for c in have:
         unit = c['variants'][fastest(c)]
         of = lambda v, k: f"{v[k]['median']/unit[k]['median']:.2f}"
-        rows += [(f"{c['batch']} × {c['length']:,}", f'**{k}**' if mine(k) else k, between(v['seconds'], 1e3, 1),
-                  f"{v['tokens_a_second']:,.0f}", between(v['peak'], 2**-30, 1), of(v, 'seconds'), of(v, 'peak'))
-                 for k,v in by_time(c)]
-    c,rounds = have[0],sorted({v['rounds'] for c in have for v in c['variants'].values()})
+        rows += [(f"{c['batch']} × {c['length']:,}", f'**{k}**' if mine(k) else named(k, v),
+                  between(v['seconds'], 1e3, 1), f"{v['tokens_a_second']:,.0f}", between(v['peak'], 2**-30, 1),
+                  of(v, 'seconds'), of(v, 'peak')) for k,v in by_time(c)]
+    own = [c['own'] for c in have if c['own']]
+    c,rounds = have[0],sorted({v['rounds'] for c in have for v in c['variants'].values() if 'apart' not in v})
     versions = {k:c['versions'][k] for k in ('torch', 'transformers', 'peft', 'trl', 'unsloth', 'liger_kernel')}
     head = ['rows × tokens', 'variant', 'ms a step:', 'tokens/s:', 'peak, GiB:', 'time, over the fastest other:',
             'memory, over the same:']
     said = (f"bf16, LoRA r={c['rank']} on all linear layers, random weights, no checkpointing. Medians of "
             f"{' or '.join(map(str, rounds))} rounds of {c['steps']} steps, in brackets the least and the most. The "
             'peak includes the weights')
-    on,by = ', '.join(f'{k} {v}' for k,v in versions.items()),' and '.join(f"`{c['command']}`" for c in have)
+    for o in own:
+        again = o['variants']['Unsloth, rows']
+        said += (f". † In a call of its own, {again['rounds']} rounds of {o['steps']} steps, in which *Unsloth, rows* "
+                 f"took {again['seconds']['median']*1e3:.1f} ms")
+    on,by = ', '.join(f'{k} {v}' for k,v in versions.items()),' and '.join(f"`{c['command']}`" for c in have+own)
     return Markdown(f"{table(head, rows)}\n\n({said}. {c['hardware']}, {on}. Made by {by}.)")
 
 unlike = {'with checkpointing':dict(checkpointing=True), 'in 4 bits':dict(bits=4)}
