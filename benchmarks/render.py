@@ -77,7 +77,7 @@ def peers_picture():
             left.axvline(1, color='black', lw=0.7, ls=':', zorder=0.5)
             left.set_title(f"{llamas[c['shape']]}, {c['batch']} rows of {c['length']:,} tokens", fontweight='bold')
             left.set(xlim=(0, 2.6), yticks=range(len(rows)), yticklabels=[named(*o) for o in rows])
-            right.set(xlim=(0, 55), yticks=[])
+            right.set(xlim=(0, 72), yticks=[])
             for ax in (left, right): ax.tick_params(left=False)
         left.set_xlabel('time a step; fastest other library = 1')
         right.set_xlabel('peak memory, GiB')
@@ -101,8 +101,8 @@ def peers_table(shape):
             'peak includes the weights')
     for o in own:
         again = o['variants']['Unsloth, rows']
-        said += (f". † In a call of its own, {again['rounds']} rounds of {o['steps']} steps, in which *Unsloth, rows* "
-                 f"took {again['seconds']['median']*1e3:.1f} ms")
+        said += (f". † In a call of its own, {again['rounds']} rounds of {o['steps']} steps, in which *Unsloth, "
+                 f"rows* took {again['seconds']['median']*1e3:.1f} ms")
     on,by = ', '.join(f'{k} {v}' for k,v in versions.items()),' and '.join(f"`{c['command']}`" for c in have+own)
     return Markdown(f"{table(head, rows)}\n\n({said}. {c['hardware']}, {on}. Made by {by}.)")
 
@@ -139,6 +139,24 @@ def paid(pair):
         steps = max(0., cost/saved) if saved>0 else None
         found[c['shape']] = cost,saved,steps,steps and steps*shapes[c['shape']][3]
     return found
+
+def cold_picture():
+    "Seconds that a run has won by compiling, over its steps; a dot where `fast=True` begins to compile"
+    import matplotlib.pyplot as plt
+    from benchmarks.peers import shapes
+    from ist_nb.plot import palette,style
+    with style():
+        fig,axs = plt.subplots(1, 2, figsize=(7, 2.6), sharey=True)
+        for ax,pair in zip(axs, cold):
+            for (s,(cost,saved,*_)),color in zip(paid(pair).items(), ('blue', 'teal', 'red')):
+                at = (6_000 if s=='8b' else 12_000)/shapes[s][3]
+                ax.plot((0, 800), (-cost, 800*saved-cost), color=palette[color], label=llamas.get(s, 'SmolLM2-135M'))
+                ax.plot(at, at*saved-cost, 'o', color=palette[color], ms=5)
+            ax.axhline(0, color='black', lw=0.7, ls=':')
+            ax.set_title(pair.split('; ')[0], fontweight='bold')
+            ax.set(xlabel='steps of a run', ylim=(-25, 60))
+        axs[0].set_ylabel('seconds won')
+        axs[0].legend(frameon=False, loc='lower right')
 
 def cold_table():
     "What compiling costs at first, and when it has paid"
