@@ -457,7 +457,8 @@ def _safe(model, layers, n_batches=None):
     enough = -(-(6_000 if wide else 12_000)//len(blocks))      # where it had paid in each case that was timed
     if n_batches is None or n_batches>=enough: return names,''
     return ['fold'][:wide],(f"{n_batches:,} batches are too few to compile: a run wins back what that costs in "
-                            f"{enough:,} at most. To compile all the same, give fast={','.join(names)!r}.")
+                            f"{enough:,} at most. To compile all the same, which also saves memory, give "
+                            f"fast={','.join(names)!r}.")
 
 def apply_optimisations(
     model, # A model with PEFT adapters
