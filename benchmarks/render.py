@@ -86,8 +86,8 @@ def peers_table(shape):
     "Every contender at a shape"
     rows,have = [],[c for c in cases() if c['shape']==shape]
     for c in have:
-        unit = c['variants'][fastest(c)]
-        of = lambda v, k: f"{v[k]['median']/unit[k]['median']:.2f}"
+        unit = dict(seconds=fastest(c), peak=least(c))
+        of = lambda v, k: f"{v[k]['median']/c['variants'][unit[k]][k]['median']:.2f}"
         rows += [(f"{c['batch']} × {c['length']:,}", f'**{k}**' if mine(k) else named(k, v),
                   between(v['seconds'], 1e3, 1), f"{v['tokens_a_second']:,.0f}", between(v['peak'], 2**-30, 1),
                   of(v, 'seconds'), of(v, 'peak')) for k,v in by_time(c)]
@@ -95,7 +95,7 @@ def peers_table(shape):
     c,rounds = have[0],sorted({v['rounds'] for c in have for v in c['variants'].values() if 'apart' not in v})
     versions = {k:c['versions'][k] for k in ('torch', 'transformers', 'peft', 'trl', 'unsloth', 'liger_kernel')}
     head = ['rows × tokens', 'variant', 'ms a step:', 'tokens/s:', 'peak, GiB:', 'time, over the fastest other:',
-            'memory, over the same:']
+            'memory, over the least of the others:']
     said = (f"bf16, LoRA r={c['rank']} on all linear layers, random weights, no checkpointing. Medians of "
             f"{' or '.join(map(str, rounds))} rounds of {c['steps']} steps, in brackets the least and the most. The "
             'peak includes the weights')
@@ -197,7 +197,8 @@ def scaling_table():
     return Markdown(table(head, rows)+'\n\n'+made_by(read('scaling'), (
         "Llama-3-8B's shape, bf16, random weights, as many rows on each GPU; medians of 2 rounds, or 3 in the last two "
         'calls, in brackets the least and the most; kernels of one step halfway, without the exchange between GPUs; '
-        'linear is by the GPU of the same call. *Cut*: compiled blocks are cut where a bucket of DDP ends. Call 1'))
+        '*of linear* divides by as many times the tokens of one GPU in the same call. *Cut*: compiled blocks are cut '
+        'where a bucket of DDP ends. Call 1 is older than the loss in pieces, which explains its peaks; its command'))
         +' The others: '+'; '.join(f'`{read(o)["command"]}`' for o in scaled[1:])+'.')
 @cache
 def further():
@@ -228,8 +229,9 @@ def blocks_table():
             for k,v in res['variants'].items()]
     head = ['compiled', *(f'{o}:' for o in turns.values()), 'memory, GiB:']
     return Markdown(table(head, rows)+'\n\n'+made_by(res, (
-        'Milliseconds a step in a row / of the host where it waits for the GPU after each step; memory of the GPU that '
-        'torch reserves; '
+        'Milliseconds of a step when steps follow each other / that the host needs to queue one. *More kept*: torch '
+        'decides what is computed again. *Graphs*: CUDA graphs. *Whole*: the model as one. *Another part*: the lowest '
+        'trained layer changes at each step. Memory is what torch reserves. '
         f"{llamas[res['shape']]}'s shape, {res['batch']} rows of {res['length']} tokens, "
         f"a loop without a Trainer, one run of {res['steps']} steps")))
 def graphs_over(turn, what='seconds', a='blocks as graphs, loss', b='blocks, loss'):
@@ -308,9 +310,9 @@ def foreseen_table():
     kinds = {'':{}} | {f', {k}':o for k,o in unlike.items()}
     rows = [row(how, *o) for how,kind in kinds.items() for o in foreseen(**kind)]
     return Markdown(table(head, rows)+'\n\n'+made_by(read('waits'), (
-        '*Products*: those with the weights of the model at the rate of a large one, below which no step in 16 bits '
-        'can come. Steps are those of the tables above and below. *Host*: we think that the host sets the pace. The '
-        'rates of products, copies and unpacking')))
+        "*Products*: milliseconds of the matrix products with the model's weights, at the rate that this GPU reaches "
+        'in a large product; no step in 16 bits can be faster. Steps are those of the tables above and below. *Host*: '
+        'we think that the host sets the pace. The rates of products, copies and unpacking were measured')))
 
 # -- seconds and bytes
 best,same = 'ours, fold+compile+ahead','LoRA, compile+ahead'
@@ -376,8 +378,8 @@ def speed_variants(name):
             f"[arithmetic alone](../../benchmarks/estimate.py) predicts for time{' and memory'*gpu}, divided by LoRA's."
             ' *Depth* is the share of the blocks that the backward pass goes through, *scoring* the share of the time '
             'that scoring layers takes. Brackets hold the smallest and the largest of the runs.')
-    shown = (f"{name}: {of['parameters']/1e6:,.0f} million parameters, {of['batch']} rows of {of['length']} tokens, "
-             'LoRA r=32 on q, k, v, up, down, dropout 0.05')
+    shown = (f"{name}: {of['parameters']/1e6:,.0f} million parameters, adapters included, {of['batch']} rows of "
+             f"{of['length']} tokens, LoRA r=32 on q, k, v, up, down, dropout 0.05")
     return Markdown('\n\n'.join([said, table(head, rows), made_by(res, shown)]))
 
 def speed_floor():
@@ -419,7 +421,7 @@ def speed_changes():
              ("Liger's fused loss", best+'+liger', best, 'The logits are never formed, which saves memory, but the '
               'tokens are counted and waited for, which costs time.'),
              ('Products in 8 bits', best+'+fp8', best,
-              'Not faster so far: the products take half the time, but the casts give the host more to queue. The '
+              'Not faster here: the products take half the time, but the casts give the host more to queue. The '
               'rounds overlap.'),
              ('Activation budget', best+', budget', best, 'Only the deep steps compute some blocks twice.')]
     of = shape('7b')

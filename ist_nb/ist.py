@@ -32,7 +32,7 @@ class IST:
         stack:str|list|None=None, # Which stacks of blocks, where the model has several (see `find_layers`)
         optimizer=None, # Needed if `config.optimizer_state` is not 'keep', or the model is sharded by FSDP2
         n_steps:int|None=None, # Optimizer steps of the whole run, needed if `config.schedule` is not 'constant'
-        n_batches:int|None=None, # Batches of the whole run, by which `fast=True` knows if compiling pays; or `n_steps`
+        n_batches:int|None=None, # Batches of the run, from which `fast=True` knows if compiling pays; else `n_steps`
         parts:list|None=None, # What accompanies a step; the usual parts if not given
     ): # Raises `ISTError`
         self.config,self.loss_fn,self.n_steps = _config_of(config),loss_fn,n_steps
