@@ -64,6 +64,24 @@ def test_the_callback_knows_how_long_the_run_is(tmp_path):
     for t in range(6): want[-shrunk(2, 4, t, 6):] += 1
     assert torch.equal(cb.ist.times_active, want)
 
+@pytest.mark.parametrize('accumulated', [1, 3])
+def test_the_length_of_a_run_in_batches(tmp_path, accumulated, monkeypatch):
+    "By it `fast=True` knows whether compiling pays: in the Trainer each step may have several"
+    from datasets import Dataset
+    from transformers import Trainer,TrainingArguments
+    from ist_nb import parts
+    taken = []
+    monkeypatch.setattr(parts, 'apply_optimisations', lambda *args: taken.append(args[2:]))
+    for how in (dict(n_steps=7), dict(n_steps=7, n_batches=14), dict()):
+        IST(stack(4), ISTConfig.rst(fast=True), **how)
+    assert taken==[(True, 7), (True, 14), (True, None)]
+    args = TrainingArguments(str(tmp_path), max_steps=5, gradient_accumulation_steps=accumulated, use_cpu=True,
+                             per_device_train_batch_size=1, report_to='none', disable_tqdm=True, save_strategy='no')
+    from benchmarks.kill_points import rows,tiny_model
+    cb = ISTCallback(ISTConfig.rst(fast=True))
+    Trainer(tiny_model(), args, train_dataset=Dataset.from_list(rows()), callbacks=[cb]).train()
+    assert taken[3:]==[(True, 5*accumulated)]
+
 def test_callback_refuses_a_model_without_adapters():
     with pytest.raises(ISTError, match='get_peft_model'):
         ISTCallback().on_init_end(None, None, None, model=nn.Linear(2, 2))

@@ -781,21 +781,6 @@ def test_a_run_too_short_to_compile(blocks, size, batches, compiles, capsys):
         for _ in range(2): assert apply_optimisations(model, layers, True, batches)==[]
         assert model.ist_optimisations==[] and capsys.readouterr().out==2*f'IST: {why}\n'      # each run says it
 
-@pytest.mark.parametrize('accumulated', [1, 3])
-def test_the_length_of_a_run_is_in_batches(tmp_path, accumulated, monkeypatch):
-    from ist_nb import parts
-    taken = []
-    monkeypatch.setattr(parts, 'apply_optimisations', lambda *args: taken.append(args[2:]))
-    IST(tiny(), ISTConfig.recommended(), n_steps=7)
-    IST(tiny(), ISTConfig.recommended(), n_steps=7, n_batches=14)
-    IST(tiny(), ISTConfig.rst(fast=True))
-    assert taken==[(True, 7), (True, 14), (True, None)]
-    args = TrainingArguments(str(tmp_path), max_steps=5, gradient_accumulation_steps=accumulated, use_cpu=True,
-                             per_device_train_batch_size=1, report_to='none', disable_tqdm=True, save_strategy='no')
-    rows = [dict(input_ids=[1, 2, 3], labels=[1, 2, 3])]*4
-    Trainer(tiny(), args, train_dataset=rows, callbacks=[ISTCallback(ISTConfig.rst(fast=True))]).train()
-    assert taken[3:]==[(True, 5*accumulated)]
-
 def test_fp8_needs_a_gpu():
     pytest.importorskip('torchao', reason='torchao is not installed')
     model = tiny()
