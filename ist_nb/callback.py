@@ -16,7 +16,7 @@ from transformers.trainer_callback import CallbackHandler, ExportableState
 from types import SimpleNamespace
 from .config import ISTConfig, ISTError, _both, _config_of, _layer_count
 from .ist import IST, _find_budgets
-from .probe import model_loss
+from .probe import model_loss, _check_dictionary
 
 # %% ../nbs/06_callback.ipynb #ac6bd7ba
 class ISTCallback(TrainerCallback, ExportableState):
@@ -46,6 +46,7 @@ class ISTCallback(TrainerCallback, ExportableState):
         # again: a callback that came late did not see the Trainer made
         _check_run(args, self.config, lost=self.lost, parts=self.parts)
         probe = train_dataloader if self.probe is None else self.probe
+        # the whole run, also if it resumes: then both halves compile, or none
         self.ist = IST(model, self.config, probe=probe, loss_fn=self.loss_fn, stack=self.stack, optimizer=optimizer,
                        n_steps=state.max_steps,
                        n_batches=state.max_steps*args.gradient_accumulation_steps)
@@ -248,6 +249,7 @@ def trainer_loss(
 ): # `loss_fn(model, batch)` -> scalar tensor
     "The loss that `trainer` trains on, as a `loss_fn` for probes"
     def loss_fn(model, batch):
+        _check_dictionary(batch)        # GRPO's is a list of prompts
         kept = deepcopy(getattr(trainer, '_metrics', None))   # TRL collects averages for its logs with every loss
         try: return trainer.compute_loss(model, copy(batch))  # labels may be popped
         finally:

@@ -83,12 +83,16 @@ def text_rows(
     return dict(input_ids=pad(0, list), labels=pad(-100, list), attention_mask=pad(0, lambda o: [1]*len(o)))
 
 # %% ../nbs/16_keep.ipynb #39e17b37
+_not_causal = ("The model does not predict each next token of a text, as a causal language model does, so there is "
+               "nothing to hold or to compare. Leave Keep and divergence out.")
+
 def _check_base(model):
     "Refuse a model that is no longer what it was when its adapters are off"
     why = next(filter(None, map(_why_no_base, getattr(model, 'peft_config', {}).values())), None)
     off = {id(p) for m in model.modules() if hasattr(m, '_disable_adapters') for p in m.parameters()}
     on = [n for n,p in model.named_parameters() if p.requires_grad and id(p) not in off]
     if on: why = f"{on[0]} is trained and belongs to no adapter that PEFT can switch off"
+    if getattr(getattr(model, 'config', None), 'is_encoder_decoder', False): raise ISTError(_not_causal)
     if why: raise ISTError(f"{why}, so the model before fine-tuning cannot be had back to compare with. Freeze it, or "
                            "use another PEFT method.")
 
@@ -123,7 +127,10 @@ def _check_text(text):
 def _divergence(model, batch): # summed over the tokens that have a label, and the number of those
     ids,counts = batch['input_ids'],batch['labels'][:, 1:]!=-100
     mask = {'attention_mask':batch['attention_mask']} if 'attention_mask' in batch else {}
-    def log_p(): return model(input_ids=ids, **mask, use_cache=False).logits[:, :-1][counts].float().log_softmax(-1)
+    def next_of(z):
+        if z.shape[:-1]!=ids.shape: raise ISTError(_not_causal)            # a classifier's are [rows, classes]
+        return z[:, :-1]
+    def log_p(): return next_of(model(input_ids=ids, **mask, use_cache=False).logits)[counts].float().log_softmax(-1)
     with torch.no_grad(), _adapters_off(model): base = log_p()   # [tokens, vocabulary]
     return F.kl_div(log_p(), base, log_target=True, reduction='sum'),counts.sum()
 

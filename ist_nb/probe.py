@@ -259,7 +259,8 @@ def quietly(
 
 # %% ../nbs/07_probe.ipynb #3874b724
 _how_to_probe = ("Give probe=DataLoader(dataset, batch_size=16, collate_fn=your collator), whose batches contain the "
-                 "labels, or a loss_fn=lambda model, batch: ... that takes your batches.")
+                 "labels, or a loss_fn=lambda model, batch: ... that takes your batches; for a Trainer with a loss of "
+                 "its own, ist_nb.callback.trainer_loss(trainer).")
 
 def _check_dictionary(batch):
     if isinstance(batch, Mapping) and all(isinstance(k, str) for k in batch): return

@@ -453,11 +453,12 @@ def _safe(model, layers, n_batches=None):
     "What `fast=True` means, and why if that is less than it can; on a CPU a run rarely wins back a minute of compiling"
     if next(model.parameters()).device.type!='cuda': return ['fold'],''
     names,blocks = ['fold', 'compile', *(['loss'] if _loss_of(model)[1] else [])],_blocks_of(model, layers)
-    wide = max(sum(p.numel() for p in o.parameters()) for o in blocks)>=1e8
+    config = getattr(model, 'config', None)
+    wide = getattr(getattr(config, 'get_text_config', lambda: config)(), 'hidden_size', 0)>=4096
     enough = -(-(6_000 if wide else 12_000)//len(blocks))      # where it had paid in each case that was timed
     if n_batches is None or n_batches>=enough: return names,''
-    return ['fold'][:wide],(f"{n_batches:,} batches are too few to compile: a run wins back what that costs in "
-                            f"{enough:,} at most. To compile all the same, which also saves memory, give "
+    return ['fold'][:wide],("The run is too short to compile: what that costs is won back in "
+                            f"{enough:,} batches at most. To compile all the same, which also saves memory, give "
                             f"fast={','.join(names)!r}.")
 
 def apply_optimisations(
@@ -470,7 +471,7 @@ def apply_optimisations(
     names,why = _safe(model, layers, n_batches) if fast is True else ([o.strip() for o in fast.split(',')], '')
     known = {o:optimisations[o] for o in names}   # refuses unknown names first
     told = model.__dict__.setdefault('ist_optimisations', [])
-    if why and not told: print(f'IST: {why}')
+    if why and 'compile' not in told: print(f'IST: {why}')
     new = [o for o in known if o not in told]
     idle = []    # such as 'fold' without LoRA
     for o in sorted(known, key=list(optimisations.entries).index):

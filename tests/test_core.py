@@ -1,9 +1,9 @@
 "What planted faults have shown to be untested: see `python -m benchmarks mutants`"
-import random,numpy as np,torch
+import pytest,random,numpy as np,torch
 from peft import LoraConfig,get_peft_model
 from transformers import LlamaConfig,LlamaForCausalLM,Trainer,TrainingArguments
 from benchmarks import peft_methods as pm
-from ist_nb import ISTCallback,ISTConfig,find_layers
+from ist_nb import ISTCallback,ISTConfig,ISTError,find_layers
 from ist_nb.probe import quietly
 from ist_nb.layers import tuner_layers
 
@@ -53,3 +53,4 @@ def test_a_probe_keeps_its_labels(tmp_path):
     loss = trainer_loss(Trainer(model, TrainingArguments(str(tmp_path), label_smoothing_factor=0.1, report_to=[],
                                                          use_cpu=True)))
     assert loss(model, b).item()==loss(model, b).item()!=model(**b).loss.item() and 'labels' in b
+    with pytest.raises(ISTError, match='A probe batch is a list'): loss(model, [dict(prompt='as in GRPO')])

@@ -5,7 +5,8 @@ from peft.tuners.lora.config import KasaConfig
 from peft import (AdaptionPromptConfig,IA3Config,LoHaConfig,LoraConfig,PeftModel,PromptTuningConfig,VeraConfig,
                   get_peft_model)
 from torch import nn
-from transformers import LlamaConfig,LlamaForCausalLM
+from transformers import (BartConfig,BartForConditionalGeneration,LlamaConfig,LlamaForCausalLM,
+                          LlamaForSequenceClassification,T5Config,T5ForConditionalGeneration)
 from ist_nb import IST,ISTConfig,ISTError
 from ist_nb.keep import Keep,_gated,_gate_gradient,_set_gates,divergence,fade,own_text,text_rows
 from ist_nb.layers import find_layers
@@ -418,6 +419,30 @@ def test_a_text_without_a_divergence_is_refused(spoil):
     spoil(text)
     for f in (lambda: divergence(tuned(), text), lambda: Keep(text), lambda: fade(tuned(), [some_text()], text)):
         with pytest.raises(ISTError, match='at least one label'): f()
+
+@pytest.mark.parametrize('classes', [2, 12])     # 12 is the length of a row
+def test_a_classifier_has_nothing_to_hold(classes):
+    "Its logits are of classes, which would be taken for those of tokens"
+    config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_labels=classes,
+                         num_attention_heads=2, num_key_value_heads=2, pad_token_id=0)
+    model = get_peft_model(LlamaForSequenceClassification(config), LoraConfig(**lora | dict(task_type='SEQ_CLS')))
+    with pytest.raises(ISTError, match='does not predict each next token'): divergence(model, some_text())
+    ist,done = IST(model, ISTConfig.rst(), optimizer=torch.optim.SGD(model.parameters(), 0.1)),0
+    ist.add(Keep(some_text(), every=1))
+    with pytest.raises(ISTError, match='does not predict each next token'):
+        with ist.step():
+            model(input_ids=some_text()['input_ids'], labels=torch.zeros(6, dtype=torch.long)).loss.backward()
+
+@pytest.mark.parametrize('make,config', [
+    (T5ForConditionalGeneration, T5Config(vocab_size=64, d_model=16, d_ff=32, num_layers=2, num_heads=2, d_kv=8)),
+    (BartForConditionalGeneration, BartConfig(vocab_size=64, d_model=16, encoder_layers=2, decoder_layers=2,
+                                              encoder_ffn_dim=32, decoder_ffn_dim=32, encoder_attention_heads=2,
+                                              decoder_attention_heads=2, max_position_embeddings=32))])
+def test_an_encoder_decoder_has_nothing_to_hold(make, config):
+    model = get_peft_model(make(config), LoraConfig(**lora | dict(task_type='SEQ_2_SEQ_LM')))
+    with pytest.raises(ISTError, match='does not predict each next token'): divergence(model, some_text())
+    with pytest.raises(ISTError, match='does not predict each next token'):
+        IST(model, ISTConfig.rst(), stack='all').add(Keep(some_text()))
 
 def test_a_run_too_short_to_be_held_says_so_unless_it_failed():
     def run(n, fail=False):

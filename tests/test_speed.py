@@ -764,22 +764,35 @@ def test_optimisations_that_cannot_be_applied(monkeypatch):
     assert apply_optimisations(model, layers, True)==['fold']   # and True asks for nothing that is not there
 
 @pytest.mark.parametrize('blocks,size,batches,compiles', [
-    (6, 60, 1, False), (6, 60, 1999, False), (6, 60, 2000, True), (7, 60, 1714, False), (6, 60, None, True),
-    (30, 99, 399, False), (30, 99, 400, True), (30, 100, 199, False), (30, 100, 200, True), (30, 100, None, True)])
+    (6, 64, 1, False), (6, 64, 1999, False), (6, 64, 2000, True), (7, 64, 1714, False), (6, 64, None, True),
+    (30, 4095, 399, False), (30, 4095, 400, True), (30, 4096, 199, False), (30, 4096, 200, True), (30, 9, None, True)])
 def test_a_run_too_short_to_compile(blocks, size, batches, compiles, capsys):
-    "On a GPU `fast=True` does not compile in a run that would not win it back, and says so; `size` is in millions"
+    "On a GPU `fast=True` does not compile in a run that would not win it back, and each such run says so"
     S,layers = SimpleNamespace,SimpleNamespace(stacks=['layers'])
-    block = S(parameters=lambda: [torch.empty(size*10**6, device='meta')])
-    model = S(parameters=lambda: iter([S(device=S(type='cuda'))]), get_submodule=lambda s: [block]*blocks)
-    names,why = speed._safe(model, layers, batches)
-    fold = ['fold']*(size>=100)      # where it saves time without compiling
+    def model(**kwargs):
+        return S(parameters=lambda: iter([S(device=S(type='cuda'))]), get_submodule=lambda s: [None]*blocks, **kwargs)
+    own = model(config=S(get_text_config=lambda: S(hidden_size=size)))
+    names,why = speed._safe(own, layers, batches)
+    fold = ['fold']*(size>=4096)      # where it saves time without compiling
     assert (names, why=='')==((['fold', 'compile'], True) if compiles else (fold, False))
+    for of in (dict(), dict(config=dict(model_type='custom'))):       # models of one's own count as small
+        assert speed._safe(model(**of), layers, batches)[0] in ([], ['fold', 'compile'])
     if why:
-        assert f'{batches:,} batches are too few' in why and why.endswith("give fast='fold,compile'.")
-        assert speed._safe(model, layers, int(re.search('in ([0-9,]+) at most', why)[1].replace(',', '')))[1]==''
+        assert why.endswith("give fast='fold,compile'.")
+        assert speed._safe(own, layers, int(re.search('in ([0-9,]+) batches', why)[1].replace(',', '')))[1]==''
     if why and not fold:
-        for _ in range(2): assert apply_optimisations(model, layers, True, batches)==[]
-        assert model.ist_optimisations==[] and capsys.readouterr().out==2*f'IST: {why}\n'      # each run says it
+        for _ in range(2): assert apply_optimisations(own, layers, True, batches)==[]
+        assert own.ist_optimisations==[] and capsys.readouterr().out==2*f'IST: {why}\n'
+
+def test_short_runs_of_one_model_each_say_so(monkeypatch, capsys):
+    monkeypatch.setattr(speed, '_safe', lambda *args: (['fold'], 'too short'))
+    model = tiny()
+    for _ in range(2): apply_optimisations(model, find_layers(model), True, 1)
+    said = capsys.readouterr().out.splitlines()
+    assert said==['IST: too short', 'IST: fast steps with fold', 'IST: too short']
+    model.ist_optimisations.append('compile')        # an earlier run was longer
+    apply_optimisations(model, find_layers(model), True, 1)
+    assert not capsys.readouterr().out
 
 def test_fp8_needs_a_gpu():
     pytest.importorskip('torchao', reason='torchao is not installed')
