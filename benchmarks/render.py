@@ -515,7 +515,7 @@ def reliability_counts():
     rows = [('faults injected', faults['injected']), ('faults survived', faults['survived']),
             ('runs killed (SIGKILL)', sum(o['killed'] for o in kills)),
             ('of these, ended bit for bit as if never killed', sum(o['exact'] for o in kills)),
-            ('hostile inputs read', f"{fuzz['inputs']:,}"), ('crashes, hangs', f"{fuzz['crashes']}, {fuzz['hangs']}"),
+            ('damaged inputs read', f"{fuzz['inputs']:,}"), ('crashes, hangs', f"{fuzz['crashes']}, {fuzz['hangs']}"),
             ('[cases on several processes](../reference/processes.ipynb)', cases(read('processes'))),
             (f"the same on {gpus['hardware']}", cases(gpus)), ('steps of the long run', f"{long['steps']:,}"),
             ('**lost**', f'**{lost}**')]

@@ -1,6 +1,6 @@
 """The theorems of nbs/theory/convergence.ipynb as properties, and each bound at a case of equality: a bound that is
 halved, doubled or lacks a factor fails here"""
-import math,pytest,torch
+import json,math,pytest,re,torch
 from hypothesis import given,settings,strategies as st
 from itertools import combinations
 from types import SimpleNamespace
@@ -8,11 +8,20 @@ from ist_nb import ISTConfig,ISTError
 from ist_nb.scorers import centred_likelihood,ema_update,move_importance,standardize
 from ist_nb.config import shrunk
 from ist_nb.theory import *
+from benchmarks.record import root
 
 settings.register_profile('ist', max_examples=60, deadline=None, derandomize=True)
 settings.load_profile('ist')
 pos,share = st.floats(0.01, 100),st.floats(0.001, 1)
 def near(a, b, tol=1e-9): return math.isclose(a, b, rel_tol=tol, abs_tol=1e-12)
+
+def test_a_statement_has_the_number_of_its_heading():
+    kinds,headings,bold = r'(?:Theorem|Proposition|Corollary|Lemma) \d+',[],[]
+    for c in json.loads((root/'nbs/theory/convergence.ipynb').read_text())['cells']:
+        if c['cell_type']!='markdown': continue
+        headings += re.findall(rf'^## ({kinds})', ''.join(c['source']), re.M)
+        bold += re.findall(rf'\*\*({kinds})', ''.join(c['source']))
+    assert headings==bold and [int(o.split()[1]) for o in headings]==[1]+list(range(1, len(headings)))
 
 # --- Theorem 1 and the two corollaries: the mean square of SGD on L/2 |θ|² is known, and attains the bounds
 def exactly(L, gamma, T, V, pi, start, d=1.):
