@@ -65,7 +65,7 @@ class _Arguments:
     lora_dropout:float = 0.05 # Dropout on the input of the adapter
     lora_target_modules:list[str]|None = _arg(None, '--target_modules') # Ends of names, a pattern, or all-linear
     stack:str|None = None # Which stack of blocks, for models that have several
-    keep:float|None = None # Weight of a penalty on moving away from the model before; 1, or 0 if a method is named
+    keep:float|None = None # Weight of a penalty on moving from the model before; 1, or 0 with a method or IST settings
     general:str|None = None # A file with text to measure and hold it on, in place of what the model itself writes
     overwrite:bool = False # Allow a run to replace an earlier run in its folder
     resume:bool = False # Continue from the last intact checkpoint in the folder

@@ -142,7 +142,7 @@ def _bounded(f, seconds=20, megabytes=1024):
 
 # %% ../nbs/20_model.ipynb #ff628e2c
 def _check_template(tokenizer, sft, model, chats):
-    "Refuse a chat template that fails on the first 2,000 chats, or needs more than seconds and a gibibyte for them"
+    "Refuse a chat template that fails on the first 2,000 chats, or needs more than 20 seconds or a gibibyte for them"
     if sft.chat_template_path: return
     if not tokenizer.chat_template:
         raise ISTError(f"The data are chats, and the tokenizer of {model!r} has no chat template. Give "

@@ -654,7 +654,10 @@ def test_likelihood_over_the_length(monkeypatch):
 @pytest.mark.parametrize('want,text', [('B', 'The answer is (A). No: the answer is (B).'),
                                        ('C', 'Not (A) and not (B) but (C)'), ('D', 'A. B. D.'),
                                        ('b', 'answer: (a), I mean answer: (b)'),
-                                       ('A', 'The answer is (A).\n\n### Instruction:\nWhich? The answer is (C).')])
+                                       ('A', 'The answer is (A).\n\n### Instruction:\nWhich? The answer is (C).'),
+                                       ('B', 'The answer is B because it is cheap'),
+                                       ('D', 'I choose D here, not a bit of C: D it is.'),
+                                       ('C', 'Option C looks good. A dog is no answer.')])
 def test_the_last_letter_counts(want, text): assert tasks['AQuA'].extract(text, 'ABCDE')==want.upper()
 
 @pytest.mark.parametrize('want,text', [('answer2', 'The answer is answer1. No, the answer is answer2'),

@@ -373,7 +373,7 @@ claims = [
     ('results/small', 'for {:.1f} times the seconds', lambda: (alone('steady'),)),
     ('results/quality', "take {:.2f} of its seconds", lambda: (seven('LoRA, compile+ahead'),)),
     ('results/small', "in {:.2f} of its seconds", lambda: (seven('LoRA, compile+ahead'),)),
-    ('results/log', 'took {:.2f} of linear with long rows and {:.2f} with short rows, and `recommended` {:.2f} and '
+    ('results/log', 'gave {:.2f} of linear with long rows and {:.2f} with short rows, and `recommended` {:.2f} and '
      '{:.2f}',
      lambda: [gpus(2, rows=o)[i]/2 for i in (0, 1) for o in ('long', 'short')]),
     ('results/log', 'it needed {:.1f} GiB more with long rows', lambda: (sharded()[1]-sharded()[2],)),
