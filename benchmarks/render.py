@@ -145,11 +145,12 @@ def cold_picture():
     import matplotlib.pyplot as plt
     from benchmarks.peers import shapes
     from ist_nb.plot import palette,style
+    from ist_nb.speed import _enough
     with style():
         fig,axs = plt.subplots(1, 2, figsize=(7, 2.6), sharey=True)
         for ax,pair in zip(axs, cold):
             for (s,(cost,saved,*_)),color in zip(paid(pair).items(), ('blue', 'teal', 'red')):
-                at = (6_000 if s=='8b' else 12_000)/shapes[s][3]
+                at = _enough(shapes[s][3], shapes[s][1])
                 ax.plot((0, 800), (-cost, 800*saved-cost), color=palette[color], label=llamas.get(s, 'SmolLM2-135M'))
                 ax.plot(at, at*saved-cost, 'o', color=palette[color], ms=5)
             ax.axhline(0, color='black', lw=0.7, ls=':')

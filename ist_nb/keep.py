@@ -128,7 +128,8 @@ def _divergence(model, batch): # summed over the tokens that have a label, and t
     ids,counts = batch['input_ids'],batch['labels'][:, 1:]!=-100
     mask = {'attention_mask':batch['attention_mask']} if 'attention_mask' in batch else {}
     def next_of(z):
-        if z.shape[:-1]!=ids.shape: raise ISTError(_not_causal)            # a classifier's are [rows, classes]
+        classes = z.shape[-1]<getattr(getattr(model, 'config', None), 'vocab_size', 0)     # of rows, or of tokens
+        if z.shape[:-1]!=ids.shape or classes: raise ISTError(_not_causal)
         return z[:, :-1]
     def log_p(): return next_of(model(input_ids=ids, **mask, use_cache=False).logits)[counts].float().log_softmax(-1)
     with torch.no_grad(), _adapters_off(model): base = log_p()   # [tokens, vocabulary]

@@ -135,7 +135,7 @@ def _choice(text, names):
 # %% ../nbs/24_questions.ipynb #cd01e6f2
 def _letter(text, names):
     one = ''.join(names)
-    low,alone = one.lower(),r"(?![\w'])(?!(?<=A) [a-z])"       # no letter of a word, no article
+    low,alone = one.lower(),r"(?![\w'])(?!(?<=A)(?<![a-z,] A) [a-z])"       # no letter of a word, no article
     says = (rf'[Aa]nswer\s*(?:is|:)?[\s:*]*(?:option |choice )?[(\[]?'
             rf'(?:([{one}]){alone}|(?<=[(\[])([{low}])(?=[)\]]))')
     forms = says,rf'[(\[](?:([{one}])|([{low}]))[)\]]',rf"(?<![\w'])([{one}])(){alone}"

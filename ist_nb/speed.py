@@ -448,16 +448,21 @@ def compile_loss(
     base.loss_function,head = _Lean(f, **kwargs),base.get_output_embeddings()
     if f.__name__=='ForCausalLMLoss' and type(head) is nn.Linear: head.__class__ = _Head
 
+# %% ../nbs/14_speed.ipynb #f8ed0238
+def _enough(n_blocks, width):
+    "Batches after which a run had won back what compiling costs, in each case that was timed"
+    return -(-(6_000 if width>=4096 else 12_000)//n_blocks)
+
 # %% ../nbs/14_speed.ipynb #6cc75f34
 def _safe(model, layers, n_batches=None):
     "What `fast=True` means, and why if that is less than it can; on a CPU a run rarely wins back a minute of compiling"
     if next(model.parameters()).device.type!='cuda': return ['fold'],''
     names,blocks = ['fold', 'compile', *(['loss'] if _loss_of(model)[1] else [])],_blocks_of(model, layers)
     config = getattr(model, 'config', None)
-    wide = getattr(getattr(config, 'get_text_config', lambda: config)(), 'hidden_size', 0)>=4096
-    enough = -(-(6_000 if wide else 12_000)//len(blocks))      # where it had paid in each case that was timed
+    width = getattr(getattr(config, 'get_text_config', lambda: config)(), 'hidden_size', 0)
+    enough = _enough(len(blocks), width)
     if n_batches is None or n_batches>=enough: return names,''
-    return ['fold'][:wide],("The run is too short to compile: what that costs is won back in "
+    return ['fold']*(width>=4096),("The run is too short to compile: what that costs is won back in "
                             f"{enough:,} batches at most. To compile all the same, which also saves memory, give "
                             f"fast={','.join(names)!r}.")
 

@@ -656,9 +656,12 @@ def test_likelihood_over_the_length(monkeypatch):
                                        ('b', 'answer: (a), I mean answer: (b)'),
                                        ('A', 'The answer is (A).\n\n### Instruction:\nWhich? The answer is (C).'),
                                        ('B', 'The answer is B because it is cheap'),
+                                       ('A', 'The answer is A because it is cheap'), ('A', 'I think A is right'),
                                        ('D', 'I choose D here, not a bit of C: D it is.'),
                                        ('C', 'Option C looks good. A dog is no answer.')])
 def test_the_last_letter_counts(want, text): assert tasks['AQuA'].extract(text, 'ABCDE')==want.upper()
+@pytest.mark.parametrize('text', ['A dog is nice.', 'No. A dog is nice.', 'Answer: A dog is nice.', 'So:\nA dog'])
+def test_an_article_is_no_letter(text): assert tasks['AQuA'].extract(text, 'ABCDE') is None
 
 @pytest.mark.parametrize('want,text', [('answer2', 'The answer is answer1. No, the answer is answer2'),
                                        ('answer1', 'answer1, not answer2'),

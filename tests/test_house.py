@@ -34,7 +34,7 @@ def test_the_walk_sees():
 def test_size():
     "Who adds lines or names raises the number here, and says why in the commit"
     have = house.totals(house.measure())
-    assert have['lines']<=7697 and have['names']<=126, have
+    assert have['lines']<=7703 and have['names']<=126, have
     assert have['longest']<=502 and have['widest']<=120, have
 
 def test_no_line_is_too_long():

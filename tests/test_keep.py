@@ -6,7 +6,8 @@ from peft import (AdaptionPromptConfig,IA3Config,LoHaConfig,LoraConfig,PeftModel
                   get_peft_model)
 from torch import nn
 from transformers import (BartConfig,BartForConditionalGeneration,LlamaConfig,LlamaForCausalLM,
-                          LlamaForSequenceClassification,T5Config,T5ForConditionalGeneration)
+                          LlamaForSequenceClassification,LlamaForTokenClassification,T5Config,
+                          T5ForConditionalGeneration)
 from ist_nb import IST,ISTConfig,ISTError
 from ist_nb.keep import Keep,_gated,_gate_gradient,_set_gates,divergence,fade,own_text,text_rows
 from ist_nb.layers import find_layers
@@ -420,18 +421,21 @@ def test_a_text_without_a_divergence_is_refused(spoil):
     for f in (lambda: divergence(tuned(), text), lambda: Keep(text), lambda: fade(tuned(), [some_text()], text)):
         with pytest.raises(ISTError, match='at least one label'): f()
 
-@pytest.mark.parametrize('classes', [2, 12])     # 12 is the length of a row
-def test_a_classifier_has_nothing_to_hold(classes):
+@pytest.mark.parametrize('make,task,classes', [
+    *((LlamaForSequenceClassification, 'SEQ_CLS', n) for n in (2, 12, 64)),   # as many as tokens in a row, or in all
+    *((LlamaForTokenClassification, 'TOKEN_CLS', n) for n in (2, 12))])
+def test_a_classifier_has_nothing_to_hold(make, task, classes):
     "Its logits are of classes, which would be taken for those of tokens"
     config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_labels=classes,
                          num_attention_heads=2, num_key_value_heads=2, pad_token_id=0)
-    model = get_peft_model(LlamaForSequenceClassification(config), LoraConfig(**lora | dict(task_type='SEQ_CLS')))
+    model = get_peft_model(make(config), LoraConfig(r=4, target_modules=['q_proj', 'up_proj'], task_type=task))
     with pytest.raises(ISTError, match='does not predict each next token'): divergence(model, some_text())
     ist,done = IST(model, ISTConfig.rst(), optimizer=torch.optim.SGD(model.parameters(), 0.1)),0
     ist.add(Keep(some_text(), every=1))
     with pytest.raises(ISTError, match='does not predict each next token'):
         with ist.step():
-            model(input_ids=some_text()['input_ids'], labels=torch.zeros(6, dtype=torch.long)).loss.backward()
+            labels = torch.zeros(6 if task=='SEQ_CLS' else (6, 12), dtype=torch.long)
+            model(input_ids=some_text()['input_ids'], labels=labels).loss.backward()
 
 @pytest.mark.parametrize('make,config', [
     (T5ForConditionalGeneration, T5Config(vocab_size=64, d_model=16, d_ff=32, num_layers=2, num_heads=2, d_kv=8)),
